@@ -1,0 +1,267 @@
+"""The contract between dynctl and an inference engine. Pure: no sockets, no clock, no processes.
+
+Each engine is one module beside this one with one class that implements `Engine`; `engines.catalog` maps the
+recipe's `backend` name to it. Nothing outside this package names an engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from dynctl.command import Command
+from dynctl.protocol.instances import Role
+from dynctl.protocol.kv_events import EngineKvBatch
+
+ArgValue = str | int | float | bool | None | dict[str, Any] | list[Any]
+"""The value of an engine argument in a recipe: true = a bare flag, false/None = left out, dict = JSON."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parallel:
+    """Parallel sizes of one replica. `expert` > 1 turns expert parallelism on."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    expert: int = 1
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of one replica."""
+        return self.tensor * self.pipeline * self.data
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """The part of a replica on one node: its address on the data network and its GPU indices there."""
+
+    node: str
+    address: str
+    gpus: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRef:
+    """The model as the recipe names it. Empty string = not given."""
+
+    path: str
+    served_name: str
+    revision: str = ""
+    tokenizer: str = ""
+    chat_template: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineEnvironment:
+    """Where the engine's own code is: a venv, a python, a container image, or none (on PATH)."""
+
+    venv: str = ""
+    python: str = ""
+    container: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLaunch:
+    """All that a command line of one replica depends on.
+
+    `ranks`: one per node, the head first. `ports`: first port of each block that `port_needs` asked for.
+    `disaggregated`: prefill and decode are apart. `args` and `env` are the recipe's, engine-wide ones and
+    the role's merged (the role wins).
+    """
+
+    model: ModelRef
+    role: Role
+    index: int
+    parallel: Parallel
+    ranks: tuple[Rank, ...]
+    ports: Mapping[str, int]
+    environment: EngineEnvironment = EngineEnvironment()
+    args: Mapping[str, ArgValue] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
+    disaggregated: bool = False
+    kv_events: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing found wrong in a recipe. `field` is a dotted path in it ("roles.decode.args.block-size")."""
+
+    level: Literal["error", "warning"]
+    field: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """From the model's config.json, when it is at hand. 0 or "" = not stated."""
+
+    kv_heads: int = 0
+    attention_heads: int = 0
+    layers: int = 0
+    max_position: int = 0
+    dtype: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RoleSettings:
+    """What `Engine.check` sees of a role: merged args and env, sizes, the model string it will load."""
+
+    role: Role
+    replicas: int
+    parallel: Parallel
+    args: Mapping[str, ArgValue]
+    env: Mapping[str, str]
+    model: str
+    urls: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """The feature matrix, as `README` prints it. `launches` is false for engines that already run."""
+
+    launches: bool
+    disaggregation: bool
+    kv_events: Literal["zmq", "http-poll", "none"]
+    drains_on_sigterm: bool
+    gpus: bool = True
+    data_parallel: bool = True
+    multi_node: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """How to know that the engine really serves: `health` answers 200, and `models` lists the served name."""
+
+    health: str = "/health"
+    models: str = "/v1/models"
+
+
+@dataclass(frozen=True, slots=True)
+class KvSource:
+    """Where the engine publishes its KV events, by data-parallel rank, as dialled by the sidecar beside it."""
+
+    endpoints: tuple[str, ...]
+    replay_endpoints: tuple[str, ...]
+    topic: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """An engine's load per data-parallel rank, read from its metrics."""
+
+    rank: int
+    running: int
+    waiting: int
+    kv_usage: float
+    kv_blocks: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    preemptions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What the engine says of itself once ready; 0 = not said."""
+
+    block_size: int = 0
+    max_model_len: int = 0
+    kv_blocks: int = 0
+
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Handoff:
+    """What decode needs from prefill. Used once, for the same prompt, and not after `expires_at_s`.
+
+    `params` is opaque but for the checks made when it was built. `expires_at_s` is on the caller's monotonic
+    clock. `finished` is set when prefill's answer is already the whole answer.
+    """
+
+    params: Json
+    expires_at_s: float
+    finished: bool = False
+
+
+class PrefillDecode(Protocol):
+    """The request contract of an engine with prefill and decode apart.
+
+    `order` "prefill_first": `prefill_body` is sent, its answer read whole, `handoff` made of it, then
+    `decode_body` sent. "concurrent": both bodies carry `link()` and are sent at once; decode's answer is the
+    client's. Bodies are copies: the request given is never changed.
+    """
+
+    order: Literal["prefill_first", "concurrent"]
+
+    def link(self, prefill_url: str, bootstrap_port: int, room: int) -> Json:
+        """Fields that tie both legs together ("concurrent" only; {} otherwise)."""
+        ...
+
+    def prefill_body(self, request: Json, link: Json) -> Json:
+        """The prefill leg's body."""
+        ...
+
+    def handoff(self, answer: Json, now_s: float) -> Handoff:
+        """Read prefill's answer. Raises EngineFailed when what decode needs is missing or incomplete."""
+        ...
+
+    def decode_body(self, request: Json, handoff: Handoff | None, link: Json) -> Json:
+        """The decode leg's body; `handoff` None sends it with `link` alone or, prefill_first, plain."""
+        ...
+
+
+class Engine(Protocol):
+    """All that dynctl knows of one engine."""
+
+    name: str
+    features: Features
+    owned_args: Mapping[str, str]
+    """Argument (without leading dashes) → the recipe field that sets it; refused in `args`."""
+    readiness: Readiness
+    load_path: str
+    """HTTP path of the metrics that `load` reads."""
+    client_fields: frozenset[str]
+    """Top-level request fields that only dynctl may set; removed from what clients send."""
+    pd: PrefillDecode | None
+
+    def port_needs(self, launch_role: Role, parallel: Parallel, *, disaggregated: bool) -> dict[str, int]:
+        """Port blocks a replica needs on its head node: name → number of consecutive ports. "http" is one."""
+        ...
+
+    def commands(self, launch: EngineLaunch) -> tuple[Command, ...]:
+        """One command per rank (node) of the replica, in the order of `launch.ranks`."""
+        ...
+
+    def check(self, roles: Sequence[RoleSettings], facts: ModelFacts | None) -> list[Finding]:
+        """What the engine is known to refuse or to do wrongly with these settings."""
+        ...
+
+    def known_args(self, name: str) -> bool:
+        """Whether `name` is shaped like an argument of this engine (checked names, see each engine)."""
+        ...
+
+    def kv_source(self, launch: EngineLaunch) -> KvSource | None:
+        """Where KV events come from, or None when this launch has none."""
+        ...
+
+    def decode_kv(self, payload: bytes) -> EngineKvBatch:
+        """One payload of the publisher in dynctl's terms. Unknown keys and event types are skipped.
+
+        Raises CodecError for bytes that are no batch.
+        """
+        ...
+
+    def load(self, metrics: bytes) -> list[EngineLoad]:
+        """Load by rank from the body of `load_path`; [] when it holds none."""
+        ...
+
+    def info(self, models: bytes, metrics: bytes) -> EngineInfo:
+        """What `/v1/models` and the metrics say about block size and context length."""
+        ...
+
+    def error_lines(self, log: Sequence[str], limit: int) -> list[str]:
+        """The lines of the engine's log that tell why it died, oldest first, at most `limit`."""
+        ...

@@ -1,0 +1,133 @@
+"""One error tree. Each error says what failed, where, and what would be right.
+
+Library errors are mapped to these at the edge where the library is called. `kind` is the stable name that
+`--json` output and HTTP bodies carry; `where` is "file:line", "host" or "process", or "" when there is none.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class DynctlError(Exception):
+    """The root: catch this to show one message instead of a traceback."""
+
+    kind: ClassVar[str] = "error"
+
+    def __init__(self, message: str, *, where: str = "", hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.where = where
+        self.hint = hint
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.message}" if self.where else self.message
+        return f"{text} ({self.hint})" if self.hint else text
+
+
+class UsageError(DynctlError):
+    """The command was called in a way it cannot be: an unknown deployment, a name that is taken."""
+
+    kind = "usage"
+
+
+class RecipeError(DynctlError):
+    """A recipe or inventory file is wrong; `where` is file:line."""
+
+    kind = "recipe"
+
+
+class PlacementError(DynctlError):
+    """The recipe is sound but does not fit the nodes, GPUs or ports there are."""
+
+    kind = "placement"
+
+
+class LaunchError(DynctlError):
+    """A process could not be started or did not live."""
+
+    kind = "launch"
+
+
+class ProcessExited(LaunchError):
+    """A process ended that should have gone on. The message carries its exit code and last error lines."""
+
+    kind = "process_exited"
+
+
+class NotReady(LaunchError):
+    """A process or deployment was not ready when its deadline passed."""
+
+    kind = "not_ready"
+
+
+class TransportError(DynctlError):
+    """A message could not be exchanged."""
+
+    kind = "transport"
+
+
+class PeerLost(TransportError):
+    """The other side closed or reset the connection before it had finished."""
+
+    kind = "peer_lost"
+
+
+class DeadlineExceeded(TransportError):
+    """The other side did not answer in time."""
+
+    kind = "deadline_exceeded"
+
+
+class SequenceGap(TransportError):
+    """Numbered messages are missing and could not be replayed."""
+
+    kind = "sequence_gap"
+
+
+class CodecError(TransportError):
+    """Bytes that are not the message they should be."""
+
+    kind = "codec"
+
+
+class DiscoveryError(DynctlError):
+    """The registry refused or could not be reached."""
+
+    kind = "discovery"
+
+
+class Superseded(DiscoveryError):
+    """A newer incarnation holds this seat: the caller must exit."""
+
+    kind = "superseded"
+
+
+class RequestError(DynctlError):
+    """A client's request cannot be served as it is."""
+
+    kind = "request"
+
+
+class ContextTooLong(RequestError):
+    """Prompt plus asked-for tokens exceed the model's context."""
+
+    kind = "context_length_exceeded"
+
+
+class Rejected(RequestError):
+    """The request was refused: no usable worker, overload, or a draining server."""
+
+    kind = "rejected"
+
+
+class EngineFailed(RequestError):
+    """The engine answered with an error, or broke its contract."""
+
+    kind = "engine_failed"
+
+
+class PortInUse(LaunchError):
+    """A port that a process must listen on is taken."""
+
+    kind = "port_in_use"

@@ -1,0 +1,54 @@
+"""Who is there: the card of a model and of one running process, as the registry knows it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+PROTOCOL_VERSION = 1
+
+Role = Literal["prefill", "decode", "aggregated", "encode"]
+Seat = Literal["prefill", "decode", "aggregated", "encode", "frontend"]
+
+
+class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
+    """What a frontend must know of a model to tokenise, hash and refuse for it.
+
+    `tokenizer` and `chat_template` are paths readable where the frontend runs, or "" when unknown: then the
+    frontend routes without tokens. `max_model_len` in tokens and `block_size` in tokens are what the engine
+    really uses; 0 = not known.
+    """
+
+    name: str
+    path: str = ""
+    revision: str = ""
+    tokenizer: str = ""
+    chat_template: str = ""
+    max_model_len: int = 0
+    block_size: int = 0
+
+
+class Instance(msgspec.Struct, frozen=True, kw_only=True):
+    """One registered process. `id` is its seat ("decode-0"); `incarnation` rises with every start of the seat.
+
+    Workers: `url` is the engine's own HTTP base, `events` the ZeroMQ PUB endpoint of the sidecar's event plane
+    ("" = no KV events), `control` its ZeroMQ ROUTER endpoint. Frontends: `url` is the public base.
+    `started_at` is Unix time in seconds. `pid` is the sidecar's, `engine_pid` the engine's (0 = none of ours).
+    """
+
+    id: str
+    incarnation: int
+    role: Seat
+    index: int
+    node: str
+    pid: int
+    started_at: float
+    url: str
+    engine_pid: int = 0
+    backend: str = ""
+    model: ModelCard | None = None
+    dp_size: int = 1
+    events: str = ""
+    control: str = ""
+    protocol: int = PROTOCOL_VERSION

@@ -1,0 +1,129 @@
+"""KV events in two forms: as an engine tells them, and as they travel on dynctl's event plane.
+
+An engine's block hashes are opaque (64 bits or 32 bytes) and mean something in that engine only. The worker
+sidecar maps them to dynctl's own sequence hashes (see `kv.hashing`), so frontends need no engine's dialect.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+KV_TOPIC = b"kv"
+LOAD_TOPIC = b"load"
+
+Tier = Literal["G1", "G2", "G3", "G4"]
+"""G1 GPU (or the engine's own fast memory), G2 host, G3 disk, G4 remote."""
+
+EngineHash = int | bytes
+
+
+class EngineStored(msgspec.Struct, frozen=True, kw_only=True):
+    """Blocks the engine now holds: consecutive, the first one's parent is `parent` (None at a prompt's start).
+
+    `token_ids` holds len(block_hashes) * block_size ids.
+    """
+
+    block_hashes: list[EngineHash]
+    parent: EngineHash | None
+    token_ids: list[int]
+    block_size: int
+    tier: Tier = "G1"
+    lora_name: str = ""
+    cache_salt: str = ""
+
+
+class EngineRemoved(msgspec.Struct, frozen=True, kw_only=True):
+    """Blocks the engine no longer holds in `tier`."""
+
+    block_hashes: list[EngineHash]
+    tier: Tier = "G1"
+
+
+class EngineCleared(msgspec.Struct, frozen=True):
+    """The engine holds nothing any more, in no tier."""
+
+
+EngineKvEvent = EngineStored | EngineRemoved | EngineCleared
+
+
+class EngineKvBatch(msgspec.Struct, frozen=True, kw_only=True):
+    """One message of an engine's publisher. `timestamp` is the engine's clock in seconds."""
+
+    timestamp: float
+    rank: int
+    events: list[EngineKvEvent]
+
+
+class Stored(msgspec.Struct, frozen=True, tag="s", array_like=True):
+    """Sequence hashes (unsigned 64 bit) now held in `tier`."""
+
+    hashes: list[int]
+    tier: Tier = "G1"
+
+
+class Removed(msgspec.Struct, frozen=True, tag="r", array_like=True):
+    """Sequence hashes no longer held in `tier`."""
+
+    hashes: list[int]
+    tier: Tier = "G1"
+
+
+class Cleared(msgspec.Struct, frozen=True, tag="c", array_like=True):
+    """Nothing is held any more, in no tier."""
+
+
+KvEvent = Stored | Removed | Cleared
+
+
+class KvBatch(msgspec.Struct, frozen=True, array_like=True):
+    """One numbered message on the event plane; `seq` rises by one per (worker, incarnation, rank), from 0."""
+
+    worker: str
+    incarnation: int
+    rank: int
+    seq: int
+    events: list[KvEvent]
+    block_size: int = 0
+
+
+class KvSync(msgspec.Struct, frozen=True, kw_only=True):
+    """Ask a worker (op "kv.sync") for all batches of `rank` from number `from_seq` on."""
+
+    rank: int
+    from_seq: int
+
+
+class KvSyncReply(msgspec.Struct, frozen=True, kw_only=True):
+    """Either the batches asked for, or, when they are no longer kept, a whole `snapshot` as of `next_seq` - 1.
+
+    With a snapshot the reader first forgets all it knew of (worker, rank). `resets` counts how often this
+    worker itself lost engine events for good and had to start its index anew.
+    """
+
+    incarnation: int
+    rank: int
+    next_seq: int
+    batches: list[KvBatch] = []
+    snapshot: list[Stored] | None = None
+    block_size: int = 0
+    resets: int = 0
+
+
+class LoadReport(msgspec.Struct, frozen=True, array_like=True):
+    """What an engine says of its own load, per rank, at about once a second and on change.
+
+    `kv_usage` is 0..1 of its KV blocks; counters are totals since the engine's start.
+    """
+
+    worker: str
+    incarnation: int
+    rank: int
+    running: int
+    waiting: int
+    kv_usage: float
+    kv_blocks: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    preemptions: int = 0

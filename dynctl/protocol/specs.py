@@ -1,0 +1,102 @@
+"""What the orchestration hands to a process it starts, as one JSON file named on its command line.
+
+Written by `deploy.plan` as `Command.files`, read by the process. Paths are absolute, or relative to the run
+directory (the process's working directory). No secret is in here but by the path of the file that holds it.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from dynctl.protocol.instances import ModelCard, Role
+
+
+class EngineProcess(msgspec.Struct, frozen=True, kw_only=True):
+    """The engine's own command: argument list, what is added to the environment, its working directory."""
+
+    argv: list[str]
+    env: dict[str, str] = {}
+    cwd: str = ""
+
+
+class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One sidecar. `engine` None = the engine runs elsewhere already (`url` reaches it).
+
+    `follower`: the sidecar of a further node of a multi-node replica: it supervises its engine process and
+    registers nothing. The incarnation comes by environment DYNCTL_INCARNATION, since it differs per start.
+    `kv_endpoints`/`kv_replay_endpoints`: engine publishers by data-parallel rank; empty = no KV events.
+    """
+
+    deployment: str
+    id: str
+    role: Role
+    index: int
+    node: str
+    backend: str
+    model: ModelCard
+    url: str
+    registry: str
+    keys_file: str
+    bind_host: str
+    events_port: int
+    control_port: int
+    engine: EngineProcess | None = None
+    engine_log: str = ""
+    follower: bool = False
+    dp_size: int = 1
+    kv_endpoints: list[str] = []
+    kv_replay_endpoints: list[str] = []
+    kv_topic: str = ""
+    start_timeout_s: float = 900.0
+    drain_timeout_s: float = 30.0
+    stop_timeout_s: float = 10.0
+
+
+class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """How to choose a worker. Weights as in `router.cost`."""
+
+    mode: str = "kv"
+    overlap_credit: float = 1.0
+    prefill_load_scale: float = 1.0
+    decode_request_weight: float = 0.0
+    temperature: float = 0.0
+
+
+class LimitsSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Limits at the HTTP edge, in bytes and seconds."""
+
+    body_bytes: int = 64 * 1024 * 1024
+    header_bytes: int = 32 * 1024
+    header_timeout_s: float = 10.0
+    body_timeout_s: float = 60.0
+    idle_timeout_s: float = 75.0
+    request_timeout_s: float = 3600.0
+    first_byte_timeout_s: float = 600.0
+    stall_timeout_s: float = 300.0
+    max_connections: int = 8192
+
+
+class FrontendSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One frontend. `roles` is what the model needs before it is ready: replicas wanted by role.
+
+    `api_key_hashes` are SHA-256 hex digests; empty = no key asked for.
+    """
+
+    deployment: str
+    id: str
+    index: int
+    node: str
+    host: str
+    port: int
+    registry: str
+    membership: str
+    keys_file: str
+    backend: str
+    model: ModelCard
+    roles: dict[str, int]
+    router: RouterSpec = RouterSpec()
+    limits: LimitsSpec = LimitsSpec()
+    api_key_hashes: list[str] = []
+    tls_cert: str = ""
+    tls_key: str = ""
+    drain_timeout_s: float = 30.0
