@@ -1,0 +1,54 @@
+"""What some tests need from the machine, said once: a test that cannot run names its reason.
+
+With DYNCTL_TESTS_REQUIRE=all (as `.ci/run` sets it) a missing need fails the test instead of skipping it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+
+import pytest
+
+REQUIRE_ALL = os.environ.get("DYNCTL_TESTS_REQUIRE") == "all"
+
+
+def _root() -> str:
+    return "" if os.geteuid() == 0 else "needs root"
+
+
+def _debian() -> str:
+    missing = [p for p in ("haproxy", "openssl", "tmux") if not _on_path(p)]
+    return f"needs Debian packages: {' '.join(missing)}" if missing else ""
+
+
+def _on_path(program: str) -> bool:
+    return shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin") is not None
+
+
+def _vllm() -> str:
+    from tests.engines import environment
+
+    return environment.why_not_vllm()
+
+
+def _sglang() -> str:
+    from tests.engines import environment
+
+    return environment.why_not_sglang()
+
+
+NEEDS: dict[str, Callable[[], str]] = {"root": _root, "debian": _debian, "vllm": _vllm, "sglang": _sglang}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker, need in NEEDS.items():
+        if item.get_closest_marker(marker) is None:
+            continue
+        reason = need()
+        if reason and REQUIRE_ALL:
+            pytest.fail(f"{marker}: {reason}", pytrace=False)
+        if reason:
+            pytest.skip(f"{marker}: {reason}")
