@@ -133,6 +133,8 @@ def test_help_imports_nothing_heavy() -> None:
     )
     import sys
 
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True
+    )
     assert done.stderr == ""
     assert "Usage" in done.stdout

@@ -30,11 +30,11 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Instance(msgspec.Struct, frozen=True, kw_only=True):
-    """One registered process. `id` is its seat ("decode-0"); `incarnation` rises with every start of the seat.
+    """One registered process: `id` is its seat ("decode-0"), `incarnation` rises with each start of it.
 
-    Workers: `url` is the engine's own HTTP base, `events` the ZeroMQ PUB endpoint of the sidecar's event plane
+    Workers: `url` is the engine's own HTTP base, `events` the PUB endpoint of the sidecar's event plane
     ("" = no KV events), `control` its ZeroMQ ROUTER endpoint. Frontends: `url` is the public base.
-    `started_at` is Unix time in seconds. `pid` is the sidecar's, `engine_pid` the engine's (0 = none of ours).
+    `started_at` is Unix time in seconds. `pid` is the sidecar's, `engine_pid` the engine's (0 = none).
     """
 
     id: str

@@ -20,7 +20,7 @@ EngineHash = int | bytes
 
 
 class EngineStored(msgspec.Struct, frozen=True, kw_only=True):
-    """Blocks the engine now holds: consecutive, the first one's parent is `parent` (None at a prompt's start).
+    """Blocks the engine now holds: consecutive; the first one's parent is `parent` (None = prompt start).
 
     `token_ids` holds len(block_hashes) * block_size ids.
     """
@@ -96,7 +96,7 @@ class KvSync(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class KvSyncReply(msgspec.Struct, frozen=True, kw_only=True):
-    """Either the batches asked for, or, when they are no longer kept, a whole `snapshot` as of `next_seq` - 1.
+    """Either the batches asked for or, if no longer kept, a whole `snapshot` as of `next_seq` - 1.
 
     With a snapshot the reader first forgets all it knew of (worker, rank). `resets` counts how often this
     worker itself lost engine events for good and had to start its index anew.

@@ -6,7 +6,7 @@ import msgspec
 
 
 class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True):
-    """`type` is stable and documented; `code` is the finer stable name; `param` the field at fault, if any."""
+    """`type` is stable and documented; `code` is the finer stable name; `param` the field at fault."""
 
     message: str
     type: str
