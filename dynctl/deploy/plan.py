@@ -1,0 +1,135 @@
+"""What a deployment is made of, down to every argument: a value that is printed, stored and started as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import msgspec
+
+from dynctl.command import Command
+from dynctl.errors import CodecError
+
+PLAN_VERSION = 1
+
+Kind = Literal["controller", "worker", "frontend", "engine"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunContext:
+    """What differs from run to run: its id, its directory (absolute), and the python that runs dynctl there."""
+
+    run_id: str
+    run_dir: str
+    python: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedNode:
+    """One host of the plan. `gpus` are the indices in use, `ports` all ports in use, both ascending."""
+
+    name: str
+    address: str
+    gpus: tuple[int, ...] = ()
+    ports: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedProcess:
+    """One process. `kind` "engine" is started by its sidecar, all others by a launcher.
+
+    `id` is the seat: "controller", "frontend-0", "decode-0" (the sidecar), "decode-0.1" (the sidecar of the
+    replica's second node), "decode-0/engine", "decode-0/engine.1". `ports` is name → first port of the block.
+    `depends` are ids that must have been started before.
+    """
+
+    id: str
+    kind: Kind
+    role: str
+    index: int
+    node: str
+    command: Command
+    gpus: tuple[int, ...] = ()
+    ports: Mapping[str, int] = field(default_factory=dict)
+    depends: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A whole deployment. `registry` is the controller's control endpoint, `membership` its publisher.
+
+    `roles` is replicas by role, engines only; `url` the public base URL of the frontend.
+    """
+
+    name: str
+    run_id: str
+    target: str
+    backend: str
+    model: str
+    url: str
+    registry: str
+    membership: str
+    roles: Mapping[str, int]
+    nodes: tuple[PlannedNode, ...]
+    processes: tuple[PlannedProcess, ...]
+    version: int = PLAN_VERSION
+
+    def process(self, process_id: str) -> PlannedProcess:
+        """The process of that id. Raises KeyError when there is none."""
+        for process in self.processes:
+            if process.id == process_id:
+                return process
+        raise KeyError(process_id)
+
+    def to_json(self) -> str:
+        """The stored form, whole and unmasked: for a file of mode 0600. Same plan, same bytes."""
+        return msgspec.json.format(msgspec.json.encode(self, order="sorted"), indent=2).decode() + "\n"
+
+    @staticmethod
+    def from_json(text: str | bytes) -> Plan:
+        """Read the stored form. Raises CodecError when it is none, or of another version."""
+        try:
+            plan = msgspec.json.decode(text, type=Plan)
+        except msgspec.MsgspecError as error:
+            raise CodecError(f"not a plan: {error}") from error
+        if plan.version != PLAN_VERSION:
+            raise CodecError(f"plan version {plan.version} is not {PLAN_VERSION}")
+        return plan
+
+    def shown(self) -> dict[str, Any]:
+        """The printed form: secrets masked, spec files by name only."""
+        return {
+            "version": self.version,
+            "name": self.name,
+            "run_id": self.run_id,
+            "target": self.target,
+            "backend": self.backend,
+            "model": self.model,
+            "url": self.url,
+            "registry": self.registry,
+            "membership": self.membership,
+            "roles": dict(self.roles),
+            "nodes": [
+                {"name": n.name, "address": n.address, "gpus": list(n.gpus), "ports": list(n.ports)}
+                for n in self.nodes
+            ],
+            "processes": [_shown_process(p) for p in self.processes],
+        }
+
+
+def _shown_process(process: PlannedProcess) -> dict[str, Any]:
+    return {
+        "id": process.id,
+        "kind": process.kind,
+        "role": process.role,
+        "index": process.index,
+        "node": process.node,
+        "gpus": list(process.gpus),
+        "ports": dict(sorted(process.ports.items())),
+        "depends": list(process.depends),
+        "argv": list(process.command.shown_argv()),
+        "env": process.command.shown_env(),
+        "cwd": process.command.cwd or "",
+        "files": sorted(process.command.files),
+    }
