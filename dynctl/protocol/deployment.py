@@ -1,0 +1,65 @@
+"""A deployment as its controller sees it: the answers of "controller.ps", "controller.status", "controller.down"."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+Phase = Literal["starting", "ready", "degraded", "stopping", "stopped", "failed"]
+"""starting → ready ⇄ degraded → stopping → stopped; failed = it could not start, or was ended for that."""
+
+SeatState = Literal[
+    "waiting", "starting", "ready", "draining", "lost", "backoff", "stopping", "stopped", "failed"
+]
+"""Of one process. `lost`: alive, but its lease ran out; `failed`: given up, it would fail the same way again."""
+
+
+class ProcessView(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of `ps`. `id` is the seat ("decode-0"); `instance` is the registered one ("" = not registered).
+
+    `pid` is the process dynctl started (the sidecar), `engine_pid` its engine's; 0 = none. `last_exit` says how the
+    incarnation before ended, `last_error` holds its error lines.
+    """
+
+    id: str
+    role: str
+    index: int
+    instance: str
+    node: str
+    state: SeatState
+    ready: bool
+    pid: int
+    engine_pid: int
+    restarts: int
+    url: str
+    incarnation: int
+    started_at: float = 0.0
+    last_exit: str = ""
+    last_error: list[str] = []
+
+
+class DeploymentView(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole. `reason` says why it is not ready, "" when it is. `controller_pid` 0 = no controller is alive."""
+
+    name: str
+    run_id: str
+    run_dir: str
+    url: str
+    phase: Phase
+    reason: str
+    controller_pid: int
+    wanted: dict[str, int]
+    processes: list[ProcessView]
+
+
+class DownCall(msgspec.Struct, frozen=True, kw_only=True):
+    """End the deployment: drain for at most `drain_s`, then kill. Answer: `DownReply`, before it is done."""
+
+    drain_s: float = 30.0
+
+
+class DownReply(msgspec.Struct, frozen=True, kw_only=True):
+    """The controller has begun; it is done when it exits."""
+
+    controller_pid: int
