@@ -1,4 +1,4 @@
-"""A deployment as its controller sees it: the answers of "controller.ps", "controller.status", "controller.down"."""
+"""A deployment as its controller sees it: what "controller.ps", ".status" and ".down" answer."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ Phase = Literal["starting", "ready", "degraded", "stopping", "stopped", "failed"
 SeatState = Literal[
     "waiting", "starting", "ready", "draining", "lost", "backoff", "stopping", "stopped", "failed"
 ]
-"""Of one process. `lost`: alive, but its lease ran out; `failed`: given up, it would fail the same way again."""
+"""Of one process. `lost`: alive, but its lease ran out; `failed`: given up, it would fail the same again."""
 
 
 class ProcessView(msgspec.Struct, frozen=True, kw_only=True):
-    """One row of `ps`. `id` is the seat ("decode-0"); `instance` is the registered one ("" = not registered).
+    """One row of `ps`. `id` is the seat ("decode-0"), `instance` the registered one ("" = not registered).
 
-    `pid` is the process dynctl started (the sidecar), `engine_pid` its engine's; 0 = none. `last_exit` says how the
-    incarnation before ended, `last_error` holds its error lines.
+    `pid` is the process dynctl started (the sidecar), `engine_pid` its engine's; 0 = none. `last_exit` says
+    how the incarnation before ended, `last_error` holds its error lines.
     """
 
     id: str
@@ -40,7 +40,7 @@ class ProcessView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeploymentView(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole. `reason` says why it is not ready, "" when it is. `controller_pid` 0 = no controller is alive."""
+    """The whole. `reason` says why it is not ready, `controller_pid` 0 that no controller is alive."""
 
     name: str
     run_id: str

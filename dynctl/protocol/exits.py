@@ -1,7 +1,7 @@
 """Last words: what a process leaves in the run directory when it ends against its will.
 
-`exits/<id>.json`, written by the process itself just before it exits (a sidecar also speaks for its engine) and
-read by the controller, which cannot see an exit code of a process that it has only adopted.
+`exits/<id>.json`, written by the process itself just before it exits (a sidecar also speaks for its engine)
+and read by the controller, which cannot see the exit code of a process that it has only adopted.
 """
 
 from __future__ import annotations
