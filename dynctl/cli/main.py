@@ -1,0 +1,144 @@
+"""The command line: verb → "module:function", nothing imported until it is chosen.
+
+`dynctl --help` is printed from the table below, without typer, rich or anything else heavy. A verb is a
+function with typer annotations; it returns None or an exit code, and raises `DynctlError` for a failure.
+
+Exit codes:
+
+    0    done
+    1    an error not listed below (with DYNCTL_DEBUG=1 its traceback is shown)
+    2    called wrongly: unknown verb or option, unknown deployment, a name that is taken
+    3    the recipe or inventory is wrong
+    4    the recipe does not fit the nodes, GPUs or ports
+    5    a process could not be started, or did not live
+    6    not ready before the deadline
+    7    a port is in use
+    8    the controller or a service could not be reached
+    9    the service answered with an error
+    130  interrupted
+    141  the reader of standard output went away
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+EXIT_CODES = {
+    "usage": 2,
+    "recipe": 3,
+    "placement": 4,
+    "launch": 5,
+    "process_exited": 5,
+    "not_ready": 6,
+    "port_in_use": 7,
+    "transport": 8,
+    "peer_lost": 8,
+    "deadline_exceeded": 8,
+    "discovery": 8,
+    "request": 9,
+    "rejected": 9,
+    "context_length_exceeded": 9,
+    "engine_failed": 9,
+}
+"""`DynctlError.kind` → exit code; any other kind is 1."""
+
+INTERRUPTED = 130
+PIPE_CLOSED = 141
+
+VERBS: dict[str, tuple[str, str]] = {
+    "up": ("dynctl.cli.up:up", "Start what a recipe says and serve it"),
+    "down": ("dynctl.cli.down:down", "Drain and end a deployment"),
+    "ps": ("dynctl.cli.ps:ps", "Processes of a deployment and their state"),
+    "status": ("dynctl.cli.status:status", "Is it ready, and if not, why"),
+    "logs": ("dynctl.cli.logs:logs", "Logs of its processes, also after it has ended"),
+    "events": ("dynctl.cli.events:events", "What happened to it, in order"),
+    "chat": ("dynctl.cli.chat:chat", "Send one prompt, stream the answer"),
+    "ls": ("dynctl.cli.ls:ls", "All deployments of this user"),
+    "plan": ("dynctl.cli.plan:plan", "Show nodes, GPUs, ports and every command, start nothing"),
+    "validate": ("dynctl.cli.validate:validate", "Check a recipe, start nothing"),
+    "schema": ("dynctl.cli.schema:schema", "JSON Schema of a recipe, for editors"),
+    "recipes": ("dynctl.cli.recipes:recipes", "The recipes that come with dynctl"),
+    "completion": ("dynctl.cli.completion:completion", "Completion script for bash, zsh or fish"),
+    "version": ("dynctl.cli.version:version", "The version of dynctl"),
+}
+GROUPS = (
+    ("Run", ("up", "down")),
+    ("Look", ("ps", "status", "logs", "events", "chat", "ls")),
+    ("Prepare", ("plan", "validate", "schema", "recipes")),
+    ("Tool", ("completion", "version")),
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one command line and exit with its code."""
+    args = sys.argv[1:] if argv is None else argv
+    try:
+        code = dispatch(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output has gone; the interpreter must not complain of it once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = PIPE_CLOSED
+    except KeyboardInterrupt:
+        sys.stderr.write("\n")
+        code = INTERRUPTED
+    sys.exit(code)
+
+
+def dispatch(args: list[str]) -> int:
+    """Print the top-level help or run the verb; the exit code."""
+    if not args or args[0] in ("-h", "--help", "help"):
+        if len(args) > 1 and args[0] == "help":
+            return dispatch([args[1], "--help"])
+        sys.stdout.write(help_text(colour=wants_colour(sys.stdout.isatty(), os.environ)))
+        return 0
+    verb, rest = args[0], args[1:]
+    if verb in ("-V", "--version"):
+        verb = "version"
+    if verb not in VERBS:
+        from dynctl.cli.invoke import report, unknown_verb
+
+        return report(unknown_verb(verb, VERBS), as_json="--json" in rest)
+    from dynctl.cli.invoke import invoke
+
+    return invoke(verb, VERBS[verb][0], VERBS[verb][1], rest)
+
+
+def wants_colour(terminal: bool, environ: os._Environ[str] | dict[str, str]) -> bool:
+    """Colour only on a terminal, and never with NO_COLOR set to something (https://no-color.org)."""
+    return terminal and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
+
+
+def help_text(*, colour: bool) -> str:
+    """The top-level help."""
+
+    def bold(text: str) -> str:
+        return f"\033[1m{text}\033[0m" if colour else text
+
+    def cyan(text: str) -> str:
+        return f"\033[36m{text}\033[0m" if colour else text
+
+    lines = [
+        f"{bold('Usage:')} dynctl VERB [OPTIONS]",
+        "",
+        "One recipe to a running LLM service: KV-aware routing over stock engines,",
+        "prefill and decode apart or together, on one machine or many.",
+    ]
+    for title, verbs in GROUPS:
+        lines += ["", bold(f"{title}:")]
+        lines += [f"  {cyan(verb.ljust(11))} {VERBS[verb][1]}" for verb in verbs]
+    lines += [
+        "",
+        f"{bold('Start here:')}  dynctl up recipes/quickstart.yaml      no GPU, no download",
+        f"{bold('A verb:')}      dynctl VERB --help                     options and examples",
+        "",
+        "Data goes to standard output, prose to standard error; --json with every verb.",
+        "Runs are kept under $DYNCTL_HOME (default ~/.dynctl).",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
