@@ -131,3 +131,9 @@ class PortInUse(LaunchError):
     """A port that a process must listen on is taken."""
 
     kind = "port_in_use"
+
+
+class ProfileError(DynctlError):
+    """A performance profile is missing, unreadable or has the wrong shape; `where` is the file."""
+
+    kind = "profile"
