@@ -63,12 +63,21 @@ class EngineEnvironment:
 
 
 @dataclass(frozen=True, slots=True)
+class KvSource:
+    """Where the engine publishes KV events, by data-parallel rank, as dialled by the sidecar beside it."""
+
+    endpoints: tuple[str, ...]
+    replay_endpoints: tuple[str, ...]
+    topic: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineLaunch:
     """All that a command line of one replica depends on.
 
     `ranks`: one per node, the head first. `ports`: first port of each block that `port_needs` asked for.
     `disaggregated`: prefill and decode are apart. `args` and `env` are the recipe's, engine-wide ones and
-    the role's merged (the role wins).
+    the role's merged (the role wins). `external_kv`: what the recipe says of an engine that already runs.
     """
 
     model: ModelRef
@@ -82,6 +91,7 @@ class EngineLaunch:
     env: Mapping[str, str] = field(default_factory=dict)
     disaggregated: bool = False
     kv_events: bool = True
+    external_kv: KvSource | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,15 +149,6 @@ class Readiness:
 
 
 @dataclass(frozen=True, slots=True)
-class KvSource:
-    """Where the engine publishes its KV events, by data-parallel rank, as dialled by the sidecar beside it."""
-
-    endpoints: tuple[str, ...]
-    replay_endpoints: tuple[str, ...]
-    topic: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class EngineLoad:
     """An engine's load per data-parallel rank, read from its metrics."""
 
@@ -197,7 +198,10 @@ class PrefillDecode(Protocol):
     order: Literal["prefill_first", "concurrent"]
 
     def link(self, prefill_url: str, bootstrap_port: int, room: int) -> Json:
-        """Fields that tie both legs together ("concurrent" only; {} otherwise)."""
+        """Fields that tie both legs together; {} when the engine needs none. A new `room` for every try.
+
+        `room` is random, 1 to 2**63 - 1. Asked for once per try whatever `order` is, given to both legs.
+        """
         ...
 
     def prefill_body(self, request: Json, link: Json) -> Json:
@@ -205,7 +209,10 @@ class PrefillDecode(Protocol):
         ...
 
     def handoff(self, answer: Json, now_s: float) -> Handoff:
-        """Read prefill's answer. Raises EngineFailed when what decode needs is missing or incomplete."""
+        """Read prefill's answer. Raises EngineFailed when what decode needs is missing or incomplete.
+
+        The request may then be sent to decode plain (`decode_body` without a hand-off), never with that answer.
+        """
         ...
 
     def decode_body(self, request: Json, handoff: Handoff | None, link: Json) -> Json:
@@ -232,7 +239,12 @@ class Engine(Protocol):
         ...
 
     def commands(self, launch: EngineLaunch) -> tuple[Command, ...]:
-        """One command per rank (node) of the replica, in the order of `launch.ranks`."""
+        """One command per rank (node) of the replica, in the order of `launch.ranks`.
+
+        Only the head's when the engine starts its other nodes itself (MPI); none for engines that run already.
+        `files` are relative to the run directory, which is the working directory. Raises PlacementError when
+        the sizes cannot be spread over that many nodes.
+        """
         ...
 
     def check(self, roles: Sequence[RoleSettings], facts: ModelFacts | None) -> list[Finding]:

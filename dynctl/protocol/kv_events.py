@@ -22,7 +22,7 @@ EngineHash = int | bytes
 class EngineStored(msgspec.Struct, frozen=True, kw_only=True):
     """Blocks the engine now holds: consecutive; the first one's parent is `parent` (None = prompt start).
 
-    `token_ids` holds len(block_hashes) * block_size ids.
+    `token_ids` holds len(block_hashes) * block_size ids. `group` is the KV cache group of a hybrid model.
     """
 
     block_hashes: list[EngineHash]
@@ -32,13 +32,19 @@ class EngineStored(msgspec.Struct, frozen=True, kw_only=True):
     tier: Tier = "G1"
     lora_name: str = ""
     cache_salt: str = ""
+    group: int = 0
 
 
 class EngineRemoved(msgspec.Struct, frozen=True, kw_only=True):
-    """Blocks the engine no longer holds in `tier`."""
+    """Blocks the engine no longer holds in `tier`, for cache group `group` only.
+
+    Engines name the blocks of all groups by the same hashes but stores of groups other than full attention
+    are never shown, so a removal counts only when its group is the one the block was stored with.
+    """
 
     block_hashes: list[EngineHash]
     tier: Tier = "G1"
+    group: int = 0
 
 
 class EngineCleared(msgspec.Struct, frozen=True):
