@@ -1,0 +1,124 @@
+"""A client's JSON body: what the frontend reads of it, and the few fields it may change.
+
+Top-level values stay the client's own bytes (`msgspec.Raw`) unless a field is set or dropped here, so what
+the frontend does not know reaches the engine verbatim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import msgspec
+
+from dynctl.errors import RequestError
+
+T = TypeVar("T")
+
+Prompt = str | list[int | str | list[int]]
+Message = dict[str, msgspec.Raw]
+
+_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_PROMPT: msgspec.json.Decoder[Any] = msgspec.json.Decoder(Prompt | None)  # type: ignore[arg-type]
+_NULL = b"null"
+_WORDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    str: "a string",
+    dict: "an object",
+    list: "an array",
+}
+
+
+class Body:
+    """One request body. `original` is what the client sent, byte for byte."""
+
+    __slots__ = ("fields", "original")
+
+    def __init__(self, original: bytes, fields: dict[str, msgspec.Raw]) -> None:
+        self.original = original
+        self.fields = fields
+
+    @classmethod
+    def parse(cls, data: bytes) -> Body:
+        """Split the top level. Raises RequestError for bytes that are no JSON object."""
+        try:
+            return cls(data, _FIELDS.decode(data))
+        except msgspec.ValidationError as error:
+            raise RequestError("the body must be a JSON object", hint=str(error)) from error
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise RequestError(f"the body is not JSON: {error}") from error
+
+    def has(self, name: str) -> bool:
+        """Whether the field is there and not null."""
+        raw = self.fields.get(name)
+        return raw is not None and bytes(raw) != _NULL
+
+    def get(self, name: str, kind: type[T]) -> T | None:
+        """The field as `kind` (bool, int, str, dict, list), None when absent or null.
+
+        Raises RequestError that names the field.
+        """
+        raw = self.fields.get(name)
+        return None if raw is None else field_value(raw, kind, name)
+
+    def without(self, names: Iterable[str]) -> Body:
+        """This body, with `names` taken out; itself when it has none of them."""
+        present = [name for name in names if name in self.fields]
+        if not present:
+            return self
+        kept = {name: raw for name, raw in self.fields.items() if name not in present}
+        return Body(msgspec.json.encode(kept), kept)
+
+    def opened(self) -> dict[str, Any]:
+        """A new dict an engine's request contract may work on; values are still the client's bytes."""
+        return dict(self.fields)
+
+
+def encode(fields: Mapping[str, Any]) -> bytes:
+    """JSON bytes; `msgspec.Raw` values verbatim."""
+    return msgspec.json.encode(fields)
+
+
+def field_value(raw: msgspec.Raw, kind: type[T], name: str) -> T | None:
+    """Decode one value. Raises RequestError that names `name` and says what it should be."""
+    try:
+        return msgspec.json.decode(raw, type=kind | None)
+    except msgspec.ValidationError as error:
+        raise RequestError(f"`{name}` must be {_WORDS.get(kind, 'valid')}", where=name) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise RequestError(f"`{name}` is not JSON: {error}", where=name) from error
+
+
+def messages(body: Body) -> list[Message]:
+    """The chat messages, top level of each split. Raises RequestError naming the message at fault."""
+    raw = body.fields.get("messages")
+    if raw is None:
+        raise RequestError("`messages` is missing", where="messages")
+    try:
+        found = msgspec.json.decode(raw, type=list[Message])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise RequestError(f"`messages` must be an array of objects: {error}", where="messages") from error
+    if not found:
+        raise RequestError("`messages` must not be empty", where="messages")
+    for number, message in enumerate(found):
+        where = f"messages[{number}].role"
+        role = message.get("role")
+        if role is None or not field_value(role, str, where):
+            raise RequestError(f"`{where}` must be a string", where=where)
+    return found
+
+
+def prompt(body: Body) -> Prompt | None:
+    """The completion prompt, None when there is none. Raises RequestError when it is no prompt."""
+    raw = body.fields.get("prompt")
+    if raw is None:
+        return None
+    try:
+        found: Prompt | None = _PROMPT.decode(raw)
+        return found
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise RequestError(
+            "`prompt` must be a string, an array of strings, or one or more arrays of token ids",
+            where="prompt",
+        ) from error

@@ -1,0 +1,243 @@
+"""A request's prompt as tokens and sequence hashes, for routing; the engine still makes its own.
+
+Whatever cannot be tokenised here (no tokenizer at hand, images, options that change the prompt) is routed
+without hashes, and the reason is counted. Texts above `THREAD_CHARS` are worked on in a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+
+from dynctl.frontend.body import Body, messages, prompt
+from dynctl.kv.hashing import root_hash, sequence_hashes
+from dynctl.observability.metrics import Metrics
+from dynctl.protocol.instances import ModelCard
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from dynctl.frontend.template import ChatTemplate
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["chat", "completions"]
+THREAD_CHARS = 16_384
+_PROMPT_CHANGERS = ("chat_template", "truncate_prompt_tokens", "prompt_embeds", "add_special_tokens")
+"""Fields that make the engine's prompt differ from what is computed here."""
+
+
+class NotTokenised(Exception):
+    """There are no tokens for this request; `reason` is the stable word for the metric."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class PromptFacts:
+    """What routing and admission know of a prompt. `tokens` 0 and `hashes` None = not known."""
+
+    tokens: int = 0
+    hashes: Sequence[int] | None = None
+
+
+UNKNOWN = PromptFacts()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """What was found on disk for a model. `template_source` and `special_tokens` may be empty."""
+
+    tokenizer_json: Path | None
+    template_source: str
+    special_tokens: dict[str, str]
+
+
+class Preprocessor:
+    """Tokenises for one model. `warm` loads tokenizer and template; requests that come before wait for it."""
+
+    def __init__(self, card: ModelCard, metrics: Metrics) -> None:
+        self._card = card
+        self._metrics = metrics
+        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenise")
+        self._tokenizer: Tokenizer | None = None
+        self._template: ChatTemplate | None = None
+        self._loading: asyncio.Task[None] | None = None
+        self._template_seconds = metrics.histogram("template_seconds")
+        self._tokenize_seconds = metrics.histogram("tokenize_seconds")
+
+    def warm(self) -> asyncio.Task[None]:
+        """Begin to load, in a thread; the task ends when tokens can be made, or never will be."""
+        if self._loading is None:
+            self._loading = asyncio.create_task(self._load(), name="preprocess.load")
+        return self._loading
+
+    def close(self) -> None:
+        """Give the threads back without waiting for them."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def prepare(self, kind: Kind, body: Body, block_size: int, adapter: str = "") -> PromptFacts:
+        """Tokens and hashes of the prompt. Raises RequestError for fields that are wrong in themselves."""
+        try:
+            changed = next((name for name in _PROMPT_CHANGERS if body.has(name)), None)
+            if changed is not None:
+                raise NotTokenised(changed)
+            await asyncio.shield(self.warm())
+            root = root_hash(adapter, body.get("cache_salt", str) or "")
+            if len(body.original) <= THREAD_CHARS:
+                return self._prepare(kind, body, block_size, root)
+            return await asyncio.get_running_loop().run_in_executor(
+                self._threads, self._prepare, kind, body, block_size, root
+            )
+        except NotTokenised as why:
+            self._metrics.counter("tokenize_fallbacks_total", reason=why.reason).inc()
+            return UNKNOWN
+
+    def _prepare(self, kind: Kind, body: Body, block_size: int, root: int) -> PromptFacts:
+        tokens = self._chat_tokens(body) if kind == "chat" else self._completion_tokens(body)
+        if block_size <= 0:
+            return PromptFacts(tokens=len(tokens))
+        return PromptFacts(tokens=len(tokens), hashes=sequence_hashes(tokens, block_size, root))
+
+    def _chat_tokens(self, body: Body) -> Sequence[int]:
+        from dynctl.frontend.template import Unrenderable
+
+        if self._template is None:
+            raise NotTokenised("template_missing")
+        started = time.perf_counter()
+        try:
+            text = self._template.render(body, messages(body))
+        except Unrenderable as error:
+            logger.debug("prompt.unrenderable why=%s", error)
+            raise NotTokenised(error.reason) from error
+        self._template_seconds.observe(time.perf_counter() - started)
+        return self._encode(text, add_special_tokens=False)
+
+    def _completion_tokens(self, body: Body) -> Sequence[int]:
+        given = prompt(body)
+        if isinstance(given, list) and len(given) == 1 and not isinstance(given[0], int):
+            given = given[0] if isinstance(given[0], str) else list(given[0])
+        if isinstance(given, str):
+            return self._encode(given, add_special_tokens=True)
+        if not given or not all(isinstance(token, int) for token in given):
+            raise NotTokenised("batch" if given else "prompt_missing")
+        return [token for token in given if isinstance(token, int)]
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> Sequence[int]:
+        if self._tokenizer is None:
+            raise NotTokenised("tokenizer_missing")
+        started = time.perf_counter()
+        ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        self._tokenize_seconds.observe(time.perf_counter() - started)
+        return ids
+
+    async def _load(self) -> None:
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._threads, self._load_files)
+        except (OSError, ValueError) as error:
+            logger.warning("tokenizer.unusable model=%s why=%s", self._card.name, error)
+
+    def _load_files(self) -> None:
+        files = find_model_files(self._card)
+        if files.tokenizer_json is None:
+            logger.warning("tokenizer.missing model=%s path=%s", self._card.name, self._card.path)
+            return
+        from tokenizers import Tokenizer
+
+        try:
+            tokenizer = Tokenizer.from_file(str(files.tokenizer_json))
+        except Exception as error:  # the library raises bare Exception for a file it cannot read
+            raise ValueError(f"{files.tokenizer_json}: {error}") from error
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self._load_template(files)
+
+    def _load_template(self, files: ModelFiles) -> None:
+        from dynctl.frontend.template import ChatTemplate, Unrenderable
+
+        if not files.template_source:
+            logger.warning("chat_template.missing model=%s", self._card.name)
+            return
+        try:
+            self._template = ChatTemplate(files.template_source, files.special_tokens)
+        except Unrenderable as error:
+            logger.warning("chat_template.unusable model=%s why=%s", self._card.name, error)
+
+
+def find_model_files(card: ModelCard) -> ModelFiles:
+    """Tokenizer, chat template and special tokens of a model directory or a downloaded Hugging Face model.
+
+    The card's own tokenizer and chat template go first. Raises OSError or ValueError for files that cannot
+    be read.
+    """
+    tokenizer = Path(card.tokenizer or card.path or ".")
+    tokenizer_dir = (
+        tokenizer.parent if tokenizer.is_file() else local_model_dir(str(tokenizer), card.revision)
+    )
+    tokenizer_json = tokenizer if tokenizer.is_file() else _existing(tokenizer_dir, "tokenizer.json")
+    config = _json_file(_existing(tokenizer_dir, "tokenizer_config.json"))
+    special = _json_file(_existing(tokenizer_dir, "special_tokens_map.json")) | config
+    return ModelFiles(
+        tokenizer_json=tokenizer_json,
+        template_source=_template_source(card, tokenizer_dir, config),
+        special_tokens={name: _token(value) for name, value in special.items() if _is_token(name, value)},
+    )
+
+
+def local_model_dir(name: str, revision: str) -> Path | None:
+    """Where model `name` is: the directory itself, or its snapshot in the Hugging Face cache, or None."""
+    if os.path.isdir(name):
+        return Path(name)
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub")) / f"models--{name.replace('/', '--')}"
+    ref = cache / "refs" / (revision or "main")
+    snapshot = cache / "snapshots" / (ref.read_text().strip() if ref.is_file() else revision or "none")
+    return snapshot if snapshot.is_dir() else None
+
+
+def _template_source(card: ModelCard, directory: Path | None, config: dict[str, Any]) -> str:
+    if card.chat_template:
+        return Path(card.chat_template).read_text()
+    for where in (directory, local_model_dir(card.path, card.revision) if card.path else None):
+        file = _existing(where, "chat_template.jinja")
+        if file is not None:
+            return file.read_text()
+    named = _json_file(_existing(directory, "chat_template.json")).get("chat_template")
+    found = named or config.get("chat_template")
+    if isinstance(found, list):
+        found = next((entry["template"] for entry in found if entry.get("name") == "default"), "")
+    return found if isinstance(found, str) else ""
+
+
+def _existing(directory: Path | None, name: str) -> Path | None:
+    return directory / name if directory is not None and (directory / name).is_file() else None
+
+
+def _json_file(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _is_token(name: str, value: object) -> bool:
+    text = value.get("content") if isinstance(value, dict) else value
+    return name.endswith("_token") and isinstance(text, str)
+
+
+def _token(value: Any) -> str:
+    return str(value["content"]) if isinstance(value, dict) else str(value)

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import pytest
+
+from dynctl.errors import RequestError
+from dynctl.frontend.body import Body, encode, messages, prompt
+
+
+def test_broken_json_is_a_request_error() -> None:
+    for data in (b"", b"{", b'{"a": }', b'{"a": NaN}', b"\xff\xfe", b'{"a":1} x'):
+        with pytest.raises(RequestError, match="not JSON"):
+            Body.parse(data)
+
+
+def test_json_that_is_no_object_is_a_request_error() -> None:
+    for data in (b"[]", b"1", b'"x"', b"null"):
+        with pytest.raises(RequestError, match="must be a JSON object"):
+            Body.parse(data)
+
+
+def test_fields_are_read_by_type_and_the_error_names_the_field() -> None:
+    body = Body.parse(b'{"model": "m", "stream": true, "n": 2, "max_tokens": null}')
+    assert body.get("model", str) == "m"
+    assert body.get("stream", bool) is True
+    assert body.get("max_tokens", int) is None
+    assert body.get("absent", int) is None
+    assert body.has("n")
+    assert not body.has("max_tokens")
+    with pytest.raises(RequestError, match="`model` must be a whole number") as caught:
+        body.get("model", int)
+    assert caught.value.where == "model"
+
+
+def test_untouched_fields_stay_verbatim_when_one_is_taken_out() -> None:
+    data = b'{"x": 1.50e3, "kv_transfer_params": {"a": 1}, "u": "\\u00e9",  "nested": {"b" :[1 , 2]}}'
+    kept = Body.parse(data).without(["kv_transfer_params", "other"])
+    assert kept.original == b'{"x":1.50e3,"u":"\\u00e9","nested":{"b" :[1 , 2]}}'
+    assert not kept.has("kv_transfer_params")
+
+
+def test_a_field_whose_name_is_written_with_escapes_is_taken_out_too() -> None:
+    kept = Body.parse(b'{"kv_transfer\\u005fparams": 1, "kv_transfer_params": 2, "a": 3}').without(
+        ["kv_transfer_params"]
+    )
+    assert kept.original == b'{"a":3}'
+
+
+def test_nothing_to_take_out_keeps_the_original_bytes() -> None:
+    body = Body.parse(b'{ "a" : 1 }')
+    assert body.without(["b"]) is body
+
+
+def test_an_opened_body_can_be_changed_without_changing_the_request() -> None:
+    body = Body.parse(b'{"a": 1.0, "max_tokens": 5}')
+    opened = body.opened()
+    opened["max_tokens"] = 1
+    assert encode(opened) == b'{"a":1.0,"max_tokens":1}'
+    assert body.get("max_tokens", int) == 5
+
+
+@pytest.mark.parametrize(
+    ("data", "where"),
+    [
+        (b"{}", "messages"),
+        (b'{"messages": []}', "messages"),
+        (b'{"messages": null}', "messages"),
+        (b'{"messages": "hi"}', "messages"),
+        (b'{"messages": [1]}', "messages"),
+        (b'{"messages": [{"role": "user"}, {"content": "x"}]}', "messages[1].role"),
+        (b'{"messages": [{"role": 1}]}', "messages[0].role"),
+    ],
+)
+def test_bad_messages_are_named(data: bytes, where: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        messages(Body.parse(data))
+    assert caught.value.where == where
+
+
+def test_prompt_forms() -> None:
+    assert prompt(Body.parse(b'{"prompt": "hi"}')) == "hi"
+    assert prompt(Body.parse(b'{"prompt": [1, 2]}')) == [1, 2]
+    assert prompt(Body.parse(b'{"prompt": ["a", "b"]}')) == ["a", "b"]
+    assert prompt(Body.parse(b'{"prompt": [[1], [2]]}')) == [[1], [2]]
+    assert prompt(Body.parse(b"{}")) is None
+    for wrong in (b'{"prompt": 1}', b'{"prompt": {"a": 1}}', b'{"prompt": [[1, "a"]]}'):
+        with pytest.raises(RequestError) as caught:
+            prompt(Body.parse(wrong))
+        assert caught.value.where == "prompt"
