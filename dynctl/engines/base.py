@@ -211,7 +211,7 @@ class PrefillDecode(Protocol):
     def handoff(self, answer: Json, now_s: float) -> Handoff:
         """Read prefill's answer. Raises EngineFailed when what decode needs is missing or incomplete.
 
-        The request may then be sent to decode plain (`decode_body` without a hand-off), never with that answer.
+        The request may then go to decode plain (`decode_body` without a hand-off), never with that answer.
         """
         ...
 
@@ -241,7 +241,7 @@ class Engine(Protocol):
     def commands(self, launch: EngineLaunch) -> tuple[Command, ...]:
         """One command per rank (node) of the replica, in the order of `launch.ranks`.
 
-        Only the head's when the engine starts its other nodes itself (MPI); none for engines that run already.
+        Only the head's when the engine starts its other nodes itself (MPI); none for engines that run.
         `files` are relative to the run directory, which is the working directory. Raises PlacementError when
         the sizes cannot be spread over that many nodes.
         """

@@ -14,7 +14,7 @@ from dynctl.errors import EngineFailed
 
 PARAMS = "kv_transfer_params"
 LEASE_S = 30.0
-"""How long prefill keeps the blocks without a sign from decode (`kv_lease_duration`, the engine's default)."""
+"""How long prefill keeps the blocks without a sign from decode: the default of `kv_lease_duration`."""
 LEASE_MARGIN_S = 5.0
 """Kept back for decode's own queue: the lease must hold until decode has taken the request up."""
 _REQUIRED = ("remote_engine_id", "remote_request_id", "remote_host", "remote_port", "tp_size")
