@@ -109,6 +109,18 @@ class RequestError(DynctlError):
     kind = "request"
 
 
+class ModelNotFound(RequestError):
+    """The request names a model that is not served here."""
+
+    kind = "model_not_found"
+
+
+class Unauthorized(RequestError):
+    """The request carries no API key, or a wrong one."""
+
+    kind = "unauthorized"
+
+
 class ContextTooLong(RequestError):
     """Prompt plus asked-for tokens exceed the model's context."""
 

@@ -17,7 +17,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
 
     `tokenizer` and `chat_template` are paths readable where the frontend runs, or "" when unknown: then the
     frontend routes without tokens. `max_model_len` in tokens and `block_size` in tokens are what the engine
-    really uses; 0 = not known.
+    really uses; 0 = not known. `adapters` are LoRA names that the engine serves beside `name`.
     """
 
     name: str
@@ -27,6 +27,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     chat_template: str = ""
     max_model_len: int = 0
     block_size: int = 0
+    adapters: list[str] = []
 
 
 class Instance(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,7 +35,8 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
 
     Workers: `url` is the engine's own HTTP base, `events` the PUB endpoint of the sidecar's event plane
     ("" = no KV events), `control` its ZeroMQ ROUTER endpoint. Frontends: `url` is the public base.
-    `started_at` is Unix time in seconds. `pid` is the sidecar's, `engine_pid` the engine's (0 = none).
+    `bootstrap_port` is where decode engines meet a prefill engine, for engines that link both legs by it (0 =
+    none). `started_at` is Unix time in seconds. `pid` is the sidecar's, `engine_pid` the engine's (0 = none).
     """
 
     id: str
@@ -49,6 +51,7 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
     backend: str = ""
     model: ModelCard | None = None
     dp_size: int = 1
+    bootstrap_port: int = 0
     events: str = ""
     control: str = ""
     protocol: int = PROTOCOL_VERSION

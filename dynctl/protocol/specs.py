@@ -44,6 +44,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     engine_log: str = ""
     follower: bool = False
     dp_size: int = 1
+    bootstrap_port: int = 0
     kv_endpoints: list[str] = []
     kv_replay_endpoints: list[str] = []
     kv_topic: str = ""
