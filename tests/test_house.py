@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -131,7 +132,6 @@ def test_help_imports_nothing_heavy() -> None:
         "heavy = {'typer', 'rich', 'pydantic', 'yaml', 'zmq', 'msgspec', 'uvloop', 'asyncio', 'tokenizers'}\n"
         "sys.stderr.write(' '.join(sorted(heavy & set(sys.modules))))"
     )
-    import sys
 
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True
