@@ -1,0 +1,212 @@
+"""SGLang: command lines, environment, ports, checks, metrics. Written against 0.5.23."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from dynctl.command import Command
+from dynctl.engines import kv_dialect, log_lines, vllm_metrics
+from dynctl.engines.arguments import devices, flags, normalised, program, to_json
+from dynctl.engines.base import (
+    EngineInfo,
+    EngineLaunch,
+    EngineLoad,
+    Features,
+    Finding,
+    KvSource,
+    ModelFacts,
+    Parallel,
+    PrefillDecode,
+    Readiness,
+    RoleSettings,
+)
+from dynctl.engines.prometheus import samples, whole
+from dynctl.engines.sglang_checks import OWNED, PAGE_SIZE, check_role, check_transfer
+from dynctl.engines.sglang_disagg import LINK_FIELDS, BootstrapRoom
+from dynctl.errors import PlacementError
+from dynctl.protocol.instances import Role
+from dynctl.protocol.kv_events import EngineKvBatch
+
+TOPIC = "kv-events"
+TRANSFER_TIMEOUT_S = 120
+"""How long either leg waits for the other; the engine's 300 s keep KV blocks too long when a leg is lost."""
+_DIST_PORTS = 7
+"""The engine uses its dist-init port and the six above it, and one more per data-parallel rank."""
+
+_COUNTS = {"sglang:num_running_reqs": "running", "sglang:num_queue_reqs": "waiting"}
+_USAGE = "sglang:token_usage"
+_CAPACITY = "sglang:max_total_num_tokens"
+_NAME = re.compile(r"^-{0,2}[a-z0-9][a-z0-9_-]*$")
+
+
+class Sglang:
+    """`sglang serve`: one process group per node, OpenAI HTTP on the head node."""
+
+    name = "sglang"
+    # On SIGTERM it waits for all requests without limit and still takes new ones: not a drain to rely on.
+    features = Features(launches=True, disaggregation=True, kv_events="zmq", drains_on_sigterm=False)
+    owned_args: Mapping[str, str] = OWNED
+    readiness = Readiness(health="/ready", models="/v1/models")
+    load_path = "/metrics"
+    client_fields = LINK_FIELDS | {"routed_dp_rank", "data_parallel_rank"}
+    pd: PrefillDecode | None = BootstrapRoom()
+
+    def port_needs(self, launch_role: Role, parallel: Parallel, *, disaggregated: bool) -> dict[str, int]:
+        """Events and replay per data-parallel rank, prefill's bootstrap server, torch's start-up range."""
+        needs = {"http": 1, "kv_events": parallel.data, "kv_replay": parallel.data}
+        if disaggregated and launch_role == "prefill":
+            needs["bootstrap"] = 1
+        if parallel.gpus > 1:
+            needs["dist_init"] = _DIST_PORTS + parallel.data
+        return needs
+
+    def commands(self, launch: EngineLaunch) -> tuple[Command, ...]:
+        """The same command on each node, told apart by `--node-rank`."""
+        nodes = len(launch.ranks)
+        if nodes > 1 and launch.parallel.gpus % nodes:
+            raise PlacementError(
+                f"sglang cannot spread {launch.parallel.gpus} ranks evenly over {nodes} nodes",
+                where=f"{launch.role}-{launch.index}",
+                hint="choose sizes whose product is a multiple of the nodes a replica needs",
+            )
+        python_form = bool(launch.environment.python)
+        base = program(launch.environment, "sglang", ("sglang.launch_server",))
+        start = base if python_form else (*base, "serve")
+        tail = [*_size_flags(launch), *_kv_flags(launch), *_user_flags(launch)]
+        return tuple(
+            Command(
+                argv=(*start, *_model_flags(launch, number), *_node_flags(launch, number), *tail),
+                env=_environment(launch, number),
+            )
+            for number in range(nodes)
+        )
+
+    def check(self, roles: Sequence[RoleSettings], facts: ModelFacts | None) -> list[Finding]:
+        """Refusals of the engine and of its bootstrap handshake, and what that does not notice."""
+        found = [finding for role in roles for finding in check_role(role, facts)]
+        return found + check_transfer(roles)
+
+    def known_args(self, name: str) -> bool:
+        """Lower-case letters, digits, dashes, underscores."""
+        return _NAME.match(name) is not None
+
+    def kv_source(self, launch: EngineLaunch) -> KvSource | None:
+        """One publisher per data-parallel rank. Decode workers have none: they keep no prefix cache."""
+        if not _publishes(launch):
+            return None
+        local = launch.parallel.data // len(launch.ranks) or 1
+        addresses = [
+            "127.0.0.1" if rank < local else launch.ranks[rank // local].address
+            for rank in range(launch.parallel.data)
+        ]
+        first, replay = launch.ports["kv_events"], launch.ports["kv_replay"]
+        return KvSource(
+            endpoints=tuple(f"tcp://{host}:{first + rank}" for rank, host in enumerate(addresses)),
+            replay_endpoints=tuple(f"tcp://{host}:{replay + rank}" for rank, host in enumerate(addresses)),
+            topic=TOPIC,
+        )
+
+    def decode_kv(self, payload: bytes) -> EngineKvBatch:
+        """See `kv_dialect.decode`."""
+        return kv_dialect.decode(payload)
+
+    def load(self, metrics: bytes) -> list[EngineLoad]:
+        """Load by data-parallel rank (label `dp_rank`); its tensor-parallel ranks repeat values."""
+        return load(metrics)
+
+    def info(self, models: bytes, metrics: bytes) -> EngineInfo:
+        """Context length from the model list; the page size is in no metric, events tell it."""
+        return EngineInfo(max_model_len=vllm_metrics.max_model_len(models))
+
+    def error_lines(self, log: Sequence[str], limit: int) -> list[str]:
+        """See `log_lines.error_lines`."""
+        return log_lines.error_lines(log, limit)
+
+
+def load(metrics: bytes) -> list[EngineLoad]:
+    """Load by data-parallel rank, ranks rising; [] when there is no SGLang metric."""
+    counts: dict[int, dict[str, int]] = defaultdict(dict)
+    usage: dict[int, float] = {}
+    for sample in samples(metrics, (*_COUNTS, _USAGE)):
+        rank = whole(sample.labels.get("dp_rank", "0"))
+        if sample.name == _USAGE:
+            usage[rank] = max(usage.get(rank, 0.0), sample.value)
+        else:
+            field = _COUNTS[sample.name]
+            counts[rank][field] = max(counts[rank].get(field, 0), int(sample.value))
+    return [
+        EngineLoad(
+            rank=rank,
+            running=found["running"],
+            waiting=found.get("waiting", 0),
+            kv_usage=usage.get(rank, 0.0),
+        )
+        for rank, found in sorted(counts.items())
+        if "running" in found
+    ]
+
+
+def _model_flags(launch: EngineLaunch, number: int) -> list[str]:
+    model = launch.model
+    argv = ["--model-path", model.path, "--served-model-name", model.served_name]
+    argv += ["--host", launch.ranks[number].address, "--port", str(launch.ports["http"])]
+    for flag, value in (
+        ("--revision", model.revision),
+        ("--tokenizer-path", model.tokenizer),
+        ("--chat-template", model.chat_template),
+    ):
+        argv += [flag, value] if value else []
+    return argv
+
+
+def _node_flags(launch: EngineLaunch, number: int) -> list[str]:
+    nodes = len(launch.ranks)
+    if nodes == 1:
+        return []
+    meeting = f"{launch.ranks[0].address}:{launch.ports['dist_init']}"
+    return ["--nnodes", str(nodes), "--node-rank", str(number), "--dist-init-addr", meeting]
+
+
+def _size_flags(launch: EngineLaunch) -> list[str]:
+    sizes = launch.parallel
+    argv = ["--tp-size", str(sizes.tensor), "--pp-size", str(sizes.pipeline)]
+    argv += ["--dp-size", str(sizes.data)] if sizes.data > 1 else []
+    argv += ["--ep-size", str(sizes.expert)] if sizes.expert > 1 else []
+    return argv
+
+
+def _publishes(launch: EngineLaunch) -> bool:
+    keeps_prefixes = normalised(launch.args).get("disaggregation-decode-enable-radix-cache")
+    return launch.kv_events and (launch.role != "decode" or bool(keeps_prefixes))
+
+
+def _kv_flags(launch: EngineLaunch) -> list[str]:
+    argv: list[str] = []
+    if launch.disaggregated:
+        argv += ["--disaggregation-mode", launch.role, "--disaggregation-transfer-backend", "nixl"]
+        if launch.role == "prefill":
+            argv += ["--disaggregation-bootstrap-port", str(launch.ports["bootstrap"])]
+    if _publishes(launch):
+        events = {
+            "publisher": "zmq",
+            "endpoint": f"tcp://*:{launch.ports['kv_events']}",
+            "replay_endpoint": f"tcp://*:{launch.ports['kv_replay']}",
+            "topic": TOPIC,
+        }
+        argv += ["--kv-events-config", to_json(events)]
+    return argv
+
+
+def _user_flags(launch: EngineLaunch) -> list[str]:
+    return flags({"enable-metrics": True, "page-size": PAGE_SIZE, **normalised(launch.args)})
+
+
+def _environment(launch: EngineLaunch, number: int) -> dict[str, str]:
+    rank = launch.ranks[number]
+    env: dict[str, str] = {}
+    if launch.disaggregated:
+        env["SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT"] = str(TRANSFER_TIMEOUT_S)
+        env["SGLANG_DISAGGREGATION_WAITING_TIMEOUT"] = str(TRANSFER_TIMEOUT_S)
+    return {**env, **launch.env, **devices(rank.gpus), "SGLANG_HOST_IP": rank.address}
