@@ -1,28 +1,44 @@
-"""What a deployment is made of, down to every argument: a value that is printed, stored and started as it is."""
+"""A deployment down to every argument: a value that is printed, stored and started as it is.
+
+Pure and deterministic: the same recipe, inventory, taken ports and run make the same bytes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import msgspec
 
 from dynctl.command import Command
-from dynctl.errors import CodecError
+from dynctl.deploy.seats import (
+    Endpoints,
+    Seat,
+    Site,
+    controller_command,
+    engine_command,
+    engine_launch,
+    frontend_command,
+    worker_command,
+)
+from dynctl.deploy.seats import (
+    RunContext as RunContext,
+)
+from dynctl.engines import catalog
+from dynctl.engines.base import Engine, EngineLaunch, Rank
+from dynctl.errors import CodecError, PlacementError, PortInUse
+from dynctl.protocol.instances import Role
+from dynctl.recipe.check import parallel_of
+from dynctl.recipe.load import LoadedRecipe
+from dynctl.recipe.schema import Recipe
+from dynctl.topology.inventory import Host, Inventory
+from dynctl.topology.placement import Need, Placement, place
+from dynctl.topology.ports import PortAllocator
 
 PLAN_VERSION = 1
 
 Kind = Literal["controller", "worker", "frontend", "engine"]
-
-
-@dataclass(frozen=True, slots=True)
-class RunContext:
-    """What differs from run to run: its id, its directory (absolute), and the python that runs dynctl there."""
-
-    run_id: str
-    run_dir: str
-    python: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,3 +149,172 @@ def _shown_process(process: PlannedProcess) -> dict[str, Any]:
         "cwd": process.command.cwd or "",
         "files": sorted(process.command.files),
     }
+
+
+def build_plan(
+    loaded: LoadedRecipe, inventory: Inventory, taken_ports: Iterable[tuple[str, int]], run: RunContext
+) -> Plan:
+    """Place roles on nodes and GPUs, allocate ports, write every command.
+
+    `taken_ports` are (node name, port) that others hold. The recipe must have passed `check_recipe`. Raises
+    PlacementError when it does not fit, PortInUse when the frontend's own port is taken.
+    """
+    recipe = loaded.recipe
+    engine = catalog.get(recipe.backend)
+    try:
+        placement = place(_needs(recipe, engine), inventory)
+    except PlacementError as error:
+        raise PlacementError(error.message, where=loaded.where(error.where), hint=error.hint) from error
+    ports = PortAllocator(taken_ports)
+    head = inventory.hosts[0]
+    public = _public_port(loaded, head, ports)
+    registry, membership = (ports.allocate([head.name]) for _ in range(2))
+    endpoints = Endpoints(_tcp(head.address, registry), _tcp(head.address, membership))
+    site = Site(recipe, engine, run, endpoints)
+    processes = [
+        PlannedProcess(
+            id="controller",
+            kind="controller",
+            role="controller",
+            index=0,
+            node=head.name,
+            command=controller_command(site),
+            ports={"registry": registry, "membership": membership},
+        ),
+        PlannedProcess(
+            id="frontend-0",
+            kind="frontend",
+            role="frontend",
+            index=0,
+            node=head.name,
+            command=frontend_command(site, 0, head.name, public),
+            ports={"http": public},
+            depends=("controller",),
+        ),
+    ]
+    for role, section in recipe.roles.present().items():
+        for index in range(section.replicas):
+            processes += _replica(site, role, index, placement[role, index], ports)
+    return Plan(
+        name=recipe.name,
+        run_id=run.run_id,
+        target=recipe.target,
+        backend=recipe.backend,
+        model=recipe.model.name,
+        url=_public_url(recipe, head, public),
+        registry=endpoints.registry,
+        membership=endpoints.membership,
+        roles={role: section.replicas for role, section in recipe.roles.present().items()},
+        nodes=_nodes(inventory, placement, ports),
+        processes=tuple(processes),
+    )
+
+
+def _needs(recipe: Recipe, engine: Engine) -> list[Need]:
+    gpus = engine.features.gpus and engine.features.launches and recipe.engine.device == "gpu"
+    return [
+        Need(role, section.replicas, parallel_of(section), gpus=gpus, multi_node=engine.features.multi_node)
+        for role, section in recipe.roles.present().items()
+    ]
+
+
+def _replica(
+    site: Site, role: Role, index: int, ranks: tuple[Rank, ...], allocator: PortAllocator
+) -> list[PlannedProcess]:
+    """The sidecars of one replica, each followed by its part of the engine."""
+    engine, section = site.engine, site.recipe.roles.present()[role]
+    needs = engine.port_needs(role, parallel_of(section), disaggregated=role in ("prefill", "decode"))
+    nodes = [rank.node for rank in ranks]
+    ports = {name: allocator.allocate(nodes, count) for name, count in needs.items()}
+    launch = engine_launch(site.recipe, role, index, ranks, ports)
+    commands: Sequence[Command | None] = engine.commands(launch) or [None]
+    made: list[PlannedProcess] = []
+    for number, command in enumerate(commands):
+        made += _part(site, launch, number, command, allocator)
+    return made
+
+
+def _part(
+    site: Site, launch: EngineLaunch, number: int, command: Command | None, allocator: PortAllocator
+) -> list[PlannedProcess]:
+    """One sidecar and, when there is one to start, its part of the engine."""
+    suffix = f".{number}" if number else ""
+    replica = f"{launch.role}-{launch.index}"
+    rank = launch.ranks[number]
+    own = {name: allocator.allocate([rank.node]) for name in ("events", "control")}
+    marked = engine_command(site, replica + suffix, command) if command else None
+    url = _engine_url(site.recipe, launch)
+    seat = Seat(replica + suffix, launch, number, own, marked, url)
+    sidecar = PlannedProcess(
+        id=seat.id,
+        kind="worker",
+        role=launch.role,
+        index=launch.index,
+        node=rank.node,
+        command=worker_command(site, seat),
+        gpus=rank.gpus,
+        ports=own,
+        depends=("controller",),
+    )
+    if marked is None:
+        return [sidecar]
+    started = PlannedProcess(
+        id=f"{replica}/engine{suffix}",
+        kind="engine",
+        role=launch.role,
+        index=launch.index,
+        node=rank.node,
+        command=marked,
+        gpus=rank.gpus,
+        ports=launch.ports,
+        depends=(seat.id,),
+    )
+    return [sidecar, started]
+
+
+def _engine_url(recipe: Recipe, launch: EngineLaunch) -> str:
+    urls = recipe.roles.present()[launch.role].urls
+    if urls:
+        return urls[launch.index].rstrip("/")
+    return f"http://{_bracketed(launch.ranks[0].address)}:{launch.ports['http']}"
+
+
+def _public_port(loaded: LoadedRecipe, head: Host, ports: PortAllocator) -> int:
+    port = loaded.recipe.frontend.port
+    if port == 0:
+        return ports.allocate([head.name])
+    if not ports.take(head.name, port):
+        raise PortInUse(
+            f"port {port} of {head.name} is taken",
+            where=loaded.where("frontend.port"),
+            hint="end what listens there, or --set frontend.port=PORT (0 takes a free one)",
+        )
+    return port
+
+
+def _public_url(recipe: Recipe, head: Host, port: int) -> str:
+    host = head.address if recipe.frontend.host in ("0.0.0.0", "::", "") else recipe.frontend.host
+    return f"{'https' if recipe.frontend.tls else 'http'}://{_bracketed(host)}:{port}"
+
+
+def _nodes(inventory: Inventory, placement: Placement, ports: PortAllocator) -> tuple[PlannedNode, ...]:
+    """The nodes in use, in the order of the inventory."""
+    ranks = [rank for replica in placement.values() for rank in replica]
+    return tuple(
+        PlannedNode(
+            name=host.name,
+            address=host.address,
+            gpus=tuple(sorted(gpu for rank in ranks if rank.node == host.name for gpu in rank.gpus)),
+            ports=ports.given(host.name),
+        )
+        for host in inventory.hosts
+        if ports.given(host.name)
+    )
+
+
+def _tcp(address: str, port: int) -> str:
+    return f"tcp://{_bracketed(address)}:{port}"
+
+
+def _bracketed(address: str) -> str:
+    return f"[{address}]" if ":" in address else address

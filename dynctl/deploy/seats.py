@@ -1,0 +1,232 @@
+"""The command of each seat of a deployment, with the spec file it reads. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from dynctl.command import Command
+from dynctl.engines.base import (
+    Engine,
+    EngineEnvironment,
+    EngineLaunch,
+    KvSource,
+    ModelRef,
+    Rank,
+)
+from dynctl.protocol.instances import ModelCard, Role
+from dynctl.protocol.specs import EngineProcess, FrontendSpec, LimitsSpec, RouterSpec, WorkerSpec
+from dynctl.recipe.check import parallel_of
+from dynctl.recipe.schema import Recipe, RoleSection
+
+KEYS_FILE = "keys.json"
+
+
+@dataclass(frozen=True, slots=True)
+class RunContext:
+    """What differs from run to run: its id, its absolute directory, and the python that runs dynctl."""
+
+    run_id: str
+    run_dir: str
+    python: str
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoints:
+    """Where the controller listens: `registry` takes calls, `membership` publishes changes."""
+
+    registry: str
+    membership: str
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """What all seats of one deployment share."""
+
+    recipe: Recipe
+    engine: Engine
+    run: RunContext
+    endpoints: Endpoints
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """One sidecar and the part of the engine it starts: part `number` of replica `launch`."""
+
+    id: str
+    launch: EngineLaunch
+    number: int
+    ports: Mapping[str, int]
+    engine: Command | None
+    url: str
+
+    @property
+    def rank(self) -> Rank:
+        """Where this part is."""
+        return self.launch.ranks[self.number]
+
+
+def controller_command(site: Site) -> Command:
+    """The controller, which reads plan.json in its working directory."""
+    return _command(site, "controller", ("dynctl.controller", "--run-dir", site.run.run_dir))
+
+
+def frontend_command(site: Site, index: int, node: str, port: int) -> Command:
+    """A frontend and its spec."""
+    recipe, seat = site.recipe, f"frontend-{index}"
+    spec = FrontendSpec(
+        deployment=recipe.name,
+        id=seat,
+        index=index,
+        node=node,
+        host=recipe.frontend.host,
+        port=port,
+        registry=site.endpoints.registry,
+        membership=site.endpoints.membership,
+        keys_file=KEYS_FILE,
+        backend=recipe.backend,
+        model=model_card(recipe),
+        roles={role: section.replicas for role, section in recipe.roles.present().items()},
+        router=RouterSpec(**recipe.router.model_dump()),
+        limits=_limits(recipe),
+        api_key_hashes=[key.removeprefix("sha256:") for key in recipe.frontend.api_key],
+        tls_cert=recipe.frontend.tls.cert if recipe.frontend.tls else "",
+        tls_key=recipe.frontend.tls.key if recipe.frontend.tls else "",
+        drain_timeout_s=recipe.engine.drain_timeout,
+    )
+    return _with_spec(site, seat, "dynctl.frontend", spec, {})
+
+
+def worker_command(site: Site, seat: Seat) -> Command:
+    """A sidecar, its spec, and the files of its engine."""
+    recipe, launch, engine = site.recipe, seat.launch, seat.engine
+    follower = seat.number > 0
+    source = None if follower else site.engine.kv_source(launch)
+    spec = WorkerSpec(
+        deployment=recipe.name,
+        id=seat.id,
+        role=launch.role,
+        index=launch.index,
+        node=seat.rank.node,
+        backend=recipe.backend,
+        model=model_card(recipe),
+        url=seat.url,
+        registry=site.endpoints.registry,
+        keys_file=KEYS_FILE,
+        bind_host=seat.rank.address,
+        events_port=seat.ports["events"],
+        control_port=seat.ports["control"],
+        engine=EngineProcess(argv=list(engine.argv), env=dict(engine.env), cwd=engine.cwd or "")
+        if engine
+        else None,
+        engine_log=f"logs/{seat.id}.engine.log" if engine else "",
+        follower=follower,
+        dp_size=launch.parallel.data,
+        bootstrap_port=launch.ports.get("bootstrap", 0),
+        kv_endpoints=list(source.endpoints) if source else [],
+        kv_replay_endpoints=list(source.replay_endpoints) if source else [],
+        kv_topic=source.topic if source else "",
+        start_timeout_s=recipe.engine.start_timeout,
+        drain_timeout_s=recipe.engine.drain_timeout,
+        stop_timeout_s=recipe.engine.stop_timeout,
+    )
+    return _with_spec(site, seat.id, "dynctl.worker", spec, engine.files if engine else {})
+
+
+def engine_launch(
+    recipe: Recipe, role: Role, index: int, ranks: tuple[Rank, ...], ports: Mapping[str, int]
+) -> EngineLaunch:
+    """What the engine's command line is made from."""
+    section = recipe.roles.present()[role]
+    return EngineLaunch(
+        model=ModelRef(
+            path=recipe.model.path,
+            served_name=recipe.model.name,
+            revision=recipe.model.revision,
+            tokenizer=recipe.model.tokenizer,
+            chat_template=recipe.model.chat_template,
+        ),
+        role=role,
+        index=index,
+        parallel=parallel_of(section),
+        ranks=ranks,
+        ports=ports,
+        environment=EngineEnvironment(
+            venv=recipe.engine.venv or "",
+            python=recipe.engine.python or "",
+            container=recipe.engine.container or "",
+        ),
+        args={**recipe.engine.args, **section.args},
+        env={**recipe.engine.env, **section.env},
+        disaggregated=role in ("prefill", "decode"),
+        kv_events=recipe.router.mode == "kv",
+        external_kv=_external_kv(section, index),
+    )
+
+
+def engine_command(site: Site, seat_id: str, command: Command) -> Command:
+    """The engine's command as its sidecar runs it: marked as part of the run."""
+    env = {**command.env, **_marks(site, seat_id)}
+    return Command(command.argv, env, command.cwd or site.run.run_dir, command.files)
+
+
+def model_card(recipe: Recipe) -> ModelCard:
+    """The model as frontends and sidecars know it before its engine has spoken."""
+    model = recipe.model
+    return ModelCard(
+        name=model.name,
+        path=model.path,
+        revision=model.revision,
+        tokenizer=model.tokenizer,
+        chat_template=model.chat_template,
+    )
+
+
+def _external_kv(section: RoleSection, index: int) -> KvSource | None:
+    """An external engine's publishers; data-parallel rank r is at port + r, as engines count."""
+    if not section.kv_events:
+        return None
+    count = section.data_parallel
+    replay = section.kv_replay[index] if section.kv_replay else ""
+    return KvSource(
+        endpoints=_counted(section.kv_events[index], count),
+        replay_endpoints=_counted(replay, count) if replay else (),
+    )
+
+
+def _counted(endpoint: str, count: int) -> tuple[str, ...]:
+    base, _, port = endpoint.rpartition(":")
+    return tuple(f"{base}:{int(port) + rank}" for rank in range(count))
+
+
+def _limits(recipe: Recipe) -> LimitsSpec:
+    limits = recipe.frontend.limits
+    return LimitsSpec(
+        body_bytes=limits.body,
+        header_bytes=limits.headers,
+        header_timeout_s=limits.header_timeout,
+        body_timeout_s=limits.body_timeout,
+        idle_timeout_s=limits.idle_timeout,
+        request_timeout_s=limits.request_timeout,
+        first_byte_timeout_s=limits.first_byte_timeout,
+        stall_timeout_s=limits.stall_timeout,
+        max_connections=limits.max_connections,
+    )
+
+
+def _with_spec(site: Site, seat: str, module: str, spec: Any, files: Mapping[str, str]) -> Command:
+    name = f"specs/{seat}.json"
+    text = msgspec.json.format(msgspec.json.encode(spec), indent=2).decode() + "\n"
+    return _command(site, seat, (module, "--spec", name), {name: text, **files})
+
+
+def _command(site: Site, seat: str, module: Sequence[str], files: Mapping[str, str] | None = None) -> Command:
+    argv = (site.run.python, "-m", *module)
+    return Command(argv, _marks(site, seat), site.run.run_dir, files or {})
+
+
+def _marks(site: Site, seat: str) -> dict[str, str]:
+    return {"DYNCTL_PROCESS": seat, "DYNCTL_RUN": site.run.run_id}

@@ -1,0 +1,200 @@
+"""What the fields of a recipe mean together: refused before anything starts, each with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from dynctl.engines import catalog
+from dynctl.engines.base import Engine, Finding, Parallel, RoleSettings
+from dynctl.recipe.load import LoadedRecipe
+from dynctl.recipe.problems import Problem, as_error
+from dynctl.recipe.schema import Recipe, RoleSection
+
+_HTTP = ("http", "https")
+
+
+def check_recipe(loaded: LoadedRecipe) -> list[Problem]:
+    """The warnings. Raises RecipeError that tells all errors."""
+    recipe = loaded.recipe
+    engine = catalog.get(recipe.backend)
+    findings: list[Finding] = []
+    for rule in _RULES:
+        findings.extend(rule(recipe, engine))
+    findings.extend(_args(recipe, engine))
+    findings.extend(_model(loaded, engine))
+    if recipe.roles.encode is None:
+        findings.extend(engine.check(role_settings(recipe), loaded.model.facts))
+    found = {level: [_problem(loaded, f) for f in findings if f.level == level] for level in _LEVELS}
+    if found["error"]:
+        raise as_error(found["error"], loaded.file)
+    return list(dict.fromkeys(found["warning"]))
+
+
+_LEVELS = ("error", "warning")
+
+
+def role_settings(recipe: Recipe) -> list[RoleSettings]:
+    """Each role with its own and the engine-wide options merged, the role's winning."""
+    return [
+        RoleSettings(
+            role=role,
+            replicas=section.replicas,
+            parallel=parallel_of(section),
+            args={**recipe.engine.args, **section.args},
+            env={**recipe.engine.env, **section.env},
+            model=recipe.model.path,
+            urls=tuple(section.urls),
+        )
+        for role, section in recipe.roles.present().items()
+    ]
+
+
+def parallel_of(section: RoleSection) -> Parallel:
+    """The parallel sizes of a role."""
+    return Parallel(
+        tensor=section.tensor_parallel,
+        pipeline=section.pipeline_parallel,
+        data=section.data_parallel,
+        expert=section.expert_parallel,
+    )
+
+
+def _problem(loaded: LoadedRecipe, finding: Finding) -> Problem:
+    return Problem(loaded.where(finding.field), finding.message)
+
+
+def _error(field: str, message: str) -> Finding:
+    return Finding("error", field, message)
+
+
+def _roles(recipe: Recipe, engine: Engine) -> Iterator[Finding]:
+    roles = recipe.roles
+    if roles.encode is not None:
+        yield _error("roles.encode", "encode workers are not supported yet; remove the role")
+    apart = {"prefill": roles.prefill, "decode": roles.decode}
+    given = [name for name, section in apart.items() if section is not None]
+    if not recipe.roles.present():
+        yield _error("roles", "there is no role; give aggregated, or prefill and decode")
+    elif roles.aggregated is not None and given:
+        yield _error(
+            "roles", f"aggregated and {' and '.join(given)} exclude each other; give one or the other"
+        )
+    elif len(given) == 1:
+        other = "decode" if given == ["prefill"] else "prefill"
+        yield _error(f"roles.{given[0]}", f"{given[0]} alone serves nothing; give {other} too, or aggregated")
+    if given and not engine.features.disaggregation:
+        yield _error("roles", f"backend {recipe.backend} cannot do prefill and decode apart; use aggregated")
+    for role, section in roles.present().items():
+        if section.data_parallel > 1 and not engine.features.data_parallel:
+            yield _error(f"roles.{role}.data_parallel", f"backend {recipe.backend} has no data parallelism")
+
+
+def _frontend(recipe: Recipe, engine: Engine) -> Iterator[Finding]:
+    if recipe.frontend.replicas > 1:
+        yield _error("frontend.replicas", "more than one frontend is not supported yet; set it to 1")
+    if recipe.router.mode == "kv" and engine.features.kv_events == "none":
+        told = f"backend {recipe.backend} publishes no KV events: mode kv sees load only"
+        yield Finding("warning", "router.mode", told)
+
+
+def _environment(recipe: Recipe, engine: Engine) -> Iterator[Finding]:
+    given = [name for name in ("venv", "python") if getattr(recipe.engine, name) is not None]
+    if len(given) > 1:
+        yield _error("engine.python", "engine.venv and engine.python exclude each other; keep one")
+    if engine.features.launches:
+        return
+    for name in (*given, *(["container"] if recipe.engine.container else [])):
+        yield _error(f"engine.{name}", f"backend {recipe.backend} starts no engine; remove it")
+
+
+def _urls(recipe: Recipe, engine: Engine) -> Iterator[Finding]:
+    for role, section in recipe.roles.present().items():
+        at = f"roles.{role}"
+        if engine.features.launches:
+            for name in ("urls", "kv_events", "kv_replay"):
+                if getattr(section, name):
+                    yield _error(
+                        f"{at}.{name}",
+                        f"backend {recipe.backend} starts its own engines; only backend external takes this",
+                    )
+            continue
+        if not section.urls:
+            yield _error(at, "urls are missing: the base URL of each engine that runs already")
+        elif section.replicas != len(section.urls):
+            yield _error(f"{at}.replicas", f"{section.replicas} replicas but {len(section.urls)} urls")
+        for name in ("kv_events", "kv_replay"):
+            given = len(getattr(section, name))
+            if given not in (0, len(section.urls)):
+                yield _error(f"{at}.{name}", f"{given} endpoints for {len(section.urls)} urls; one for each")
+        yield from _addresses(at, section)
+
+
+def _addresses(at: str, section: RoleSection) -> Iterator[Finding]:
+    for i, url in enumerate(section.urls):
+        if not _is_address(url, _HTTP):
+            yield _error(f"{at}.urls.{i}", f"'{url}' is no URL; write http://host:port")
+    for name in ("kv_events", "kv_replay"):
+        for i, endpoint in enumerate(getattr(section, name)):
+            if not _is_address(endpoint, ("tcp",)) or urlsplit(endpoint).port is None:
+                yield _error(f"{at}.{name}.{i}", f"'{endpoint}' is no endpoint; write tcp://host:port")
+
+
+def _is_address(text: str, schemes: tuple[str, ...]) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in schemes and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
+def _hosts(recipe: Recipe, engine: Engine) -> Iterator[Finding]:
+    names = [host.name for host in recipe.hosts]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            yield _error(f"hosts.{i}.name", f"there are two hosts named '{name}'")
+
+
+def _args(recipe: Recipe, engine: Engine) -> Iterator[Finding]:
+    """Argument names: none that a recipe field sets, none that the engine cannot have."""
+    places: dict[str, Mapping[str, Any]] = {"engine.args": recipe.engine.args}
+    places |= {f"roles.{role}.args": section.args for role, section in recipe.roles.present().items()}
+    for at, args in places.items():
+        for name in args:
+            bare = name.lstrip("-")
+            owner = next((engine.owned_args[n] for n in _spellings(bare) if n in engine.owned_args), None)
+            if name != bare:
+                yield _error(f"{at}.{name}", f"write '{bare}', without leading dashes")
+            elif owner is not None:
+                yield _error(f"{at}.{name}", f"'{name}' is set by dynctl; use {owner}")
+            elif not engine.features.launches:
+                yield _error(f"{at}.{name}", f"backend {recipe.backend} starts no engine; remove it")
+            elif not engine.known_args(name):
+                yield _error(f"{at}.{name}", f"'{name}' is not an argument of {recipe.backend}")
+
+
+def _spellings(name: str) -> tuple[str, ...]:
+    return (name, name.replace("_", "-"), name.replace("-", "_"))
+
+
+def _model(loaded: LoadedRecipe, engine: Engine) -> Iterator[Finding]:
+    if (
+        loaded.recipe.router.mode == "kv"
+        and engine.features.kv_events != "none"
+        and not loaded.model.tokenizer
+    ):
+        told = (
+            "no tokenizer.json is at hand for this model: until it is, mode kv chooses by load only; "
+            "download the model or set model.tokenizer to a directory"
+        )
+        yield Finding("warning", "model.path", told)
+
+
+_RULES: tuple[Callable[[Recipe, Engine], Iterator[Finding]], ...] = (
+    _roles,
+    _frontend,
+    _environment,
+    _urls,
+    _hosts,
+)

@@ -1,0 +1,297 @@
+"""The recipe: what a user writes, field by field. `dynctl schema` prints this file as JSON Schema.
+
+Shapes only; what fields mean to each other is judged in `recipe.check`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from dynctl.engines import catalog
+from dynctl.protocol.instances import Role
+from dynctl.recipe.units import Duration, Size
+
+SCHEMA = "dynctl/v1"
+ROLES: tuple[Role, ...] = ("prefill", "decode", "aggregated", "encode")
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,46}[a-z0-9])?")
+_PERCENTILE = re.compile(r"p\d{1,2}(\.\d+)?")
+
+
+def _backend(value: str) -> str:
+    if value not in catalog.names():
+        raise ValueError(f"must be one of {', '.join(catalog.names())}, not {value!r}")
+    return value
+
+
+def _name(value: str) -> str:
+    if not _NAME.fullmatch(value):
+        raise ValueError(f"must be lower-case letters, digits and dashes, at most 48, not {value!r}")
+    return value
+
+
+def _percentile(value: str) -> str:
+    if not _PERCENTILE.fullmatch(value):
+        raise ValueError(f"must be a percentile such as p50, p95 or p99.9, not {value!r}")
+    return value
+
+
+def _env_value(value: object) -> object:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, str):
+        return value
+    raise ValueError('must be a string; quote it ("1", "true")')
+
+
+def _one_or_more(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+Count = Annotated[int, Field(ge=1)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Env = dict[str, Annotated[str, BeforeValidator(_env_value)]]
+Args = dict[str, Any]
+Weight = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Base of all parts: unknown keys are errors, nothing is coerced, nothing changes after loading."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class Model(Section):
+    """The model to serve."""
+
+    path: Annotated[str, Field(min_length=1)]
+    """Hugging Face id (org/name), model directory, or builtin:NAME for one that comes with dynctl."""
+    served_name: str = ""
+    """Name in the API; default: the last part of the path."""
+    revision: str = ""
+    """Hugging Face revision (branch, tag or commit)."""
+    tokenizer: str = ""
+    """Directory or Hugging Face id of another tokenizer than the model's own."""
+    chat_template: str = ""
+    """File of another chat template than the model's own."""
+
+    @property
+    def name(self) -> str:
+        """The name clients use."""
+        return self.served_name or self.path.rstrip("/").rsplit("/", 1)[-1].removeprefix("builtin:")
+
+
+class EngineSection(Section):
+    """Where the engine's code is and what all its processes are given."""
+
+    venv: str | None = None
+    """Virtual environment that holds the engine."""
+    python: str | None = None
+    """Python interpreter that can import the engine, instead of a venv."""
+    container: str | None = None
+    """Container image that holds the engine."""
+    device: Literal["gpu", "cpu"] = "gpu"
+    """`cpu`: the engine is a CPU build; no GPU is looked for or given."""
+    env: Env = Field(default_factory=dict)
+    """Environment variables of every engine process."""
+    args: Args = Field(default_factory=dict)
+    """Arguments passed through to the engine, by their own names: true is a bare flag, a mapping is JSON."""
+    start_timeout: Duration = 900.0
+    """How long an engine may take until it is ready."""
+    drain_timeout: Duration = 30.0
+    """How long running requests may take to end when a worker or frontend is stopped."""
+    stop_timeout: Duration = 10.0
+    """How long an engine may take to exit after SIGTERM before it is killed."""
+
+
+class RoleSection(Section):
+    """One kind of worker: how many, how large, and what only these are given."""
+
+    replicas: Count = 1
+    """How many independent engines."""
+    tensor_parallel: Count = 1
+    """GPUs that share each layer."""
+    pipeline_parallel: Count = 1
+    """Stages of layers."""
+    data_parallel: Count = 1
+    """Data-parallel ranks inside one replica."""
+    expert_parallel: Count = 1
+    """More than 1 spreads the experts of a mixture-of-experts model."""
+    args: Args = Field(default_factory=dict)
+    """Engine arguments of this role, over `engine.args`."""
+    env: Env = Field(default_factory=dict)
+    """Environment variables of this role, over `engine.env`."""
+    urls: list[str] = Field(default_factory=list)
+    """Backend external only: base URLs of engines that already run, one for each replica."""
+    kv_events: list[str] = Field(default_factory=list)
+    """Backend external only: their KV event publishers (tcp://host:port), in the order of `urls`."""
+    kv_replay: list[str] = Field(default_factory=list)
+    """Backend external only: their replay sockets (tcp://host:port), in the order of `urls`."""
+
+
+class Roles(Section):
+    """Either `aggregated`, or `prefill` and `decode`."""
+
+    prefill: RoleSection | None = None
+    """Workers that only compute prompts."""
+    decode: RoleSection | None = None
+    """Workers that only generate, from the KV blocks of a prefill worker."""
+    aggregated: RoleSection | None = None
+    """Workers that do both."""
+    encode: RoleSection | None = None
+    """Workers that encode images; not supported yet."""
+
+    def present(self) -> dict[Role, RoleSection]:
+        """The roles given, in a fixed order."""
+        found = {role: getattr(self, role) for role in ROLES}
+        return {role: section for role, section in found.items() if section is not None}
+
+
+class Tls(Section):
+    """Certificate and key of the frontend, PEM files."""
+
+    cert: str
+    """Certificate chain file."""
+    key: str
+    """Private key file."""
+
+
+class Limits(Section):
+    """Limits at the HTTP edge."""
+
+    body: Size = 64 * 1024 * 1024
+    """Largest request body."""
+    headers: Size = 32 * 1024
+    """Largest request head."""
+    header_timeout: Duration = 10.0
+    """For the head of a request to arrive."""
+    body_timeout: Duration = 60.0
+    """For the body of a request to arrive."""
+    idle_timeout: Duration = 75.0
+    """For the next request on an open connection."""
+    request_timeout: Duration = 3600.0
+    """For a whole answer."""
+    first_byte_timeout: Duration = 600.0
+    """For the first byte of an engine's answer."""
+    stall_timeout: Duration = 300.0
+    """Between two parts of an engine's answer."""
+    max_connections: Count = 8192
+    """Open client connections."""
+
+
+class Frontend(Section):
+    """The OpenAI-compatible HTTP server."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for all."""
+    port: Port = 8000
+    """Port to listen on; 0 takes a free one."""
+    replicas: Count = 1
+    """How many frontends; only 1 for now."""
+    api_key: Annotated[list[str], BeforeValidator(_one_or_more)] = Field(default_factory=list)
+    """Keys that clients must send, one or a list: the key itself, env:NAME, file:PATH, or sha256:HEX."""
+    tls: Tls | None = None
+    """Serve HTTPS."""
+    limits: Limits = Field(default_factory=Limits)
+    """Limits at the HTTP edge."""
+
+
+class Router(Section):
+    """How a worker is chosen for a request."""
+
+    mode: Literal["kv", "least_loaded", "round_robin"] = "kv"
+    """kv: the worker with the most of the prompt in its cache, weighed against load."""
+    overlap_credit: Weight = 1.0
+    """What a cached prompt block takes off the prefill load (mode kv)."""
+    prefill_load_scale: Weight = 1.0
+    """Weight of prefill load (mode kv)."""
+    decode_request_weight: Weight = 0.0
+    """Cost of each running request (mode kv)."""
+    temperature: Weight = 0.0
+    """0 takes the cheapest worker; more spreads over near ones (mode kv)."""
+
+
+class Sla(Section):
+    """What users may expect; kept for profiling and planning."""
+
+    ttft: Duration | None = None
+    """Time to first token."""
+    itl: Duration | None = None
+    """Time between tokens."""
+    percentile: Annotated[str, AfterValidator(_percentile)] = "p95"
+    """Share of requests that must meet them."""
+
+
+class Host(Section):
+    """One machine."""
+
+    name: Annotated[str, Field(min_length=1)]
+    """Short unique name."""
+    address: str = ""
+    """IP address or host name on the data network; default: the name."""
+    gpus: Annotated[int, Field(ge=0, le=64)] = 0
+    """How many GPUs it has."""
+    user: str = ""
+    """SSH user."""
+    port: Annotated[int, Field(ge=1, le=65535)] = 22
+    """SSH port."""
+
+
+class Slurm(Section):
+    """Where and for how long to run on Slurm."""
+
+    partition: str = ""
+    """Partition."""
+    account: str = ""
+    """Account."""
+    qos: str = ""
+    """Quality of service."""
+    time: Duration | None = None
+    """Time limit."""
+    nodes: Count | None = None
+    """Number of nodes."""
+    gpus_per_node: Count | None = None
+    """GPUs on each node."""
+    constraint: str = ""
+    """Node features."""
+    reservation: str = ""
+    """Reservation."""
+    options: dict[str, str | int | bool] = Field(default_factory=dict)
+    """Further sbatch options by name."""
+
+
+class Recipe(Section):
+    """One LLM service: model, engine, workers, router, frontend."""
+
+    schema_version: Literal["dynctl/v1"] = Field(alias="schema")
+    """Format of this file."""
+    name: Annotated[str, AfterValidator(_name)]
+    """Name of the deployment."""
+    description: str = ""
+    """One line for people."""
+    model: Model
+    """The model to serve."""
+    backend: Annotated[
+        str, AfterValidator(_backend), Field(json_schema_extra={"enum": list(catalog.names())})
+    ]
+    """The engine: one of those `dynctl schema` lists."""
+    engine: EngineSection = Field(default_factory=EngineSection)
+    """Where the engine is and what it is given."""
+    roles: Roles
+    """The workers."""
+    frontend: Frontend = Field(default_factory=Frontend)
+    """The HTTP server."""
+    router: Router = Field(default_factory=Router)
+    """How a worker is chosen."""
+    sla: Sla | None = None
+    """Service level wanted."""
+    target: Literal["local", "ssh", "slurm"] = "local"
+    """Where to run."""
+    hosts: list[Host] = Field(default_factory=list)
+    """Machines to place workers on, when no inventory file is given."""
+    slurm: Slurm | None = None
+    """Slurm job options."""
