@@ -82,3 +82,10 @@ def _local_gpus() -> int:
     if done.returncode != 0:
         return 0
     return sum(line.startswith("GPU ") for line in done.stdout.splitlines())
+
+
+def inventory_for(recipe: schema.Recipe, recipe_file: str, file: Path | None) -> Inventory:
+    """The machines to place on: those of `file`, else of the recipe's `hosts`, else this one."""
+    if file is not None:
+        return load_inventory(file)
+    return from_hosts(recipe.hosts, recipe_file) if recipe.hosts else discover_local()
