@@ -73,6 +73,12 @@ class PeerLost(TransportError):
     kind = "peer_lost"
 
 
+class ConnectFailed(PeerLost):
+    """No connection could be made: the request was not sent, so it may be sent elsewhere."""
+
+    kind = "connect_failed"
+
+
 class DeadlineExceeded(TransportError):
     """The other side did not answer in time."""
 
