@@ -14,10 +14,11 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
-    """Either `body` (msgpack of the op's answer), or an error: its stable `kind` and its message."""
+    """Either `body` (msgpack of the op's answer), or an error: its stable kind, message, where, hint."""
 
     id: int
     body: msgspec.Raw = msgspec.Raw(b"\xc0")
     error: str = ""
     message: str = ""
     where: str = ""
+    hint: str = ""

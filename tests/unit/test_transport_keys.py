@@ -1,0 +1,84 @@
+"""Keys on disk: private, whole, and checked when read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from dynctl.errors import TransportError
+from dynctl.transport.keys import Keys
+
+
+def test_saved_keys_are_read_back_and_private(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    keys = Keys.generate()
+    keys.save(path)
+    assert Keys.load(path) == keys
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert [p.name for p in tmp_path.iterdir()] == ["keys.json"]
+
+
+def test_secret_is_not_shown() -> None:
+    keys = Keys.generate()
+    assert keys.secret not in repr(keys)
+
+
+def test_two_pairs_differ() -> None:
+    assert Keys.generate() != Keys.generate()
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o644, 0o666])
+def test_keys_open_to_others_are_refused(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "keys.json"
+    Keys.generate().save(path)
+    path.chmod(mode)
+    with pytest.raises(TransportError, match=r"open to others.*chmod 600"):
+        Keys.load(path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_keys_of_another_user_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    Keys.generate().save(path)
+    os.chown(path, 12345, 12345)
+    with pytest.raises(TransportError, match="belong to user 12345"):
+        Keys.load(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{}",
+        b"nonsense",
+        b'{"version":2,"public":"a","secret":"b"}',
+        b'{"version":1,"public":"a","secret":"b"}',
+    ],
+)
+def test_broken_keys_file_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "keys.json"
+    path.write_bytes(content)
+    path.chmod(0o600)
+    with pytest.raises(TransportError, match="not a keys file") as caught:
+        Keys.load(path)
+    assert caught.value.where == str(path)
+
+
+def test_missing_keys_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TransportError, match="No such file"):
+        Keys.load(tmp_path / "keys.json")
+
+
+def test_directory_is_no_keys_file(tmp_path: Path) -> None:
+    with pytest.raises(TransportError, match="not a regular file"):
+        Keys.load(tmp_path)
+
+
+def test_save_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "keys.json"
+    target.mkdir()
+    with pytest.raises(OSError, match="directory"):
+        Keys.generate().save(target)
+    assert [p.name for p in tmp_path.iterdir()] == ["keys.json"]
