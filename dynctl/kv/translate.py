@@ -1,0 +1,187 @@
+"""From an engine's block hashes to dynctl's own: the engine's are opaque and differ per engine and version.
+
+Each stored block is hashed anew from its token ids (see `kv.hashing`), its parent found by the engine's hash.
+A parent that was never announced means that events were missed: the chain is skipped and counted, not
+guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from dynctl.errors import RequestError
+from dynctl.kv.hashing import extend, root_hash
+from dynctl.protocol.kv_events import (
+    Cleared,
+    EngineHash,
+    EngineKvBatch,
+    EngineRemoved,
+    EngineStored,
+    KvEvent,
+    Removed,
+    Stored,
+    Tier,
+)
+
+_U64 = (1 << 64) - 1
+
+
+@dataclass(slots=True)
+class Skipped:
+    """Blocks that were announced but could not be taken over, since the translator was made.
+
+    `unknown_parent`: events were missed before. `malformed`: token ids that do not fit the blocks, or are no
+    token ids. `partial`: blocks shorter than the engine's block size, which no prompt can be matched with.
+    """
+
+    unknown_parent: int = 0
+    malformed: int = 0
+    partial: int = 0
+
+
+class Translator:
+    """What one data-parallel rank of one engine holds, under both hashes.
+
+    `block_size` in tokens; 0 = learn it: the largest block announced (engines announce shorter ones only for
+    a prompt's last page). Repeats are harmless in G1. The offload tiers G2..G4 repeat a block once per holder
+    of it, so there each removal takes back one repeat (the engines' own rule).
+    """
+
+    def __init__(self, rank: int, block_size: int = 0) -> None:
+        self.rank = rank
+        self.block_size = block_size
+        self.skipped = Skipped()
+        self._own: dict[EngineHash, int] = {}
+        self._repeats: dict[Tier, dict[EngineHash, int]] = {}
+        self._holders: dict[Tier, dict[int, int]] = {}
+        self._partial: set[EngineHash] = set()
+
+    def feed(self, batch: EngineKvBatch) -> list[KvEvent]:
+        """The changes that `batch` makes, in its order; [] when it changes nothing.
+
+        The caller sees to it that `batch.rank` is this translator's.
+        """
+        out: list[KvEvent] = []
+        for event in batch.events:
+            if isinstance(event, EngineStored):
+                self._stored(event, out)
+            elif isinstance(event, EngineRemoved):
+                _emit(out, self._removed(event), event.tier, stored=False)
+            else:
+                self.reset()
+                out.append(Cleared())
+        return out
+
+    def snapshot(self) -> list[Stored]:
+        """All that is held, by tier: what a reader that knows nothing needs."""
+        return [Stored(list(holders), tier) for tier, holders in self._holders.items() if holders]
+
+    def reset(self) -> None:
+        """Forget all that is held. Counters and the block size stay."""
+        self._own.clear()
+        self._repeats.clear()
+        self._holders.clear()
+        self._partial.clear()
+
+    def _stored(self, event: EngineStored, out: list[KvEvent]) -> None:
+        names = [_normal(h) for h in event.block_hashes]
+        if event.block_size > self.block_size:
+            if self._own:
+                self.reset()
+                out.append(Cleared())
+            self.block_size = event.block_size
+        parent = None if event.parent is None else _normal(event.parent)
+        if event.block_size < self.block_size or parent in self._partial:
+            self.skipped.partial += len(names)
+            self._partial.update(names)
+            return
+        hashes = self._hashes(event, parent)
+        if hashes is not None:
+            changed = [
+                own for name, own in zip(names, hashes, strict=True) if self._hold(name, own, event.tier, out)
+            ]
+            _emit(out, changed, event.tier, stored=True)
+
+    def _hashes(self, event: EngineStored, parent: EngineHash | None) -> list[int] | None:
+        """dynctl's hashes of the blocks of `event`; None (and counted) when they cannot be known."""
+        count = len(event.block_hashes)
+        if event.block_size < 1 or len(event.token_ids) != count * event.block_size:
+            self.skipped.malformed += count
+            return None
+        before = root_hash(event.lora_name, event.cache_salt) if parent is None else self._own.get(parent)
+        if before is None:
+            self.skipped.unknown_parent += count
+            return None
+        try:
+            return extend(before, event.token_ids, event.block_size)
+        except RequestError:
+            self.skipped.malformed += count
+            return None
+
+    def _hold(self, name: EngineHash, own: int, tier: Tier, out: list[KvEvent]) -> bool:
+        """Note that `name` is in `tier`. Returns whether `own` is new there."""
+        if self._own.setdefault(name, own) != own:
+            self._forget(name, out)
+            self._own[name] = own
+        repeats = self._repeats.setdefault(tier, {})
+        if name in repeats:
+            if tier != "G1":
+                repeats[name] += 1
+            return False
+        repeats[name] = 1
+        holders = self._holders.setdefault(tier, {})
+        holders[own] = holders.get(own, 0) + 1
+        return holders[own] == 1
+
+    def _removed(self, event: EngineRemoved) -> Iterable[int]:
+        """Take the blocks of `event` out of its tier; yields the hashes nobody there holds any more."""
+        repeats = self._repeats.get(event.tier, {})
+        for raw in event.block_hashes:
+            name = _normal(raw)
+            self._partial.discard(name)
+            if name not in repeats:
+                continue
+            repeats[name] -= 1
+            if not repeats[name]:
+                own = self._own[name]
+                if self._drop(name, event.tier):
+                    yield own
+
+    def _drop(self, name: EngineHash, tier: Tier) -> bool:
+        """End that `name` is in `tier`. Returns whether its own hash is gone from there."""
+        own = self._own[name]
+        del self._repeats[tier][name]
+        if not any(name in repeats for repeats in self._repeats.values()):
+            del self._own[name]
+        holders = self._holders[tier]
+        holders[own] -= 1
+        if holders[own]:
+            return False
+        del holders[own]
+        return True
+
+    def _forget(self, name: EngineHash, out: list[KvEvent]) -> None:
+        """The engine gave `name` to other tokens: what it stood for is gone, in all tiers."""
+        own = self._own[name]
+        for tier in [tier for tier, repeats in self._repeats.items() if name in repeats]:
+            if self._drop(name, tier):
+                _emit(out, [own], tier, stored=False)
+
+
+def _normal(name: EngineHash) -> EngineHash:
+    """Engines write the same 64 bits signed or unsigned; bytes stay as they are."""
+    return name & _U64 if isinstance(name, int) else name
+
+
+def _emit(out: list[KvEvent], hashes: Iterable[int], tier: Tier, *, stored: bool) -> None:
+    """Append one event, or lengthen the last one when it is of the same kind and tier."""
+    fresh = list(hashes)
+    if not fresh:
+        return
+    kind = Stored if stored else Removed
+    last = out[-1] if out else None
+    if isinstance(last, kind) and last.tier == tier:
+        last.hashes.extend(fresh)
+    else:
+        out.append(kind(fresh, tier))
