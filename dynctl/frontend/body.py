@@ -19,7 +19,7 @@ Prompt = str | list[int | str | list[int]]
 Message = dict[str, msgspec.Raw]
 
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_PROMPT: msgspec.json.Decoder[Any] = msgspec.json.Decoder(Prompt | None)  # type: ignore[arg-type]
+_PROMPT: msgspec.json.Decoder[Any] = msgspec.json.Decoder(Prompt | None)
 _NULL = b"null"
 _WORDS: dict[Any, str] = {
     bool: "true or false",

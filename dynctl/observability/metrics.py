@@ -41,6 +41,7 @@ class Metric:
 
 
 _MODEL = ("model",)
+_RANK = ("worker", "rank")
 _RATIO = tuple(i / 10 for i in range(11))
 
 FRONTEND: tuple[Metric, ...] = (
@@ -122,22 +123,18 @@ FRONTEND: tuple[Metric, ...] = (
     ),
     Metric("router_choice_seconds", "histogram", "Choosing a worker.", (), log_buckets(0.000001, 0.1, 16)),
     Metric("router_workers", "gauge", "Workers that may be given requests.", ("role",)),
-    Metric("router_kv_blocks", "gauge", "KV blocks the index holds for a worker.", ("worker", "rank")),
+    Metric("router_worker_requests", "gauge", "Requests a worker has, ours and those it reports.", _RANK),
+    Metric("router_kv_blocks", "gauge", "KV blocks the index holds for a worker.", _RANK),
+    Metric("router_kv_synced", "gauge", "1 when the index knows all the worker's KV events.", _RANK),
+    Metric("router_kv_gaps_total", "counter", "Gaps seen in a worker's numbered KV events.", _RANK),
     Metric(
-        "router_kv_batches_total", "counter", "KV event batches received from the event plane.", ("worker",)
-    ),
-    Metric("router_kv_gaps_total", "counter", "Gaps seen in a worker's numbered KV events.", ("worker",)),
-    Metric(
-        "router_kv_syncs_total",
-        "counter",
-        "Catch-ups asked of a worker. outcome: replay, snapshot or failed.",
-        ("worker", "outcome"),
+        "router_kv_reloads_total", "counter", "Times a worker's index was begun anew from a snapshot.", _RANK
     ),
     Metric(
-        "router_kv_index_resets_total",
+        "router_kv_worker_resets_total",
         "counter",
-        "Times a worker's index was thrown away and begun anew.",
-        ("worker",),
+        "Times a worker lost its engine's KV events for good, as it says.",
+        _RANK,
     ),
 )
 """All metrics of a frontend."""
@@ -155,6 +152,10 @@ class Counter:
         """Add `amount`."""
         self.value += amount
 
+    def set(self, value: float) -> None:
+        """Make it `value`: for what is counted elsewhere."""
+        self.value = value
+
 
 class Gauge(Counter):
     """A value that is set, or asked for when metrics are read."""
@@ -168,10 +169,6 @@ class Gauge(Counter):
     def dec(self, amount: float = 1.0) -> None:
         """Take `amount` away."""
         self.value -= amount
-
-    def set(self, value: float) -> None:
-        """Make it `value`."""
-        self.value = value
 
 
 class Histogram:

@@ -1,0 +1,92 @@
+"""Which requests are let in: the right key, a model that is served, a prompt that fits. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterable
+
+from dynctl.errors import ContextTooLong, ModelNotFound, RequestError, Unauthorized
+from dynctl.frontend.body import Body
+from dynctl.protocol.instances import Instance, ModelCard
+
+
+class ApiKeys:
+    """The keys that open `/v1`. `hashes` are SHA-256 hex digests; none = everybody may."""
+
+    def __init__(self, hashes: Iterable[str]) -> None:
+        self._hashes = tuple(digest.lower().encode() for digest in hashes)
+
+    @property
+    def asked_for(self) -> bool:
+        """Whether a key is needed at all."""
+        return bool(self._hashes)
+
+    def check(self, authorization: bytes | None) -> None:
+        """Raises Unauthorized unless the header carries one of the keys; a near miss takes as long as any."""
+        if not self._hashes:
+            return
+        scheme, _, key = (authorization or b"").partition(b" ")
+        if scheme.lower() != b"bearer" or not key.strip():
+            raise Unauthorized("an API key is needed", hint="send `Authorization: Bearer <key>`")
+        digest = hashlib.sha256(key.strip()).hexdigest().encode()
+        if not any([hmac.compare_digest(digest, known) for known in self._hashes]):
+            raise Unauthorized("the API key is not valid here")
+
+
+class Models:
+    """The names that are served, and what the workers say of the model. One base model a deployment."""
+
+    def __init__(self, card: ModelCard) -> None:
+        self.card = card
+        self.adapters: frozenset[str] = frozenset(card.adapters)
+        self.max_model_len = card.max_model_len
+
+    def members_changed(self, instances: Iterable[Instance]) -> None:
+        """Take over what the workers there are now report: the shortest context, all adapters."""
+        cards = [instance.model for instance in instances if instance.model is not None]
+        lengths = [card.max_model_len for card in cards if card.max_model_len > 0]
+        self.max_model_len = min(lengths, default=self.card.max_model_len)
+        self.adapters = frozenset(self.card.adapters).union(*(card.adapters for card in cards))
+
+    def names(self) -> list[str]:
+        """Every name a request may carry, the base model first."""
+        return [self.card.name, *sorted(self.adapters - {self.card.name})]
+
+    def adapter(self, name: str) -> str:
+        """The LoRA adapter that `name` means, "" for the base model. Raises ModelNotFound."""
+        if name == self.card.name:
+            return ""
+        if name in self.adapters:
+            return name
+        raise ModelNotFound(
+            f"The model `{name}` does not exist",
+            where="model",
+            hint=f"served here: {', '.join(self.names())}",
+        )
+
+
+def asked_tokens(body: Body) -> int | None:
+    """The most tokens the client wants; None when it does not say. Raises RequestError for a wrong type."""
+    limits = [body.get(name, int) for name in ("max_completion_tokens", "max_tokens")]
+    for name, limit in zip(("max_completion_tokens", "max_tokens"), limits, strict=True):
+        if limit is not None and limit < 0:
+            raise RequestError(f"`{name}` must not be negative", where=name)
+    return next((limit for limit in limits if limit is not None), None)
+
+
+def check_context(prompt_tokens: int, asked: int | None, max_model_len: int) -> None:
+    """Raises ContextTooLong unless prompt and answer fit. 0 tokens or 0 length = not known: let through."""
+    if not prompt_tokens or not max_model_len:
+        return
+    if prompt_tokens + (1 if asked is None else asked) <= max_model_len:
+        return
+    told = f"This model's maximum context length is {max_model_len} tokens. However, "
+    if asked is None or prompt_tokens >= max_model_len:
+        told += f"your messages resulted in {prompt_tokens} tokens. Please reduce the length of the messages."
+    else:
+        told += (
+            f"you requested {prompt_tokens + asked} tokens ({prompt_tokens} in the messages, {asked} in the "
+            "completion). Please reduce the length of the messages or completion."
+        )
+    raise ContextTooLong(told, where="messages")

@@ -1,0 +1,89 @@
+"""One client request as the pipeline sees it: read, checked, stripped of what only dynctl may say."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from dataclasses import dataclass
+from typing import Literal
+
+from dynctl.errors import RequestError
+from dynctl.frontend import body as bodies
+from dynctl.frontend.accounts import Account
+from dynctl.frontend.admission import Models, asked_tokens
+from dynctl.frontend.body import Body
+from dynctl.http.server import Request
+
+Kind = Literal["chat", "completions", "other"]
+
+_REQUEST_ID = re.compile(rb"[!-~]{1,128}")
+_PASSED_ON = (b"accept", b"traceparent", b"tracestate")
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One engine path: the label it has in metrics, and whether it generates from a prompt known here."""
+
+    path: str
+    label: str
+    kind: Kind = "other"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """`body` carries no field that only dynctl may set. `headers` go to the engine as they are."""
+
+    endpoint: Endpoint
+    body: Body
+    adapter: str
+    stream: bool
+    asked: int | None
+    request_id: bytes
+    headers: tuple[tuple[bytes, bytes], ...]
+    account: Account
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """The part of a request that is checked before it is counted as one: its body's form, model, options."""
+
+    body: Body
+    model: str
+    adapter: str
+    stream: bool
+    asked: int | None
+
+
+def read_form(endpoint: Endpoint, data: bytes, models: Models, owned_fields: frozenset[str]) -> Form:
+    """Read a body. Raises RequestError naming the field at fault, ModelNotFound."""
+    body = Body.parse(data).without(owned_fields)
+    model = body.get("model", str)
+    if model is None:
+        if endpoint.kind != "other":
+            raise RequestError(
+                "`model` is missing", where="model", hint=f"one of {', '.join(models.names())}"
+            )
+        model = models.card.name
+    adapter = models.adapter(model)
+    stream = body.get("stream", bool) is True
+    if endpoint.kind == "other":
+        return Form(body, model, adapter, stream, None)
+    for name, kind in (("n", int), ("stream_options", dict)):
+        body.get(name, kind)
+    if endpoint.kind == "chat":
+        bodies.messages(body)
+    elif bodies.prompt(body) is None and not body.has("prompt_embeds"):
+        raise RequestError("`prompt` is missing", where="prompt")
+    return Form(body, model, adapter, stream, asked_tokens(body))
+
+
+def request_id(request: Request) -> bytes:
+    """The client's `x-request-id` when it is printable and short, else a new one."""
+    given = request.header(b"x-request-id")
+    return given if given and _REQUEST_ID.fullmatch(given) else secrets.token_hex(16).encode()
+
+
+def engine_headers(request: Request, id_: bytes, *, pass_key: bool) -> tuple[tuple[bytes, bytes], ...]:
+    """What of the client's headers the engine is to see; its key only where this frontend asks for none."""
+    passed = (*_PASSED_ON, b"authorization") if pass_key else _PASSED_ON
+    return ((b"x-request-id", id_), *(pair for pair in request.headers if pair[0] in passed))

@@ -1,0 +1,133 @@
+"""A frontend without its sockets to the rest of the deployment: router, pipeline and routes, put together.
+
+`service` feeds it the membership and the event plane; so can anything else.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from random import Random
+from typing import Any
+
+from dynctl.engines import catalog
+from dynctl.frontend.accounts import Accounts
+from dynctl.frontend.admission import ApiKeys, Models
+from dynctl.frontend.pipeline import Parts, Pipeline, flow_for
+from dynctl.frontend.preprocess import Preprocessor
+from dynctl.frontend.server import Edge, Routes, tell
+from dynctl.frontend.upstream import Upstream
+from dynctl.http.client import Client
+from dynctl.observability.metrics import Metrics
+from dynctl.protocol.instances import Role
+from dynctl.protocol.registry import Member
+from dynctl.protocol.specs import FrontendSpec
+from dynctl.router.service import Router, WorkerLinks
+
+_WORKER_SERIES = ("router_kv_blocks", "router_kv_synced", "router_worker_requests")
+
+
+class Core:
+    """Make it inside a running loop; `routes` is the handler to serve. `close` it at the end."""
+
+    def __init__(self, spec: FrontendSpec, links: WorkerLinks, rng: Random | None = None) -> None:
+        self._spec = spec
+        self._engine = catalog.get(spec.backend)
+        self._members: dict[str, Member] = {}
+        rng = rng or Random()
+        self.metrics = Metrics()
+        self.router = Router(spec.router, links, block_size=spec.model.block_size, rng=rng)
+        self.models = Models(spec.model)
+        self._client = Client()
+        self._upstream = Upstream(self._client, spec.limits, self.metrics)
+        self._preprocessor = Preprocessor(spec.model, self.metrics) if spec.router.mode == "kv" else None
+        self.routes = Routes(self._edge(rng))
+
+    def warm(self) -> None:
+        """Begin to load what the first request would otherwise wait for."""
+        if self._preprocessor is not None:
+            self._preprocessor.warm()
+
+    async def close(self) -> None:
+        """End the router's tasks and the connections to engines."""
+        await self.router.close()
+        await self._client.close()
+        if self._preprocessor is not None:
+            self._preprocessor.close()
+
+    def members_changed(self, upserts: Sequence[Member], removed: Sequence[str]) -> None:
+        """Take over a change of the membership."""
+        self.router.members_changed(upserts, removed)
+        for member in upserts:
+            if member.instance.role != "frontend":
+                known = self._members.get(member.instance.id)
+                if known is None or known.instance.incarnation != member.instance.incarnation:
+                    self._upstream.forget(member.instance.id)
+                self._members[member.instance.id] = member
+        for worker in removed:
+            self._members.pop(worker, None)
+            for name in _WORKER_SERIES:
+                self.metrics.drop(name, worker=worker)
+        self.models.members_changed([member.instance for member in self._members.values()])
+
+    def health(self) -> dict[str, Any]:
+        """Per role what is wanted and what is there, and why requests cannot be served ([] = they can)."""
+        ready = self._ready()
+        reasons = self.router.ready(self._spec.roles)
+        return {
+            "status": "not_ready" if reasons else "ready",
+            "model": self._spec.model.name,
+            "reasons": reasons,
+            "roles": {
+                role: {"ready": ready[role], "wanted": wanted} for role, wanted in self._spec.roles.items()
+            },
+            "doubts": self.router.doubts(),
+        }
+
+    def refresh_metrics(self) -> None:
+        """Set the gauges that are read off the router; to be called before metrics are shown."""
+        metrics, model = self.metrics, self._spec.model.name
+        ready = self._ready()
+        for role in self._spec.roles:
+            metrics.gauge("router_workers", role=role).set(ready[role])
+        metrics.gauge("model_ready", model=model).set(float(not self.router.ready(self._spec.roles)))
+        for (worker, rank), load in self.router.loads().items():
+            metrics.gauge("router_worker_requests", worker=worker, rank=str(rank)).set(load.requests)
+        held = self.router.held()
+        for stream in self.router.streams():
+            labels = {"worker": stream.worker, "rank": str(stream.rank)}
+            metrics.gauge("router_kv_blocks", **labels).set(held.get((stream.worker, stream.rank), 0))
+            metrics.gauge("router_kv_synced", **labels).set(float(stream.state == "synced"))
+            metrics.counter("router_kv_gaps_total", **labels).set(stream.gaps)
+            metrics.counter("router_kv_reloads_total", **labels).set(stream.reloads)
+            metrics.counter("router_kv_worker_resets_total", **labels).set(stream.worker_resets)
+
+    def _ready(self) -> Counter[str]:
+        return Counter(member.instance.role for member in self._members.values() if member.state == "ready")
+
+    def _edge(self, rng: Random) -> Edge:
+        spec = self._spec
+        parts = Parts(
+            router=self.router,
+            upstream=self._upstream,
+            models=self.models,
+            metrics=self.metrics,
+            rng=rng,
+            preprocessor=self._preprocessor,
+            tell=tell,
+            request_timeout_s=spec.limits.request_timeout_s,
+        )
+        flow = flow_for(frozenset(spec.roles), self._engine.pd)
+        other: Role = "decode" if "decode" in spec.roles else "aggregated"
+        return Edge(
+            pipeline=Pipeline(parts, flow, other),
+            models=self.models,
+            keys=ApiKeys(spec.api_key_hashes),
+            accounts=Accounts(self.metrics),
+            metrics=self.metrics,
+            health=self.health,
+            refresh=self.refresh_metrics,
+            owned_fields=self._engine.client_fields,
+            started_at=int(time.time()),
+        )

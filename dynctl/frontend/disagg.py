@@ -1,0 +1,152 @@
+"""Prefill and decode on different workers: the two orders an engine may want them in.
+
+prefill_first: prefill's answer carries the hand-off, which decode gets once, for this prompt, in time; every
+other use gives wrong text with status 200 or ends the decode engine. So it is checked where it is read
+(`PrefillDecode.handoff`) and guarded until it is sent (`HandoffGuard`); when in doubt, prefill runs again.
+
+concurrent: both legs at once, tied by a link; prefill's answer is dropped. The end of one leg by error ends
+the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import msgspec
+
+from dynctl.engines.base import Handoff, PrefillDecode
+from dynctl.errors import DynctlError, EngineFailed
+from dynctl.frontend.body import encode
+from dynctl.frontend.pipeline import Attempt, Flow
+from dynctl.frontend.retry import AttemptFailed
+from dynctl.frontend.upstream import Leg
+from dynctl.http.client import Response
+from dynctl.router.prefill import HandoffGuard, Refused
+from dynctl.router.service import Choice
+
+_ROOM_BITS = 62
+
+
+def flow_for(contract: PrefillDecode) -> Flow:
+    """The flow of an engine's prefill/decode contract."""
+    if contract.order == "concurrent":
+        return _Concurrent(contract)
+    return _PrefillFirst(contract)
+
+
+class _PrefillFirst:
+    def __init__(self, contract: PrefillDecode) -> None:
+        self._contract = contract
+
+    async def __call__(self, attempt: Attempt) -> None:
+        """Prefill, then decode with its hand-off."""
+        prefill = attempt.choose("prefill")
+        try:
+            response = await _prefill(attempt, prefill, self._prefill_leg(attempt, prefill))
+        finally:
+            prefill.ticket.finish()
+        if response.status != 200:
+            attempt.answer.whole(response, [prefill.instance.id])
+            return
+        handoff = self._read(attempt, prefill, response)
+        if handoff.finished:
+            attempt.answer.finished_by_prefill(response, prefill.instance.id)
+            return
+        guard = HandoffGuard(handoff, attempt.call.body.original)
+        attempt.answer.prefilled_by(prefill.instance.id)
+        await self._decode(attempt, prefill, guard)
+
+    def _prefill_leg(self, attempt: Attempt, prefill: Choice) -> Leg:
+        return attempt.leg(prefill, encode(self._contract.prefill_body(attempt.call.body.opened(), {})))
+
+    def _read(self, attempt: Attempt, prefill: Choice, response: Response) -> Handoff:
+        """The hand-off, or a failed attempt: params that are not whole never reach decode."""
+        try:
+            answer = msgspec.json.decode(response.body, type=dict[str, Any])
+            return self._contract.handoff(answer, time.monotonic())
+        except (EngineFailed, msgspec.DecodeError) as error:
+            attempt.parts.metrics.counter("handoffs_refused_total", reason="incomplete").inc()
+            cause = error if isinstance(error, EngineFailed) else EngineFailed("prefill's answer is not JSON")
+            raise AttemptFailed(cause, failed=frozenset((prefill.instance.id,))) from error
+
+    async def _decode(self, attempt: Attempt, prefill: Choice, guard: HandoffGuard) -> None:
+        decode = attempt.choose("decode")
+        try:
+            handoff = guard.take(attempt.call.body.original, time.monotonic())
+            if isinstance(handoff, Refused):
+                attempt.parts.metrics.counter("handoffs_refused_total", reason=handoff.reason).inc()
+                raise AttemptFailed(EngineFailed(f"prefill's hand-off is not usable: {handoff.reason}"))
+            body = encode(self._contract.decode_body(attempt.call.body.opened(), handoff, {}))
+            await attempt.answer.by(attempt.parts.upstream, attempt.leg(decode, body), decode.ticket)
+        except AttemptFailed as failure:
+            raise _shared_blame(failure, prefill) from failure
+        finally:
+            decode.ticket.finish()
+
+
+class _Concurrent:
+    def __init__(self, contract: PrefillDecode) -> None:
+        self._contract = contract
+
+    async def __call__(self, attempt: Attempt) -> None:
+        """Both legs at once; decode's answer is the client's."""
+        prefill = attempt.choose("prefill")
+        try:
+            decode = attempt.choose("decode")
+        except DynctlError:
+            prefill.ticket.finish()
+            raise
+        link = self._link(attempt, prefill)
+        request = attempt.call.body
+        prefill_leg = attempt.leg(prefill, encode(self._contract.prefill_body(request.opened(), link)))
+        decode_leg = attempt.leg(decode, encode(self._contract.decode_body(request.opened(), None, link)))
+        attempt.answer.prefilled_by(prefill.instance.id)
+        first = asyncio.create_task(_prefill(attempt, prefill, prefill_leg))
+        second = asyncio.create_task(attempt.answer.by(attempt.parts.upstream, decode_leg, decode.ticket))
+        try:
+            await _both(first, second)
+        except AttemptFailed as failure:
+            raise _shared_blame(failure, prefill) from failure
+        finally:
+            first.cancel()
+            second.cancel()
+            await asyncio.gather(first, second, return_exceptions=True)
+            prefill.ticket.finish()
+            decode.ticket.finish()
+
+    def _link(self, attempt: Attempt, prefill: Choice) -> dict[str, Any]:
+        """A room nobody else has; engines derive the rank from it: room modulo the number of ranks."""
+        instance = prefill.instance
+        ranks = max(1, instance.dp_size)
+        room = attempt.parts.rng.getrandbits(_ROOM_BITS) // ranks * ranks + prefill.rank
+        return self._contract.link(instance.url, instance.bootstrap_port, room)
+
+
+async def _both(prefill: asyncio.Task[Response], answer: asyncio.Task[None]) -> None:
+    """Wait for the answer; a prefill that fails meanwhile ends the wait with its failure."""
+    await asyncio.wait((prefill, answer), return_when=asyncio.FIRST_COMPLETED)
+    if not answer.done():
+        response = prefill.result()
+        if response.status >= 400:
+            told = response.body[:300].decode("utf-8", "replace")
+            raise AttemptFailed(EngineFailed(f"prefill answered {response.status}: {told}"))
+    await answer
+
+
+async def _prefill(attempt: Attempt, prefill: Choice, leg: Leg) -> Response:
+    started_s = time.monotonic()
+    response = await attempt.parts.upstream.whole(leg, prefill=True)
+    prefill.ticket.first_token()
+    model = attempt.parts.models.card.name
+    attempt.parts.metrics.histogram("prefill_seconds", model=model).observe(time.monotonic() - started_s)
+    return response
+
+
+def _shared_blame(failure: AttemptFailed, prefill: Choice) -> AttemptFailed:
+    """A decode that answers with an error may be well, and prefill gone: both are suspects, no more."""
+    pair = failure.failed | {prefill.instance.id}
+    if isinstance(failure.cause, EngineFailed):
+        return AttemptFailed(failure.cause, suspects=frozenset(pair))
+    return failure

@@ -1,0 +1,215 @@
+"""One request from start to end. Read this first.
+
+    prompt = tokens and hashes of the prompt, where the router can use them
+    refuse what does not fit the model
+    as often as it is worth it:
+        choose worker(s)  →  [prefill]  →  the leg that answers  →  bytes to the client
+
+Until the client has seen the first byte, a failed attempt is made again elsewhere (`retry`). After it, the
+stream ends with an error event. Whatever happens, tickets are given back, the other leg is cancelled, and the
+client hears within the request's deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from random import Random
+
+from dynctl.engines.base import PrefillDecode
+from dynctl.errors import DeadlineExceeded, DynctlError, Rejected
+from dynctl.frontend.admission import Models, check_context
+from dynctl.frontend.answer import Answer, Tell
+from dynctl.frontend.call import Call
+from dynctl.frontend.preprocess import UNKNOWN, Preprocessor, PromptFacts
+from dynctl.frontend.retry import AttemptFailed, Attempts
+from dynctl.frontend.upstream import Leg, Upstream
+from dynctl.http.server import Exchange
+from dynctl.observability.metrics import Metrics
+from dynctl.protocol.instances import Role
+from dynctl.router.service import Choice, Router, RouteRequest
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the pipeline works with. `preprocessor` None: the router has no use for tokens. `tell` puts an
+    error into the body a client gets.
+    """
+
+    router: Router
+    upstream: Upstream
+    models: Models
+    metrics: Metrics
+    rng: Random
+    preprocessor: Preprocessor | None
+    tell: Tell
+    request_timeout_s: float
+
+
+class Attempt:
+    """What one attempt of one call has at hand; the flows below work on it."""
+
+    __slots__ = ("answer", "attempts", "call", "parts", "prompt")
+
+    def __init__(self, parts: Parts, call: Call, answer: Answer) -> None:
+        self.parts = parts
+        self.call = call
+        self.answer = answer
+        self.prompt: PromptFacts = UNKNOWN
+        self.attempts = Attempts(parts.rng)
+
+    def choose(self, role: Role) -> Choice:
+        """A worker of `role` that has not failed this call. Raises Rejected, or the last failure."""
+        router, prompt = self.parts.router, self.prompt
+        started = time.perf_counter()
+        refused: Rejected | None = None
+        for exclude in self.attempts.exclusions(self.parts.upstream.shunned()):
+            try:
+                choice = router.choose(RouteRequest(role, prompt.hashes, prompt.tokens, exclude=exclude))
+            except Rejected as error:
+                refused = error
+                continue
+            self._note(role, choice, time.perf_counter() - started)
+            return choice
+        assert refused is not None
+        raise self.attempts.last or refused
+
+    def _note(self, role: Role, choice: Choice, seconds: float) -> None:
+        metrics = self.parts.metrics
+        metrics.histogram("router_choice_seconds").observe(seconds)
+        metrics.counter("router_choices_total", role=role, worker=choice.instance.id).inc()
+        if self.prompt.hashes and role != "decode":
+            metrics.histogram("router_kv_hit_rate").observe(choice.overlap_blocks / len(self.prompt.hashes))
+
+    def leg(self, choice: Choice, body: bytes) -> Leg:
+        """The call's request to the chosen worker, with `body`."""
+        return Leg(choice, self.call.endpoint.path, self.call.headers, body)
+
+
+Flow = Callable[[Attempt], Awaitable[None]]
+
+
+class Pipeline:
+    """Serves calls. `flow` makes an attempt at a prompt; other endpoints go to a worker of `other_role`."""
+
+    def __init__(self, parts: Parts, flow: Flow, other_role: Role) -> None:
+        self._parts = parts
+        self._flow = flow
+        self._other = single_leg(other_role)
+
+    async def serve(self, call: Call, exchange: Exchange) -> None:
+        """Answer a call, or raise the DynctlError to answer it with. Ends when the client goes away."""
+        task = asyncio.current_task()
+        assert task is not None
+        exchange.on_disconnect = partial(_cancel, task)
+        answer = Answer(call, exchange, self._parts.tell)
+        error_type = "internal"
+        try:
+            async with asyncio.timeout(self._parts.request_timeout_s):
+                error_type = await self._serve(call, answer)
+        except TimeoutError:
+            error_type = "response_timeout"
+            late = DeadlineExceeded(f"not answered within {self._parts.request_timeout_s:g} s")
+            if not answer.break_off(late):
+                raise late from None
+        except asyncio.CancelledError:
+            if not exchange.disconnected:
+                raise
+            error_type = "cancelled"
+            task.uncancel()
+        except DynctlError as error:
+            error_type = error_type_of(error)
+            raise
+        finally:
+            exchange.on_disconnect = None
+            call.account.close(error_type)
+
+    async def _serve(self, call: Call, answer: Answer) -> str:
+        """Attempt until answered; gives back the error type, "" for a success."""
+        attempt = Attempt(self._parts, call, answer)
+        flow = self._other
+        if call.endpoint.kind != "other":
+            flow = self._flow
+            attempt.prompt = await self._prompt(call)
+            call.account.prompt(attempt.prompt.tokens)
+            check_context(attempt.prompt.tokens, call.asked, self._parts.models.max_model_len)
+        while True:
+            try:
+                await flow(attempt)
+                return answer.error_type
+            except AttemptFailed as failure:
+                if answer.break_off(failure.cause):
+                    return error_type_of(failure.cause)
+                await self._before_next(attempt, failure)
+
+    async def _prompt(self, call: Call) -> PromptFacts:
+        preprocessor, kind = self._parts.preprocessor, call.endpoint.kind
+        if preprocessor is None or kind == "other":
+            return UNKNOWN
+        return await preprocessor.prepare(kind, call.body, self._parts.router.block_size, call.adapter)
+
+    async def _before_next(self, attempt: Attempt, failure: AttemptFailed) -> None:
+        """Wait a little, or raise the failure's cause when enough has been tried.
+
+        A deadline that has passed is not tried again: the client has waited long enough, and the prompt may
+        be what hangs the engine.
+        """
+        pause_s = attempt.attempts.note(failure)
+        if pause_s is None or isinstance(failure.cause, DeadlineExceeded):
+            raise failure.cause
+        self._parts.metrics.counter("retries_total", reason=failure.cause.kind).inc()
+        logger.info("request.retried id=%s why=%s", attempt.call.request_id, failure.cause)
+        await asyncio.sleep(pause_s)
+
+
+def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+
+
+def single_leg(role: Role) -> Flow:
+    """One worker does it all."""
+
+    async def flow(attempt: Attempt) -> None:
+        choice = attempt.choose(role)
+        try:
+            await attempt.answer.by(
+                attempt.parts.upstream, attempt.leg(choice, attempt.call.body.original), choice.ticket
+            )
+        finally:
+            choice.ticket.finish()
+
+    return flow
+
+
+def flow_for(roles: frozenset[str], contract: PrefillDecode | None) -> Flow:
+    """How prompts are served with these roles. Raises Rejected for prefill and decode without a contract."""
+    if "prefill" not in roles:
+        return single_leg("aggregated")
+    if contract is None:
+        raise Rejected("this backend has no prefill/decode contract", hint="use the role `aggregated`")
+    from dynctl.frontend import disagg
+
+    return disagg.flow_for(contract)
+
+
+_ERROR_TYPES = {
+    "request": "validation",
+    "context_length_exceeded": "validation",
+    "model_not_found": "not_found",
+    "rejected": "unavailable",
+    "deadline_exceeded": "response_timeout",
+    "engine_failed": "engine",
+    "peer_lost": "engine",
+    "connect_failed": "engine",
+}
+
+
+def error_type_of(error: DynctlError) -> str:
+    """The metric's word for an error."""
+    return _ERROR_TYPES.get(error.kind, "internal")

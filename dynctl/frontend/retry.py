@@ -1,0 +1,64 @@
+"""How often a request is tried again, and where not. Pure: randomness is passed in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from random import Random
+
+from dynctl.errors import DynctlError
+
+MAX_ATTEMPTS = 3
+FIRST_PAUSE_S = 0.02
+LONGEST_PAUSE_S = 1.0
+
+
+class AttemptFailed(Exception):
+    """An attempt ended before the client had seen any of its answer, so it may be made again elsewhere.
+
+    `failed` are workers that themselves failed; `suspects` those that may be the cause: they are avoided as
+    long as there is another.
+    """
+
+    def __init__(
+        self,
+        cause: DynctlError,
+        *,
+        failed: frozenset[str] = frozenset(),
+        suspects: frozenset[str] = frozenset(),
+    ) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+        self.failed = failed
+        self.suspects = suspects
+
+
+@dataclass(slots=True)
+class Attempts:
+    """The attempts of one request so far."""
+
+    rng: Random
+    limit: int = MAX_ATTEMPTS
+    made: int = 0
+    failed: frozenset[str] = frozenset()
+    suspects: frozenset[str] = frozenset()
+    last: DynctlError | None = field(default=None)
+
+    def note(self, failure: AttemptFailed) -> float | None:
+        """Take a failure over; seconds to wait before the next attempt, None when there is to be none.
+
+        The wait doubles with each attempt and is drawn between half of it and the whole, so that requests
+        that failed together do not come back together.
+        """
+        self.made += 1
+        self.last = failure.cause
+        self.failed |= failure.failed
+        self.suspects |= failure.suspects
+        if self.made >= self.limit:
+            return None
+        whole = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** (self.made - 1))
+        return whole * self.rng.uniform(0.5, 1.0)
+
+    def exclusions(self, shunned: frozenset[str]) -> list[frozenset[str]]:
+        """Sets of workers not to choose, the strictest first; every request avoids `shunned` just now."""
+        ladder = [self.failed | self.suspects | shunned, self.failed | self.suspects, self.failed]
+        return [step for number, step in enumerate(ladder) if step not in ladder[:number]]

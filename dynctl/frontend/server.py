@@ -1,0 +1,209 @@
+"""HTTP in: the routes, and the one table of HTTP statuses. What a route does is elsewhere."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from dynctl.errors import DynctlError, RequestError, TransportError
+from dynctl.frontend.accounts import Accounts
+from dynctl.frontend.admission import ApiKeys, Models
+from dynctl.frontend.call import Call, Endpoint, engine_headers, read_form, request_id
+from dynctl.frontend.pipeline import Pipeline
+from dynctl.http.server import Exchange, Request
+from dynctl.observability.metrics import CONTENT_TYPE, Metrics
+from dynctl.protocol.openai import error_body
+
+logger = logging.getLogger(__name__)
+
+
+class UnknownPath(RequestError):
+    """There is nothing at this path."""
+
+    kind = "unknown_path"
+
+
+class WrongMethod(RequestError):
+    """The path is known, the method is not one it takes."""
+
+    kind = "method_not_allowed"
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a client is told of an error: HTTP status, OpenAI error type, and the finer code."""
+
+    status: int
+    type: str
+    code: str | None = None
+
+
+STATUSES: dict[str, Told] = {
+    "request": Told(400, "invalid_request_error"),
+    "context_length_exceeded": Told(400, "invalid_request_error", "context_length_exceeded"),
+    "unauthorized": Told(401, "authentication_error", "invalid_api_key"),
+    "model_not_found": Told(404, "invalid_request_error", "model_not_found"),
+    "unknown_path": Told(404, "invalid_request_error", "unknown_path"),
+    "method_not_allowed": Told(405, "invalid_request_error", "method_not_allowed"),
+    "engine_failed": Told(502, "engine_failed", "engine_failed"),
+    "peer_lost": Told(502, "engine_failed", "peer_lost"),
+    "connect_failed": Told(502, "engine_failed", "connect_failed"),
+    "rejected": Told(503, "service_unavailable", "no_worker"),
+    "deadline_exceeded": Told(504, "timeout", "deadline_exceeded"),
+}
+"""By `DynctlError.kind`. Bad HTTP is answered in `http.server`: 400, 408, 413, 417, 431, 501, 505."""
+
+INTERNAL = Told(500, "server_error", "internal")
+
+_ENDPOINTS = (
+    Endpoint("/v1/chat/completions", "chat_completions", "chat"),
+    Endpoint("/v1/completions", "completions", "completions"),
+    Endpoint("/v1/embeddings", "embeddings"),
+    Endpoint("/v1/responses", "responses"),
+    Endpoint("/v1/messages", "messages"),
+    Endpoint("/v1/messages/count_tokens", "count_tokens"),
+    Endpoint("/v1/rerank", "rerank"),
+    Endpoint("/v2/rerank", "rerank"),
+    Endpoint("/rerank", "rerank"),
+    Endpoint("/v1/score", "score"),
+    Endpoint("/score", "score"),
+    Endpoint("/classify", "classify"),
+    Endpoint("/pooling", "pooling"),
+    Endpoint("/tokenize", "tokenize"),
+    Endpoint("/detokenize", "detokenize"),
+)
+"""The engine paths that clients may reach. Engines' own administration is not among them."""
+
+Health = Callable[[], dict[str, Any]]
+"""The state as /health shows it; its `reasons` are empty when requests can be served."""
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """What the routes need. `refresh` brings metrics up to date; only dynctl may set `owned_fields`."""
+
+    pipeline: Pipeline
+    models: Models
+    keys: ApiKeys
+    accounts: Accounts
+    metrics: Metrics
+    health: Health
+    refresh: Callable[[], None]
+    owned_fields: frozenset[str]
+    started_at: int
+
+
+def tell(error: DynctlError) -> bytes:
+    """The OpenAI body of an error. What concerns the inside of the deployment (addresses) stays inside."""
+    what = STATUSES.get(error.kind, INTERNAL)
+    if isinstance(error, TransportError):
+        return error_body(f"the engine failed: {error.message}", what.type, code=what.code)
+    message = f"{error.message} ({error.hint})" if error.hint else error.message
+    return error_body(message, what.type, code=what.code, param=error.where or None)
+
+
+class Routes:
+    """The handler of the frontend's HTTP server."""
+
+    def __init__(self, edge: Edge) -> None:
+        self._edge = edge
+        self._post = {endpoint.path: endpoint for endpoint in _ENDPOINTS}
+        self._get: dict[str, Callable[[Exchange], None]] = {
+            "/live": self._live,
+            "/health": self._health,
+            "/metrics": self._metrics,
+            "/v1/models": self._models,
+        }
+
+    async def __call__(self, request: Request, exchange: Exchange) -> None:
+        """Answer one request, whatever it is."""
+        id_ = request_id(request)
+        try:
+            await self._route(request, exchange, id_)
+        except DynctlError as error:
+            self._refuse(error, exchange, id_)
+
+    async def _route(self, request: Request, exchange: Exchange, id_: bytes) -> None:
+        path, edge = request.path, self._edge
+        endpoint, page = self._post.get(path), self._get.get(path)
+        if path.startswith("/v1/") or endpoint is not None:
+            edge.keys.check(request.header(b"authorization"))
+        if endpoint is not None:
+            if request.method != "POST":
+                raise WrongMethod(f"{path} takes POST, not {request.method}")
+            await self._serve(endpoint, request, exchange, id_)
+        elif page is not None or path.startswith("/v1/models/"):
+            if request.method not in ("GET", "HEAD"):
+                raise WrongMethod(f"{path} takes GET, not {request.method}")
+            if page is not None:
+                page(exchange)
+            else:
+                self._model(path.removeprefix("/v1/models/"), exchange)
+        else:
+            raise UnknownPath(f"there is nothing at {path}")
+
+    async def _serve(self, endpoint: Endpoint, request: Request, exchange: Exchange, id_: bytes) -> None:
+        edge = self._edge
+        form = read_form(endpoint, request.body, edge.models, edge.owned_fields)
+        call = Call(
+            endpoint=endpoint,
+            body=form.body,
+            adapter=form.adapter,
+            stream=form.stream,
+            asked=form.asked,
+            request_id=id_,
+            headers=engine_headers(request, id_, pass_key=not edge.keys.asked_for),
+            account=edge.accounts.open(form.model, endpoint.label, stream=form.stream),
+        )
+        await edge.pipeline.serve(call, exchange)
+
+    def _refuse(self, error: DynctlError, exchange: Exchange, id_: bytes) -> None:
+        what = STATUSES.get(error.kind, INTERNAL)
+        level = logging.WARNING if what.status >= 500 else logging.INFO
+        logger.log(level, "request.refused id=%s status=%d why=%s", id_.decode(), what.status, error)
+        if exchange.started:
+            exchange.abort()
+            return
+        headers = [(b"x-request-id", id_)]
+        if what.status == 503:
+            headers.append((b"retry-after", b"1"))
+        elif what.status == 401:
+            headers.append((b"www-authenticate", b"Bearer"))
+        exchange.respond(what.status, tell(error), headers=headers)
+
+    def _live(self, exchange: Exchange) -> None:
+        exchange.respond(200, b'{"status":"live"}')
+
+    def _health(self, exchange: Exchange) -> None:
+        health = self._edge.health()
+        exchange.respond(503 if health["reasons"] else 200, msgspec.json.encode(health))
+
+    def _metrics(self, exchange: Exchange) -> None:
+        self._edge.refresh()
+        exchange.respond(200, self._edge.metrics.render(), content_type=CONTENT_TYPE)
+
+    def _models(self, exchange: Exchange) -> None:
+        data = [self._card(name) for name in self._edge.models.names()]
+        exchange.respond(200, msgspec.json.encode({"object": "list", "data": data}))
+
+    def _model(self, name: str, exchange: Exchange) -> None:
+        self._edge.models.adapter(name)
+        exchange.respond(200, msgspec.json.encode(self._card(name)))
+
+    def _card(self, name: str) -> dict[str, Any]:
+        models = self._edge.models
+        card: dict[str, Any] = {
+            "id": name,
+            "object": "model",
+            "created": self._edge.started_at,
+            "owned_by": "dynctl",
+        }
+        if models.max_model_len:
+            card["max_model_len"] = models.max_model_len
+        if models.adapter(name):
+            card["parent"] = models.card.name
+        return card

@@ -1,0 +1,133 @@
+"""HTTP to engines: every failure of a hop becomes one AttemptFailed that says who is to blame.
+
+A worker whose connection is refused or lost is shunned for `SHUN_S`, before membership knows of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dynctl.errors import DeadlineExceeded, DynctlError, EngineFailed, PeerLost, Rejected
+from dynctl.frontend.retry import AttemptFailed
+from dynctl.http.client import Client, Origin, Response, Stream, Timeouts
+from dynctl.observability.metrics import Metrics
+from dynctl.protocol.specs import LimitsSpec
+from dynctl.router.service import Choice
+
+logger = logging.getLogger(__name__)
+
+SHUN_S = 5.0
+CONNECT_S = 5.0
+_BUSY = (429, 503)
+_EXCERPT_BYTES = 300
+_ANSWER_BYTES = 64 * 1024 * 1024
+
+Headers = Sequence[tuple[bytes, bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """One request to one engine."""
+
+    choice: Choice
+    path: str
+    headers: Headers
+    body: bytes
+
+    @property
+    def worker(self) -> str:
+        """The worker's id."""
+        return self.choice.instance.id
+
+    def all_headers(self) -> list[tuple[bytes, bytes]]:
+        """The client's headers that are passed on, and the rank where the engine has several."""
+        headers = [*self.headers, (b"content-type", b"application/json")]
+        if self.choice.instance.dp_size > 1:
+            headers.append((b"x-data-parallel-rank", b"%d" % self.choice.rank))
+        return headers
+
+
+class Upstream:
+    """Sends legs. Answers with a status below 500, 429 apart, are answers; all else is a failure."""
+
+    def __init__(self, client: Client, limits: LimitsSpec, metrics: Metrics) -> None:
+        self._client = client
+        self._metrics = metrics
+        self._answer_s = limits.request_timeout_s
+        self._first_byte_s = limits.first_byte_timeout_s
+        self._timeouts = Timeouts(
+            connect_s=CONNECT_S, first_byte_s=limits.first_byte_timeout_s, stall_s=limits.stall_timeout_s
+        )
+        self._origins: dict[str, Origin] = {}
+        self._shunned: dict[str, float] = {}
+
+    def shunned(self) -> frozenset[str]:
+        """Workers that were lost within the last `SHUN_S` seconds."""
+        if not self._shunned:
+            return frozenset()
+        now = time.monotonic()
+        self._shunned = {worker: until for worker, until in self._shunned.items() if until > now}
+        return frozenset(self._shunned)
+
+    def forget(self, worker: str) -> None:
+        """A new incarnation of this worker has come: it starts without blame."""
+        self._shunned.pop(worker, None)
+
+    async def whole(self, leg: Leg, *, prefill: bool = False) -> Response:
+        """Send, and read the answer to its end. A prefill has the first-byte deadline for it."""
+        limit_s = self._first_byte_s if prefill else self._answer_s
+        timeouts = Timeouts(connect_s=CONNECT_S, first_byte_s=limit_s, stall_s=limit_s)
+        try:
+            async with asyncio.timeout(limit_s):
+                stream = await self._send(leg, timeouts)
+                body = await stream.read(_ANSWER_BYTES)
+        except TimeoutError as error:
+            late = DeadlineExceeded(f"{leg.path} was not answered in {limit_s:g} s", where=leg.worker)
+            raise self.failed(leg, late) from error
+        except (PeerLost, DeadlineExceeded) as error:
+            raise self.failed(leg, error) from error
+        self._check(leg, stream.status, body)
+        return Response(stream.status, stream.headers, body)
+
+    async def open(self, leg: Leg) -> Stream:
+        """Send, and wait for the head of a streamed answer."""
+        try:
+            stream = await self._send(leg, self._timeouts)
+            if stream.status in _BUSY or stream.status >= 500:
+                self._check(leg, stream.status, await stream.read(_ANSWER_BYTES))
+        except (PeerLost, DeadlineExceeded) as error:
+            raise self.failed(leg, error) from error
+        return stream
+
+    async def _send(self, leg: Leg, timeouts: Timeouts) -> Stream:
+        origin = self._origin(leg)
+        headers = leg.all_headers()
+        return await self._client.open(
+            origin, "POST", leg.path, headers=headers, body=leg.body, timeouts=timeouts
+        )
+
+    def failed(self, leg: Leg, error: DynctlError) -> AttemptFailed:
+        """Record that `leg` failed. A lost connection, or none, shuns the worker for a while."""
+        self._metrics.counter("upstream_failures_total", worker=leg.worker, reason=error.kind).inc()
+        logger.warning("upstream.failed worker=%s path=%s error=%s", leg.worker, leg.path, error)
+        if isinstance(error, PeerLost):
+            self._shunned[leg.worker] = time.monotonic() + SHUN_S
+        return AttemptFailed(error, failed=frozenset((leg.worker,)))
+
+    def _check(self, leg: Leg, status: int, body: bytes) -> None:
+        if status in _BUSY:
+            raise self.failed(leg, Rejected(f"{leg.worker} takes no requests now (status {status})"))
+        if status >= 500:
+            told = body[:_EXCERPT_BYTES].decode("utf-8", "replace")
+            raise self.failed(leg, EngineFailed(f"the engine answered {status}: {told}"))
+
+    def _origin(self, leg: Leg) -> Origin:
+        url = leg.choice.instance.url
+        origin = self._origins.get(url)
+        if origin is None:
+            origin = self._origins[url] = Origin.parse(url)
+        return origin
