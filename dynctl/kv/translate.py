@@ -7,7 +7,8 @@ guessed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from dynctl.errors import RequestError
@@ -32,7 +33,8 @@ class Skipped:
     """Blocks that were announced but could not be taken over, since the translator was made.
 
     `unknown_parent`: events were missed before. `malformed`: token ids that do not fit the blocks, or are no
-    token ids. `partial`: blocks shorter than the engine's block size, which no prompt can be matched with.
+    token ids. `partial`: blocks of another size than the engine's own (the unfinished last page of a prompt,
+    chunks of an offload tier), which no prompt can be matched with.
     """
 
     unknown_parent: int = 0
@@ -43,18 +45,19 @@ class Skipped:
 class Translator:
     """What one data-parallel rank of one engine holds, under both hashes.
 
-    `block_size` in tokens; 0 = learn it: the largest block announced (engines announce shorter ones only for
-    a prompt's last page). Repeats are harmless in G1. The offload tiers G2..G4 repeat a block once per holder
-    of it, so there each removal takes back one repeat (the engines' own rule).
+    `block_size` in tokens is learnt: the largest block announced in G1 (0 before the first). Repeats are
+    harmless in G1. The offload tiers G2..G4 announce a block once per copy, so there each removal takes back
+    one (the engines' own rule). Only the cache group that a block was stored with can remove it.
     """
 
-    def __init__(self, rank: int, block_size: int = 0) -> None:
+    def __init__(self, rank: int) -> None:
         self.rank = rank
-        self.block_size = block_size
+        self.block_size = 0
         self.skipped = Skipped()
         self._own: dict[EngineHash, int] = {}
-        self._repeats: dict[Tier, dict[EngineHash, int]] = {}
-        self._holders: dict[Tier, dict[int, int]] = {}
+        self._groups: dict[Tier, dict[EngineHash, int]] = {}
+        self._repeats: Counter[tuple[Tier, EngineHash]] = Counter()
+        self._holders: dict[Tier, Counter[int]] = {}
         self._partial: set[EngineHash] = set()
 
     def feed(self, batch: EngineKvBatch) -> list[KvEvent]:
@@ -80,28 +83,36 @@ class Translator:
     def reset(self) -> None:
         """Forget all that is held. Counters and the block size stay."""
         self._own.clear()
+        self._groups.clear()
         self._repeats.clear()
         self._holders.clear()
         self._partial.clear()
 
     def _stored(self, event: EngineStored, out: list[KvEvent]) -> None:
         names = [_normal(h) for h in event.block_hashes]
-        if event.block_size > self.block_size:
+        parent = None if event.parent is None else _normal(event.parent)
+        if self._fits(event, names, parent, out):
+            hashes = self._hashes(event, parent)
+            held = zip(names, hashes, strict=True) if hashes is not None else ()
+            new = [own for name, own in held if self._hold(name, own, event, out)]
+            _emit(out, new, event.tier, stored=True)
+
+    def _fits(
+        self, event: EngineStored, names: list[EngineHash], parent: EngineHash | None, out: list[KvEvent]
+    ) -> bool:
+        """Whether the blocks have the engine's block size, which is learnt here, and follow one that has."""
+        if event.tier == "G1" and event.block_size > self.block_size:
             if self._own:
                 self.reset()
                 out.append(Cleared())
             self.block_size = event.block_size
-        parent = None if event.parent is None else _normal(event.parent)
-        if event.block_size < self.block_size or parent in self._partial:
-            self.skipped.partial += len(names)
+        after_partial = parent in self._partial and parent not in self._own
+        if event.block_size == self.block_size and not after_partial:
+            return True
+        self.skipped.partial += len(names)
+        if event.block_size < self.block_size or after_partial:
             self._partial.update(names)
-            return
-        hashes = self._hashes(event, parent)
-        if hashes is not None:
-            changed = [
-                own for name, own in zip(names, hashes, strict=True) if self._hold(name, own, event.tier, out)
-            ]
-            _emit(out, changed, event.tier, stored=True)
+        return False
 
     def _hashes(self, event: EngineStored, parent: EngineHash | None) -> list[int] | None:
         """dynctl's hashes of the blocks of `event`; None (and counted) when they cannot be known."""
@@ -119,40 +130,42 @@ class Translator:
             self.skipped.malformed += count
             return None
 
-    def _hold(self, name: EngineHash, own: int, tier: Tier, out: list[KvEvent]) -> bool:
-        """Note that `name` is in `tier`. Returns whether `own` is new there."""
+    def _hold(self, name: EngineHash, own: int, event: EngineStored, out: list[KvEvent]) -> bool:
+        """Note that `name` is in the tier of `event`. Returns whether `own` is new there."""
         if self._own.setdefault(name, own) != own:
             self._forget(name, out)
             self._own[name] = own
-        repeats = self._repeats.setdefault(tier, {})
-        if name in repeats:
-            if tier != "G1":
-                repeats[name] += 1
+        groups = self._groups.setdefault(event.tier, {})
+        if name in groups:
+            if event.tier != "G1" and groups[name] == event.group:
+                self._repeats[event.tier, name] += 1
             return False
-        repeats[name] = 1
-        holders = self._holders.setdefault(tier, {})
-        holders[own] = holders.get(own, 0) + 1
+        groups[name] = event.group
+        holders = self._holders.setdefault(event.tier, Counter())
+        holders[own] += 1
         return holders[own] == 1
 
-    def _removed(self, event: EngineRemoved) -> Iterable[int]:
+    def _removed(self, event: EngineRemoved) -> Iterator[int]:
         """Take the blocks of `event` out of its tier; yields the hashes nobody there holds any more."""
-        repeats = self._repeats.get(event.tier, {})
+        groups = self._groups.get(event.tier, {})
         for raw in event.block_hashes:
             name = _normal(raw)
             self._partial.discard(name)
-            if name not in repeats:
+            if name not in groups or groups[name] != event.group:
                 continue
-            repeats[name] -= 1
-            if not repeats[name]:
-                own = self._own[name]
-                if self._drop(name, event.tier):
-                    yield own
+            if self._repeats.get((event.tier, name)):
+                self._repeats[event.tier, name] -= 1
+                continue
+            own = self._own[name]
+            if self._drop(name, event.tier):
+                yield own
 
     def _drop(self, name: EngineHash, tier: Tier) -> bool:
         """End that `name` is in `tier`. Returns whether its own hash is gone from there."""
         own = self._own[name]
-        del self._repeats[tier][name]
-        if not any(name in repeats for repeats in self._repeats.values()):
+        del self._groups[tier][name]
+        self._repeats.pop((tier, name), None)
+        if not any(name in groups for groups in self._groups.values()):
             del self._own[name]
         holders = self._holders[tier]
         holders[own] -= 1
@@ -164,7 +177,7 @@ class Translator:
     def _forget(self, name: EngineHash, out: list[KvEvent]) -> None:
         """The engine gave `name` to other tokens: what it stood for is gone, in all tiers."""
         own = self._own[name]
-        for tier in [tier for tier, repeats in self._repeats.items() if name in repeats]:
+        for tier in [tier for tier, groups in self._groups.items() if name in groups]:
             if self._drop(name, tier):
                 _emit(out, [own], tier, stored=False)
 
