@@ -1,7 +1,7 @@
 """Makes the mocker's tiny tokenizer again: `python tests/make_tiny_tokenizer.py [--check]`.
 
-For maintainers. Trains a byte-level BPE on `tests/data/tiny_corpus.txt`, a frozen sample of this project's own
-prose, so the same corpus gives the same bytes. `--check` writes nothing and fails when the assets differ.
+For maintainers. Trains a byte-level BPE on `tests/data/tiny_corpus.txt`, a frozen sample of this project's
+own prose, so the same corpus gives the same bytes. `--check` writes nothing and fails when assets differ.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ MAX_POSITIONS = 8192
 
 TEMPLATE = """\
 {%- for message in messages -%}
-{{- '<|im_start|>' + message['role'] + '\\n' + (message['content'] or '') -}}
-{%- if not (continue_final_message and loop.last) -%}{{- '<|im_end|>\\n' -}}{%- endif -%}
+{{- '<|im_start|>' + message['role'] + '\\n' + (message['content'] or '') + '<|im_end|>\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """

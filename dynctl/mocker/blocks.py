@@ -38,7 +38,7 @@ def event_hash(digest: bytes) -> int:
 
 @dataclass(frozen=True, slots=True)
 class BlocksStored:
-    """Consecutive blocks that are now cached; `parent` is the hash before the first, None at a prompt's start.
+    """Consecutive blocks now cached; `parent` is the hash before the first, None at a prompt's start.
 
     `tokens` holds len(hashes) * block_size ids; `salt` is set where the first block carries one.
     """
@@ -121,7 +121,7 @@ class BlockPool:
             self._refs[block] += 1
 
     def allocate(self, count: int) -> list[int] | None:
-        """`count` blocks with no content, evicting the oldest cached ones; None (nothing done) if too few are free."""
+        """`count` empty blocks, evicting the oldest cached ones; None (nothing done) if too few are free."""
         if count > len(self._free):
             return None
         taken: list[int] = []
@@ -171,7 +171,7 @@ class BlockPool:
         )
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Give back a sequence's blocks, in prompt order: of those freed, the tail is evicted before the head.
+        """Give back a sequence's blocks, in prompt order: their tail is evicted before their head.
 
         Blocks without cached content are handed out again first.
         """

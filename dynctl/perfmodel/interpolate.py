@@ -9,8 +9,8 @@ from collections.abc import Sequence
 def segment(xs: Sequence[float], x: float) -> tuple[int, float]:
     """Index i and weight w such that x = xs[i] + w * (xs[i+1] - xs[i]).
 
-    `xs` rises strictly and holds at least two points. Outside of it the nearest segment is prolonged, so w may
-    be below 0 or above 1.
+    `xs` rises strictly and holds at least two points. Outside of it the nearest segment is prolonged, so w
+    may be below 0 or above 1.
     """
     i = min(max(bisect_right(xs, x) - 1, 0), len(xs) - 2)
     return i, (x - xs[i]) / (xs[i + 1] - xs[i])

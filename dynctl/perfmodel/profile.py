@@ -5,9 +5,9 @@
      "decode": {"batch": [1, 8, ...], "context": [0, 4096, ...], "seconds": [[...], ...]},
      "transfer": {"bytes_per_token": 131072, "bytes_per_s": 2.5e10, "latency_s": 0.002}}
 
-`prefill.seconds[i]` is the time to read `tokens[i]` prompt tokens alone, from an empty context; the value at 0
-is the fixed cost of a step. `decode.seconds[i][j]` is one step of `batch[i]` sequences of `context[j]` tokens on
-average. Between points straight lines are drawn, beyond them the last ones are prolonged.
+`prefill.seconds[i]` is the time to read `tokens[i]` prompt tokens alone, from an empty context; the value at
+0 is the fixed cost of a step. `decode.seconds[i][j]` is one step of `batch[i]` sequences of `context[j]`
+tokens on average. Between points straight lines are drawn, beyond them the last ones are prolonged.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     transfer: Transfer
 
     def prefill_s(self, start: int, count: int) -> float:
-        """Seconds to read `count` prompt tokens after `start` that are already computed, fixed cost left out."""
+        """Seconds to read `count` prompt tokens after `start` computed ones, the fixed cost left out."""
         curve = self.prefill
         until = linear(curve.tokens, curve.seconds, start + count)
         return max(0.0, until - linear(curve.tokens, curve.seconds, start))
@@ -103,7 +103,8 @@ def parse_profile(text: bytes, where: str) -> Profile:
         raise ProfileError("decode.seconds needs a row per batch and a value per context", where=where)
     if min(values) < 0 or profile.transfer.bytes_per_s <= 0 or profile.prefill.tokens[0] != 0:
         raise ProfileError(
-            "times must not be negative, prefill.tokens must begin with 0, transfer.bytes_per_s must be above 0",
+            "times must not be negative, prefill.tokens must begin with 0, "
+            "transfer.bytes_per_s must be above 0",
             where=where,
         )
     return profile
@@ -134,5 +135,5 @@ DEFAULT = Profile(
     ),
     transfer=Transfer(bytes_per_token=131072, bytes_per_s=25e9, latency_s=0.002),
 )
-"""An invented machine of the size of an 8-billion-parameter model on one large GPU, for tests and trials only:
+"""An invented machine, about an 8-billion-parameter model on one large GPU, for tests and trials only:
 128 KiB of KV a token (32 layers, 8 KV heads of 128, 16 bit), moved at 200 Gbit/s."""
