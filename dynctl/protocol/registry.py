@@ -72,7 +72,11 @@ class Membership(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MembershipChange(msgspec.Struct, frozen=True, kw_only=True):
-    """One numbered change. A reader that misses a number, or sees a new epoch, asks for `Membership`."""
+    """One numbered change. A reader that misses a number, or sees a new epoch, asks for `Membership`.
+
+    `removed` comes first: an id in both was replaced by a newer incarnation. A change with neither is a beat:
+    it only repeats the number of the last one, so that a reader notices one it has missed.
+    """
 
     epoch: int
     seq: int

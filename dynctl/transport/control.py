@@ -11,7 +11,15 @@ from typing import TypeVar
 import msgspec
 import zmq
 
-from dynctl.errors import CodecError, DeadlineExceeded, DynctlError, PeerLost, Rejected, TransportError
+from dynctl.errors import (
+    CodecError,
+    ConnectFailed,
+    DeadlineExceeded,
+    DynctlError,
+    PeerLost,
+    Rejected,
+    TransportError,
+)
 from dynctl.protocol.control import Call, Reply
 from dynctl.transport.keys import Keys
 from dynctl.transport.sockets import Channel, Frames, ServerContext, bind, client_socket, connect
@@ -156,8 +164,8 @@ class ControlClient:
     async def call(self, op: str, body: msgspec.Struct | None, reply_type: type[T], deadline_s: float) -> T:
         """The server's answer to `op`. The reply type of an op that answers nothing is `type(None)`.
 
-        Raises PeerLost (never connected within the deadline, or the connection went before the answer),
-        DeadlineExceeded (sent, not answered in time), CodecError, or the error the server answered with.
+        Raises ConnectFailed (never connected within the deadline), PeerLost (the connection went before the
+        answer), DeadlineExceeded (sent, not answered in time), CodecError, or the error the server answered.
         """
         if self._closed:
             raise PeerLost("the client is closed", where=self.endpoint)
@@ -194,8 +202,8 @@ class ControlClient:
         if number not in self._unsent:
             return DeadlineExceeded(f"no answer to {op} within {deadline_s:g} s", where=self.endpoint)
         if self._refused:
-            return PeerLost(f"{op}: the peer refused our keys", where=self.endpoint)
-        return PeerLost(f"{op}: no connection within {deadline_s:g} s", where=self.endpoint)
+            return ConnectFailed(f"{op}: the peer refused our keys", where=self.endpoint)
+        return ConnectFailed(f"{op}: no connection within {deadline_s:g} s", where=self.endpoint)
 
     def _send_unsent(self) -> None:
         while self._unsent and not self._closed:

@@ -141,7 +141,8 @@ class EngineSubscriber:
                 self._act(self._order.replay_failed())
             else:
                 self._act(self._order.start())
-        self._timer = loop.call_at(self._silence_ends(), self._watch_silence)
+        wake_at = min(self._silence_ends(), loop.time() + self._source.check_s)
+        self._timer = loop.call_at(wake_at, self._watch_silence)
 
     def _silence_ends(self) -> float:
         limit = self._source.replay_deadline_s if self._order.replaying else self._source.check_s

@@ -1,0 +1,149 @@
+"""The registry: answers "registry.*" calls from a lease table and publishes each change with a number."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from dynctl.discovery.lease import Changes, LeaseTable
+from dynctl.errors import DiscoveryError
+from dynctl.protocol.registry import (
+    MEMBERSHIP,
+    LeaseReply,
+    Leave,
+    Member,
+    Membership,
+    MembershipChange,
+    Register,
+    Renew,
+)
+from dynctl.transport.control import read_body
+from dynctl.transport.event_plane import Publisher
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TTL_S = 5.0
+_TICK_S = 0.5
+
+
+class Registry:
+    """Part of the controller. Give its control server's "registry.*" calls to `handle`.
+
+    Each start is a new epoch. The controller says by `set_current` which incarnation of a seat it started
+    (also right after its own restart, from its state file) and by `gone` which it has seen end.
+    `on_change` is told of each change after it was published.
+    """
+
+    def __init__(
+        self,
+        publisher: Publisher,
+        *,
+        ttl_s: float = DEFAULT_TTL_S,
+        clock: Callable[[], float] = time.monotonic,
+        on_change: Callable[[Changes], None] | None = None,
+    ) -> None:
+        self._publisher = publisher
+        self._clock = clock
+        self._on_change = on_change
+        self._table = LeaseTable(ttl_s, clock())
+        self._epoch = time.time_ns()
+        self._seq = 0
+        self._ticker: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to end leases that are not renewed, and to repeat the last number for late readers."""
+        self._ticker = asyncio.get_running_loop().create_task(self._tick(), name="registry")
+
+    async def close(self) -> None:
+        """Stop; leases are left as they are."""
+        if self._ticker is not None:
+            self._ticker.cancel()
+            await asyncio.gather(self._ticker, return_exceptions=True)
+            self._ticker = None
+
+    def members(self) -> list[Member]:
+        """All that hold a lease now."""
+        return self._table.members()
+
+    def complete(self) -> bool:
+        """False for one TTL after the start, while the living may not have been heard of yet."""
+        return not self._table.recovering(self._clock())
+
+    def set_current(self, seat: str, incarnation: int) -> None:
+        """From now on only this incarnation of `seat`, or a newer one, may hold its lease."""
+        self._publish(self._table.set_current(seat, incarnation))
+
+    def gone(self, seat: str, incarnation: int) -> None:
+        """That process has ended: its lease ends now."""
+        _, changes = self._table.leave(seat, incarnation)
+        self._publish(changes)
+
+    async def handle(self, op: str, body: msgspec.Raw) -> msgspec.Struct:
+        """Answer one call. Raises CodecError, or DiscoveryError for an op that is none."""
+        match op:
+            case "registry.register":
+                return self._register(read_body(body, Register))
+            case "registry.renew":
+                renew = read_body(body, Renew)
+                reply, changes = self._table.renew(renew.id, renew.incarnation, renew.state, self._clock())
+            case "registry.leave":
+                leave = read_body(body, Leave)
+                reply, changes = self._table.leave(leave.id, leave.incarnation)
+                if changes:
+                    logger.info("lease.left id=%s reason=%s", leave.id, leave.reason)
+            case "registry.members":
+                return Membership(
+                    epoch=self._epoch, seq=self._seq, complete=self.complete(), members=self.members()
+                )
+            case _:
+                raise DiscoveryError(f"unknown op {op!r}", hint="registry.register, renew, leave or members")
+        self._publish(changes)
+        return reply
+
+    def _register(self, call: Register) -> LeaseReply:
+        reply, changes = self._table.register(call.instance, call.state, self._clock())
+        self._publish(changes)
+        if changes or reply.outcome != "ok":
+            logger.info(
+                "lease.register id=%s incarnation=%d outcome=%s",
+                call.instance.id,
+                call.instance.incarnation,
+                reply.outcome,
+            )
+        return reply
+
+    def _publish(self, changes: Changes) -> None:
+        if not changes:
+            return
+        self._seq += 1
+        self._publisher.publish(
+            MEMBERSHIP,
+            MembershipChange(
+                epoch=self._epoch,
+                seq=self._seq,
+                upserts=list(changes.upserts),
+                removed=list(changes.removed),
+            ),
+        )
+        if self._on_change is not None:
+            self._on_change(changes)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            try:
+                self._end_late_leases()
+            except Exception:
+                # Top of the task: a listener that breaks must not stop leases from ending.
+                logger.exception("registry.tick_failed")
+
+    def _end_late_leases(self) -> None:
+        expired = self._table.expire(self._clock())
+        for seat in expired.removed:
+            logger.warning("lease.expired id=%s", seat)
+        self._publish(expired)
+        self._publisher.publish(MEMBERSHIP, MembershipChange(epoch=self._epoch, seq=self._seq))
