@@ -195,7 +195,17 @@ class PrefillDecode(Protocol):
     client's. Bodies are copies: the request given is never changed.
     """
 
-    order: Literal["prefill_first", "concurrent"]
+    @property
+    def order(self) -> Literal["prefill_first", "concurrent"]:
+        """Whether prefill's answer is needed before decode is asked."""
+        ...
+
+    def splits(self, request: Json) -> bool:
+        """Whether this request can be prefilled elsewhere; else it goes to decode alone, as a plain one.
+
+        False for requests of more than one sequence: they would use one hand-off several times.
+        """
+        ...
 
     def link(self, prefill_url: str, bootstrap_port: int, room: int) -> Json:
         """Fields that tie both legs together; {} when the engine needs none. A new `room` for every try.

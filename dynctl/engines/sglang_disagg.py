@@ -31,6 +31,10 @@ class BootstrapRoom:
 
     order: Literal["prefill_first", "concurrent"] = "concurrent"
 
+    def splits(self, request: Json) -> bool:
+        """Always: decode takes no request without a room; a batch of n uses n rooms from the one given."""
+        return True
+
     def link(self, prefill_url: str, bootstrap_port: int, room: int) -> Json:
         """Prefill's bootstrap server and the room, which no other request may use."""
         host = urlsplit(prefill_url).hostname

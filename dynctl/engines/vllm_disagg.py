@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Literal
 
 from dynctl.engines.base import Handoff, Json
+from dynctl.engines.requests import one_sequence
 from dynctl.errors import EngineFailed
 
 PARAMS = "kv_transfer_params"
@@ -35,6 +36,10 @@ class NixlPull:
     """Prefill computes and pins the prompt's blocks, decode pulls them and produces every token."""
 
     order: Literal["prefill_first", "concurrent"] = "prefill_first"
+
+    def splits(self, request: Json) -> bool:
+        """One sequence only: params that several sequences share end the decode engine (an assertion)."""
+        return one_sequence(request)
 
     def link(self, prefill_url: str, bootstrap_port: int, room: int) -> Json:
         """Nothing: prefill's answer is what links the legs."""
@@ -68,9 +73,9 @@ class NixlPull:
         return Handoff(params=params, expires_at_s=now_s + LEASE_S - LEASE_MARGIN_S)
 
     def decode_body(self, request: Json, handoff: Handoff | None, link: Json) -> Json:
-        """The client's request with the params as received; plain when there are none."""
+        """The client's request with the params as received; plain without them or when it cannot be split."""
         body = {key: value for key, value in request.items() if key != PARAMS}
-        if handoff is not None:
+        if handoff is not None and one_sequence(request):
             body[PARAMS] = handoff.params
         return body
 

@@ -1,0 +1,23 @@
+"""What an OpenAI request asks for, as far as prefill/decode contracts depend on it. Pure."""
+
+from __future__ import annotations
+
+from dynctl.engines.base import Json
+
+
+def one_sequence(request: Json) -> bool:
+    """Whether one prompt is continued once: no batch of prompts, no `n`, no beams."""
+    if any(_above_one(request.get(name)) for name in ("n", "best_of")) or request.get("use_beam_search"):
+        return False
+    return all(_single(request.get(name)) for name in ("prompt", "prompt_embeds"))
+
+
+def _above_one(value: object) -> bool:
+    return value is not None and value != 1
+
+
+def _single(prompt: object) -> bool:
+    """A text, one list of token ids, or a list with one of them."""
+    if not isinstance(prompt, list) or len(prompt) == 1:
+        return True
+    return all(isinstance(item, int) for item in prompt)

@@ -1,0 +1,206 @@
+"""TensorRT-LLM: command lines, its YAML, ports, checks, statistics. Written against 1.2.
+
+Scalars that `trtllm-serve` has a flag for become flags; everything else in `args` goes into the YAML file
+that `--config` names, on top of what dynctl puts there. The file is written as JSON, which is YAML.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from dynctl.command import Command
+from dynctl.engines import log_lines, vllm_metrics
+from dynctl.engines.arguments import devices, flags, normalised, program
+from dynctl.engines.base import (
+    ArgValue,
+    EngineInfo,
+    EngineLaunch,
+    EngineLoad,
+    Features,
+    Finding,
+    KvSource,
+    ModelFacts,
+    Parallel,
+    PrefillDecode,
+    Readiness,
+    RoleSettings,
+)
+from dynctl.engines.trtllm_checks import FLAGS, OWNED, check_role, check_transfer, longest_input
+from dynctl.engines.trtllm_disagg import PARAMS, TRANSFER_TIMEOUT_S, ContextFirst
+from dynctl.errors import CodecError, PlacementError
+from dynctl.protocol.instances import Role
+from dynctl.protocol.kv_events import EngineKvBatch
+
+EVENT_BUFFER = 16384
+"""Events the engine keeps between two polls."""
+_NAME = re.compile(r"^-{0,2}[a-z][a-z0-9_-]*$")
+
+
+class Trtllm:
+    """`trtllm-serve`: one MPI world per replica, OpenAI HTTP on its first rank."""
+
+    name = "trtllm"
+    features = Features(
+        launches=True,
+        disaggregation=True,
+        kv_events="http-poll",
+        drains_on_sigterm=False,
+        data_parallel=False,
+    )
+    owned_args: Mapping[str, str] = OWNED
+    readiness = Readiness(health="/health", models="/v1/models")
+    load_path = "/metrics"
+    client_fields = frozenset({PARAMS})
+    pd: PrefillDecode | None = ContextFirst()
+
+    def port_needs(self, launch_role: Role, parallel: Parallel, *, disaggregated: bool) -> dict[str, int]:
+        """HTTP alone: MPI and the KV transceiver find their own."""
+        return {"http": 1}
+
+    def commands(self, launch: EngineLaunch) -> tuple[Command, ...]:
+        """One command, on the head: over several nodes it is the MPI launcher that starts the other ranks."""
+        path = f"specs/trtllm-{launch.role}-{launch.index}.yaml"
+        serve = program(launch.environment, "trtllm-serve", ("tensorrt_llm.commands.serve",))
+        argv = (*_mpi(launch), *serve, launch.model.path, *_flags(launch, path))
+        head = launch.ranks[0]
+        visible = devices(head.gpus) if len(launch.ranks) == 1 else {}
+        return (Command(argv=argv, env={**launch.env, **visible}, files={path: _yaml(launch)}),)
+
+    def check(self, roles: Sequence[RoleSettings], facts: ModelFacts | None) -> list[Finding]:
+        """Refusals of the engine and of its KV transceiver."""
+        found = [finding for role in roles for finding in check_role(role, facts)]
+        return found + check_transfer(roles, facts)
+
+    def known_args(self, name: str) -> bool:
+        """Lower-case letters, digits, underscores (dashes are read as such)."""
+        return _NAME.match(name) is not None
+
+    def kv_source(self, launch: EngineLaunch) -> KvSource | None:
+        """None: the engine has no publisher, its events are polled over HTTP (see `trtllm_kv`)."""
+        return None
+
+    def decode_kv(self, payload: bytes) -> EngineKvBatch:
+        """Raises CodecError always: polled events need `trtllm_kv.PollReader`, which remembers blocks."""
+        raise CodecError("TensorRT-LLM publishes no KV event batches")
+
+    def load(self, metrics: bytes) -> list[EngineLoad]:
+        """See `load`."""
+        return load(metrics)
+
+    def info(self, models: bytes, metrics: bytes) -> EngineInfo:
+        """Context length when the model list states it, blocks when the statistics do."""
+        kv = _latest(metrics).get("kvCacheStats")
+        stats = kv if isinstance(kv, dict) else {}
+        return EngineInfo(
+            block_size=_count(stats, "tokensPerBlock"),
+            max_model_len=vllm_metrics.max_model_len(models),
+            kv_blocks=_count(stats, "maxNumBlocks"),
+        )
+
+    def error_lines(self, log: Sequence[str], limit: int) -> list[str]:
+        """See `log_lines.error_lines`."""
+        return log_lines.error_lines(log, limit)
+
+
+def load(metrics: bytes) -> list[EngineLoad]:
+    """Load from the latest iteration's statistics; [] when the answer holds none.
+
+    `/metrics` is JSON and empties when read, so no news ([]) does not mean no load. Key names differ between
+    releases: what is absent counts as 0.
+    """
+    latest = _latest(metrics)
+    if "numActiveRequests" not in latest:
+        return []
+    kv = latest.get("kvCacheStats")
+    stats = kv if isinstance(kv, dict) else {}
+    used, most = _count(stats, "usedNumBlocks"), _count(stats, "maxNumBlocks")
+    return [
+        EngineLoad(
+            rank=0,
+            running=_count(latest, "numActiveRequests"),
+            waiting=_count(latest, "numQueuedRequests"),
+            kv_usage=min(1.0, used / most) if most else 0.0,
+            kv_blocks=most,
+        )
+    ]
+
+
+def _latest(metrics: bytes) -> dict[str, Any]:
+    try:
+        raw = msgspec.json.decode(metrics)
+    except msgspec.DecodeError:
+        return {}
+    last = raw[-1] if isinstance(raw, list) and raw else raw
+    return last if isinstance(last, dict) else {}
+
+
+def _count(stats: Mapping[str, Any], name: str) -> int:
+    value = stats.get(name)
+    return int(value) if isinstance(value, int | float) and value > 0 else 0
+
+
+def _mpi(launch: EngineLaunch) -> tuple[str, ...]:
+    """The launcher of a replica over several nodes: as many ranks per node as it has GPUs there."""
+    if len(launch.ranks) == 1:
+        return ()
+    per_node = {len(rank.gpus) for rank in launch.ranks}
+    if len(per_node) != 1 or launch.parallel.gpus != sum(len(rank.gpus) for rank in launch.ranks):
+        raise PlacementError(
+            f"trtllm needs the same number of GPUs on each of the {len(launch.ranks)} nodes of a replica",
+            where=f"{launch.role}-{launch.index}",
+            hint="choose sizes whose product is a multiple of the nodes a replica needs",
+        )
+    hosts = ",".join(f"{rank.address}:{len(rank.gpus)}" for rank in launch.ranks)
+    environment = [part for name in sorted(launch.env) for part in ("-x", name)]
+    world = str(launch.parallel.gpus)
+    return ("mpirun", "-n", world, "--host", hosts, *environment, "trtllm-llmapi-launch")
+
+
+def _flags(launch: EngineLaunch, config: str) -> list[str]:
+    model, sizes, head = launch.model, launch.parallel, launch.ranks[0]
+    argv = ["--host", head.address, "--port", str(launch.ports["http"])]
+    argv += ["--tp_size", str(sizes.tensor), "--pp_size", str(sizes.pipeline)]
+    argv += ["--ep_size", str(sizes.expert)] if sizes.expert > 1 else []
+    for flag, value in (
+        ("--revision", model.revision),
+        ("--tokenizer", model.tokenizer),
+        ("--chat_template", model.chat_template),
+    ):
+        argv += [flag, value] if value else []
+    own, _ = _split(launch.args)
+    return [*argv, "--config", config, *flags(own, "_")]
+
+
+def _split(args: Mapping[str, ArgValue]) -> tuple[dict[str, ArgValue], dict[str, ArgValue]]:
+    """Arguments that are flags, and those for the YAML file."""
+    known = normalised(args, "_")
+    own = {name: value for name, value in known.items() if name in FLAGS}
+    return own, {name: value for name, value in known.items() if name not in FLAGS and value is not None}
+
+
+def _yaml(launch: EngineLaunch) -> str:
+    settings: dict[str, Any] = {"enable_iter_perf_stats": True}
+    cache: dict[str, Any] = {"enable_block_reuse": True}
+    if launch.kv_events:
+        cache["event_buffer_max_size"] = EVENT_BUFFER
+    settings["kv_cache_config"] = cache
+    if launch.disaggregated:
+        transfer: dict[str, Any] = {
+            "backend": "NIXL",
+            "kv_transfer_timeout_ms": int(TRANSFER_TIMEOUT_S * 1000),
+        }
+        longest = longest_input(launch.args)
+        if longest:
+            transfer["max_tokens_in_buffer"] = longest
+        settings["cache_transceiver_config"] = transfer
+        if launch.role == "prefill":
+            settings["disable_overlap_scheduler"] = True
+    for name, value in _split(launch.args)[1].items():
+        ours = settings.get(name)
+        settings[name] = {**ours, **value} if isinstance(ours, dict) and isinstance(value, dict) else value
+    return json.dumps(settings, indent=2, sort_keys=True) + "\n"

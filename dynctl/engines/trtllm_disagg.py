@@ -1,0 +1,85 @@
+"""TensorRT-LLM's prefill/decode request contract, context first. Pure.
+
+The context leg keeps the client's `max_tokens` and answers with the prompt's ids and `disaggregated_params`;
+the generation leg gets both back. Unknown fields are refused by the engine, so none is sent that a release
+does not know. Contract: tensorrt_llm/serve/openai_protocol.py, openai_disagg_service.py.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from dynctl.engines.base import Handoff, Json
+from dynctl.engines.requests import one_sequence
+from dynctl.errors import EngineFailed
+
+PARAMS = "disaggregated_params"
+PROMPT_IDS = "prompt_token_ids"
+REQUEST_ID = "disagg_request_id"
+TRANSFER_TIMEOUT_S = 60.0
+"""`kv_transfer_timeout_ms` as dynctl sets it: the context worker gives the blocks up after that."""
+TRANSFER_MARGIN_S = 10.0
+_SMALLEST_ID = 1 << 42
+_LARGEST_ID = (1 << 63) - 1
+_GOES_ON = ("length", "not_finished")
+
+
+@dataclass(frozen=True, slots=True)
+class ContextFirst:
+    """`request_ids`: both legs carry a unique id, known since 1.3 and asked for by its Python transceiver."""
+
+    request_ids: bool = False
+    order: Literal["prefill_first", "concurrent"] = "prefill_first"
+
+    def splits(self, request: Json) -> bool:
+        """One sequence only: an answer carries the params of one."""
+        return one_sequence(request)
+
+    def link(self, prefill_url: str, bootstrap_port: int, room: int) -> Json:
+        """The id of this try, in the engine's range (2**42 to 2**63 - 1); {} for releases without."""
+        if not self.request_ids:
+            return {}
+        return {REQUEST_ID: _SMALLEST_ID + room % (_LARGEST_ID - _SMALLEST_ID + 1)}
+
+    def prefill_body(self, request: Json, link: Json) -> Json:
+        """The request without streaming; the engine stops after the context by itself."""
+        body = {key: value for key, value in request.items() if key not in (PARAMS, "stream_options")}
+        body.update(stream=False)
+        body[PARAMS] = {"request_type": "context_only", **link}
+        return body
+
+    def handoff(self, answer: Json, now_s: float) -> Handoff:
+        """The context's params and prompt ids; `finished` when there is nothing left to generate."""
+        if "error" in answer or answer.get("object") == "error":
+            raise EngineFailed(f"the context worker answered with an error: {str(answer)[:300]}")
+        choices = answer.get("choices")
+        if not (isinstance(choices, list) and choices and isinstance(choices[0], dict)):
+            raise EngineFailed("the context worker answered without choices")
+        expires = now_s + TRANSFER_TIMEOUT_S - TRANSFER_MARGIN_S
+        if choices[0].get("finish_reason") not in _GOES_ON:
+            return Handoff(params={}, expires_at_s=expires, finished=True)
+        params, ids = choices[0].get(PARAMS), answer.get(PROMPT_IDS)
+        if not isinstance(params, dict) or params.get("ctx_request_id") is None:
+            raise EngineFailed(f"the context worker answered without {PARAMS} and its ctx_request_id")
+        if not isinstance(ids, list) or not ids:
+            raise EngineFailed(f"the context worker answered without {PROMPT_IDS}")
+        return Handoff(params={PARAMS: params, PROMPT_IDS: ids}, expires_at_s=expires)
+
+    def decode_body(self, request: Json, handoff: Handoff | None, link: Json) -> Json:
+        """The request with the context's params; its prompt as the ids the context worker used."""
+        body = {key: value for key, value in request.items() if key not in (PARAMS, PROMPT_IDS)}
+        if handoff is None or not one_sequence(request):
+            return body
+        if handoff.finished:
+            raise EngineFailed("the context worker's answer is the whole one: there is nothing to generate")
+        body[PARAMS] = {**handoff.params[PARAMS], "request_type": "generation_only"}
+        body[PROMPT_IDS if "messages" in body else "prompt"] = handoff.params[PROMPT_IDS]
+        return body
+
+
+def contract_for(version: str) -> ContextFirst:
+    """The contract of a release, by what `GET /version` says ("1.2.1"); unreadable = the oldest."""
+    match = re.match(r"(\d+)\.(\d+)", version)
+    return ContextFirst(request_ids=match is not None and (int(match[1]), int(match[2])) >= (1, 3))
