@@ -211,7 +211,7 @@ def build_plan(
 
 
 def _needs(recipe: Recipe, engine: Engine) -> list[Need]:
-    gpus = engine.features.gpus and engine.features.launches and recipe.engine.device == "gpu"
+    gpus = engine.features.gpus and recipe.engine.device == "gpu"
     return [
         Need(role, section.replicas, parallel_of(section), gpus=gpus, multi_node=engine.features.multi_node)
         for role, section in recipe.roles.present().items()

@@ -186,20 +186,13 @@ def model_card(recipe: Recipe) -> ModelCard:
 
 
 def _external_kv(section: RoleSection, index: int) -> KvSource | None:
-    """An external engine's publishers; data-parallel rank r is at port + r, as engines count."""
+    """What the recipe says of an external engine's publisher."""
     if not section.kv_events:
         return None
-    count = section.data_parallel
-    replay = section.kv_replay[index] if section.kv_replay else ""
     return KvSource(
-        endpoints=_counted(section.kv_events[index], count),
-        replay_endpoints=_counted(replay, count) if replay else (),
+        endpoints=(section.kv_events[index],),
+        replay_endpoints=(section.kv_replay[index],) if section.kv_replay else (),
     )
-
-
-def _counted(endpoint: str, count: int) -> tuple[str, ...]:
-    base, _, port = endpoint.rpartition(":")
-    return tuple(f"{base}:{int(port) + rank}" for rank in range(count))
 
 
 def _limits(recipe: Recipe) -> LimitsSpec:

@@ -12,8 +12,6 @@ from dynctl.recipe.load import LoadedRecipe
 from dynctl.recipe.problems import Problem, as_error
 from dynctl.recipe.schema import Recipe, RoleSection
 
-_HTTP = ("http", "https")
-
 
 def check_recipe(loaded: LoadedRecipe) -> list[Problem]:
     """The warnings. Raises RecipeError that tells all errors."""
@@ -76,14 +74,19 @@ def _roles(recipe: Recipe, engine: Engine) -> Iterator[Finding]:
     apart = {"prefill": roles.prefill, "decode": roles.decode}
     given = [name for name, section in apart.items() if section is not None]
     if not recipe.roles.present():
-        yield _error("roles", "there is no role; give aggregated, or prefill and decode")
+        yield _error(
+            "roles", "there is no role; give aggregated, or prefill and decode (with defaults only: {})"
+        )
     elif roles.aggregated is not None and given:
         yield _error(
             "roles", f"aggregated and {' and '.join(given)} exclude each other; give one or the other"
         )
     elif len(given) == 1:
         other = "decode" if given == ["prefill"] else "prefill"
-        yield _error(f"roles.{given[0]}", f"{given[0]} alone serves nothing; give {other} too, or aggregated")
+        yield _error(
+            f"roles.{given[0]}",
+            f"{given[0]} alone serves nothing; give {other} too ({{}} for the defaults), or aggregated",
+        )
     if given and not engine.features.disaggregation:
         yield _error("roles", f"backend {recipe.backend} cannot do prefill and decode apart; use aggregated")
     for role, section in roles.present().items():
@@ -120,9 +123,7 @@ def _urls(recipe: Recipe, engine: Engine) -> Iterator[Finding]:
                         f"backend {recipe.backend} starts its own engines; only backend external takes this",
                     )
             continue
-        if not section.urls:
-            yield _error(at, "urls are missing: the base URL of each engine that runs already")
-        elif section.replicas != len(section.urls):
+        if section.replicas != max(len(section.urls), 1):
             yield _error(f"{at}.replicas", f"{section.replicas} replicas but {len(section.urls)} urls")
         for name in ("kv_events", "kv_replay"):
             given = len(getattr(section, name))
@@ -132,19 +133,16 @@ def _urls(recipe: Recipe, engine: Engine) -> Iterator[Finding]:
 
 
 def _addresses(at: str, section: RoleSection) -> Iterator[Finding]:
-    for i, url in enumerate(section.urls):
-        if not _is_address(url, _HTTP):
-            yield _error(f"{at}.urls.{i}", f"'{url}' is no URL; write http://host:port")
     for name in ("kv_events", "kv_replay"):
         for i, endpoint in enumerate(getattr(section, name)):
-            if not _is_address(endpoint, ("tcp",)) or urlsplit(endpoint).port is None:
+            if not _is_tcp(endpoint):
                 yield _error(f"{at}.{name}.{i}", f"'{endpoint}' is no endpoint; write tcp://host:port")
 
 
-def _is_address(text: str, schemes: tuple[str, ...]) -> bool:
+def _is_tcp(text: str) -> bool:
     try:
         parts = urlsplit(text)
-        return parts.scheme in schemes and bool(parts.hostname) and parts.port != 0
+        return parts.scheme == "tcp" and bool(parts.hostname) and bool(parts.port)
     except ValueError:
         return False
 
@@ -158,6 +156,8 @@ def _hosts(recipe: Recipe, engine: Engine) -> Iterator[Finding]:
 
 def _args(recipe: Recipe, engine: Engine) -> Iterator[Finding]:
     """Argument names: none that a recipe field sets, none that the engine cannot have."""
+    if not engine.features.launches:
+        return  # refused as a whole by the engine's own check
     places: dict[str, Mapping[str, Any]] = {"engine.args": recipe.engine.args}
     places |= {f"roles.{role}.args": section.args for role, section in recipe.roles.present().items()}
     for at, args in places.items():
@@ -168,8 +168,6 @@ def _args(recipe: Recipe, engine: Engine) -> Iterator[Finding]:
                 yield _error(f"{at}.{name}", f"write '{bare}', without leading dashes")
             elif owner is not None:
                 yield _error(f"{at}.{name}", f"'{name}' is set by dynctl; use {owner}")
-            elif not engine.features.launches:
-                yield _error(f"{at}.{name}", f"backend {recipe.backend} starts no engine; remove it")
             elif not engine.known_args(name):
                 yield _error(f"{at}.{name}", f"'{name}' is not an argument of {recipe.backend}")
 

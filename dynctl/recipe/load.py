@@ -20,7 +20,7 @@ from dynctl.recipe.validate import validate, where_of
 
 _BUILTIN = Path(__file__).resolve().parent.parent / "mocker" / "assets"
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
-_ROLE_OPTION = re.compile(r"roles\.[a-z]+\.(args|env)\.")
+_ROLE_OPTION = re.compile(r"^roles\.[a-z]+\.(args|env)(?=\.|$)")
 _SHORTEST_KEY = 8
 _MISSING = {"model.path": "model directory", "engine.venv": "virtual environment"}
 
@@ -41,8 +41,8 @@ class LoadedRecipe:
 
     def where(self, dotted: str) -> str:
         """Where a field ("roles.decode.args.tp") was written: file:line, or the flag; else the file."""
-        places = {".".join(str(k) for k in keys): place for keys, place in self.wheres.items()}
-        engine_wide = _ROLE_OPTION.sub(r"engine.\1.", dotted)
+        places = self._places()
+        engine_wide = _ROLE_OPTION.sub(r"engine.\1", dotted)
         for exact in (dotted, engine_wide):
             if exact in places:
                 return places[exact]
@@ -52,8 +52,10 @@ class LoadedRecipe:
 
     def provenance(self, dotted: str) -> str:
         """Where exactly this field's value comes from; "default" when nobody wrote it."""
-        places = {".".join(str(k) for k in keys): place for keys, place in self.wheres.items()}
-        return places.get(dotted, "default")
+        return self._places().get(dotted, "default")
+
+    def _places(self) -> dict[str, str]:
+        return {".".join(str(k) for k in keys): place for keys, place in self.wheres.items() if keys}
 
 
 def load_recipe(
@@ -130,8 +132,9 @@ class _Resolver:
         keys: Keys = ("model", "path")
         if value.startswith("builtin:"):
             directory = _BUILTIN / value.removeprefix("builtin:")
-            if not directory.is_dir() or directory.parent != _BUILTIN:
-                valid = ", ".join(f"builtin:{p.name}" for p in sorted(_BUILTIN.iterdir()) if p.is_dir())
+            known = sorted(p.name for p in _BUILTIN.iterdir() if p.is_dir())
+            if directory.name not in known or value != f"builtin:{directory.name}":
+                valid = ", ".join(f"builtin:{name}" for name in known)
                 self._problem(keys, f"there is no {value}", f"valid: {valid}")
             return str(directory)
         if not is_path(value, self._base(keys)) and not is_hub_id(value):

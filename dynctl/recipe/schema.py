@@ -197,7 +197,7 @@ class Frontend(Section):
     tls: Tls | None = None
     """Serve HTTPS."""
     limits: Limits = Field(default_factory=Limits)
-    """Limits at the HTTP edge."""
+    """Sizes, times and connections allowed."""
 
 
 class Router(Section):
@@ -274,7 +274,7 @@ class Recipe(Section):
     description: str = ""
     """One line for people."""
     model: Model
-    """The model to serve."""
+    """Which model, under which name."""
     backend: Annotated[
         str, AfterValidator(_backend), Field(json_schema_extra={"enum": list(catalog.names())})
     ]

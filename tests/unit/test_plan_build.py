@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dynctl.deploy.plan import Plan, RunContext, build_plan
+from dynctl.deploy.preflight import require_local, require_programs
+from dynctl.errors import CodecError, PlacementError, PortInUse, RecipeError
+from dynctl.protocol.specs import FrontendSpec, WorkerSpec
+from dynctl.recipe.load import LoadedRecipe, load_recipe
+from dynctl.topology.inventory import LOCAL, Host, Inventory
+
+RECIPE = """\
+schema: dynctl/v1
+name: demo
+model: {path: org/model}
+backend: vllm
+engine: {env: {API_KEY: hidden}, device: cpu}
+roles:
+  prefill: {replicas: 1}
+  decode: {replicas: 2}
+frontend:
+  port: 8000
+  api_key: very-secret-key
+"""
+RUN = RunContext("run1", "/runs/run1", "python")
+HERE = Inventory((Host(LOCAL, "127.0.0.1", 0),), "this machine")
+
+
+def load(tmp_path: Path, *sets: str) -> LoadedRecipe:
+    file = tmp_path / "r.yaml"
+    file.write_text(RECIPE)
+    return load_recipe(file, sets, environ={"HOME": str(tmp_path)})
+
+
+def test_every_process_belongs_to_the_run(tmp_path: Path) -> None:
+    plan = build_plan(load(tmp_path), HERE, (), RUN)
+    assert [p.id for p in plan.processes] == [
+        "controller",
+        "frontend-0",
+        *(f"{seat}{part}" for seat in ("prefill-0", "decode-0", "decode-1") for part in ("", "/engine")),
+    ]
+    assert {p.command.env["DYNCTL_RUN"] for p in plan.processes} == {"run1"}
+    assert plan.process("decode-1/engine").command.env["DYNCTL_PROCESS"] == "decode-1"
+    assert plan.process("decode-1/engine").depends == ("decode-1",)
+    assert plan.roles == {"prefill": 1, "decode": 2}
+    with pytest.raises(KeyError):
+        plan.process("decode-2")
+
+
+def test_specs_are_what_the_processes_read(tmp_path: Path) -> None:
+    import msgspec
+
+    plan = build_plan(load(tmp_path), HERE, (), RUN)
+    files = plan.process("decode-1").command.files
+    worker = msgspec.json.decode(files["specs/decode-1.json"], type=WorkerSpec)
+    engine = plan.process("decode-1/engine")
+    assert worker.engine is not None
+    assert tuple(worker.engine.argv) == engine.command.argv
+    assert worker.url == f"http://127.0.0.1:{engine.ports['http']}"
+    assert worker.registry == plan.registry
+    files = plan.process("frontend-0").command.files
+    frontend = msgspec.json.decode(files["specs/frontend-0.json"], type=FrontendSpec)
+    assert frontend.roles == {"prefill": 1, "decode": 2}
+    assert frontend.membership == plan.membership
+    assert len(frontend.api_key_hashes[0]) == 64
+
+
+def test_stored_whole_and_printed_masked(tmp_path: Path) -> None:
+    plan = build_plan(load(tmp_path), HERE, (), RUN)
+    stored, shown = plan.to_json(), json.dumps(plan.shown())
+    assert Plan.from_json(stored) == plan
+    assert "hidden" in stored
+    assert "hidden" not in shown
+    assert "very-secret-key" not in stored + shown
+    wanted = {"id", "kind", "role", "index", "node", "gpus", "ports", "argv", "env"}
+    assert all(wanted <= process.keys() for process in plan.shown()["processes"])
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "null"])
+def test_what_is_no_plan(text: str) -> None:
+    with pytest.raises(CodecError, match="not a plan"):
+        Plan.from_json(text)
+
+
+def test_a_plan_of_another_version(tmp_path: Path) -> None:
+    text = build_plan(load(tmp_path), HERE, (), RUN).to_json().replace('"version": 1', '"version": 9')
+    with pytest.raises(CodecError, match="plan version 9 is not 1"):
+        Plan.from_json(text)
+
+
+def test_taken_ports_are_stepped_over(tmp_path: Path) -> None:
+    first = build_plan(load(tmp_path), HERE, (), RUN)
+    taken = {(LOCAL, port) for port in first.nodes[0].ports}
+    second = build_plan(load(tmp_path, "frontend.port=8001"), HERE, taken, RUN)
+    assert not set(second.nodes[0].ports) & set(first.nodes[0].ports)
+
+
+def test_a_taken_frontend_port_names_the_line(tmp_path: Path) -> None:
+    with pytest.raises(PortInUse, match=r"r\.yaml:10: port 8000 of local is taken"):
+        build_plan(load(tmp_path), HERE, {(LOCAL, 8000)}, RUN)
+    plan = build_plan(load(tmp_path, "frontend.port=0"), HERE, {(LOCAL, 8000)}, RUN)
+    assert plan.url == f"http://127.0.0.1:{plan.process('frontend-0').ports['http']}"
+
+
+def test_too_few_gpus_name_the_role(tmp_path: Path) -> None:
+    with pytest.raises(PlacementError, match=r"r\.yaml:7: the recipe needs 3 GPUs, this machine has 0"):
+        build_plan(load(tmp_path, "engine.device=gpu"), HERE, (), RUN)
+
+
+@pytest.mark.parametrize(
+    ("host", "address", "url"),
+    [
+        ("0.0.0.0", "10.0.0.1", "http://10.0.0.1:8000"),
+        ("::", "fd00::1", "http://[fd00::1]:8000"),
+        ("127.0.0.1", "10.0.0.1", "http://127.0.0.1:8000"),
+    ],
+)
+def test_public_url(tmp_path: Path, host: str, address: str, url: str) -> None:
+    inventory = Inventory((Host("n1", address, 0),), "hosts.yaml")
+    assert build_plan(load(tmp_path, f"frontend.host='{host}'"), inventory, (), RUN).url == url
+
+
+def test_only_this_machine_can_be_started(tmp_path: Path) -> None:
+    require_local(load(tmp_path), HERE)
+    with pytest.raises(RecipeError, match="--set target=ssh: target ssh cannot be started yet"):
+        require_local(load(tmp_path, "target=ssh"), HERE)
+    with pytest.raises(RecipeError, match=r"hosts\.yaml names other hosts"):
+        require_local(load(tmp_path), Inventory((Host("n1", "10.0.0.1", 0),), "hosts.yaml"))
+
+
+def test_missing_engine_program_says_where_was_looked(tmp_path: Path) -> None:
+    loaded = load(tmp_path)
+    plan = build_plan(loaded, HERE, (), RUN)
+    with pytest.raises(RecipeError) as caught:
+        require_programs(plan, loaded, {"PATH": str(tmp_path / "bin")})
+    assert f"r.yaml:4: engine program missing: 'vllm' is not on PATH ({tmp_path}/bin)" in str(caught.value)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "vllm").write_text("#!/bin/sh\n")
+    (tmp_path / "bin" / "vllm").chmod(0o755)
+    require_programs(plan, loaded, {"PATH": str(tmp_path / "bin")})
+
+
+def test_missing_program_of_a_venv_names_the_venv(tmp_path: Path) -> None:
+    (tmp_path / "venv").mkdir()
+    loaded = load(tmp_path, f"engine.venv={tmp_path}/venv")
+    plan = build_plan(loaded, HERE, (), RUN)
+    with pytest.raises(RecipeError, match="venv/bin/vllm is not there or may not be run"):
+        require_programs(plan, loaded, {})
+    remote = load(tmp_path, "target=ssh", f"engine.venv={tmp_path}/venv")
+    require_programs(build_plan(remote, HERE, (), RUN), remote, {})

@@ -1,0 +1,139 @@
+"""What fields mean together: every refusal says where and why, before anything starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dynctl.errors import RecipeError
+from dynctl.recipe.check import check_recipe
+from dynctl.recipe.load import load_recipe
+
+HEAD = "schema: dynctl/v1\nname: demo\nmodel: {path: m}\nbackend: vllm\n"
+AGGREGATED = "roles: {aggregated: {}}\n"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "m"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"num_attention_heads": 8, "num_key_value_heads": 2}))
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def check(tmp_path: Path, text: str) -> list[str]:
+    file = tmp_path / "r.yaml"
+    file.write_text(text)
+    warnings = check_recipe(load_recipe(file, environ={"HOME": str(tmp_path)}))
+    return [str(w).replace(f"{tmp_path}/", "") for w in warnings]
+
+
+def failure(tmp_path: Path, text: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        check(tmp_path, text)
+    return str(caught.value).replace(f"{tmp_path}/", "")
+
+
+@pytest.mark.usefixtures("model")
+def test_sound_recipes_pass(tmp_path: Path) -> None:
+    assert check(tmp_path, HEAD + AGGREGATED) == []
+    assert check(tmp_path, HEAD + "roles: {prefill: {replicas: 2}, decode: {}}\n") == []
+
+
+@pytest.mark.usefixtures("model")
+@pytest.mark.parametrize(
+    ("roles", "told"),
+    [
+        ("{}", "r.yaml:5: there is no role; give aggregated, or prefill and decode"),
+        ("{decode: null}", "r.yaml:5: there is no role"),
+        ("{prefill: {}}", "r.yaml:5: prefill alone serves nothing; give decode too"),
+        ("{decode: {}}", "r.yaml:5: decode alone serves nothing; give prefill too"),
+        ("{aggregated: {}, decode: {}}", "r.yaml:5: aggregated and decode exclude each other"),
+        ("{aggregated: {}, decode: {}, prefill: {}}", "r.yaml:5: aggregated and prefill and decode exclude"),
+        ("{encode: {}, aggregated: {}}", "r.yaml:5: encode workers are not supported yet"),
+        (
+            "{aggregated: {urls: ['http://h:1']}}",
+            "r.yaml:5: backend vllm starts its own engines; only backend",
+        ),
+        ("{aggregated: {kv_events: ['tcp://h:1']}}", "r.yaml:5: backend vllm starts its own engines"),
+        ("{aggregated: {tensor_parallel: 3}}", "r.yaml"),
+        ("{aggregated: {args: {port: 1}}}", "r.yaml:5: 'port' is set by dynctl; use "),
+        ("{aggregated: {args: {tensor_parallel_size: 2}}}", "use roles.<role>.tensor_parallel"),
+        ("{aggregated: {args: {kv-transfer-config: {}}}}", "use roles (prefill and decode)"),
+        ("{aggregated: {args: {--dtype: x}}}", "r.yaml:5: write 'dtype', without leading dashes"),
+        ("{aggregated: {args: {'a b': x}}}", "r.yaml:5: 'a b' is not an argument of vllm"),
+    ],
+)
+def test_roles_and_arguments_that_cannot_be(tmp_path: Path, roles: str, told: str) -> None:
+    assert told in failure(tmp_path, f"{HEAD}roles: {roles}\n")
+
+
+@pytest.mark.usefixtures("model")
+@pytest.mark.parametrize(
+    ("extra", "told"),
+    [
+        ("frontend: {replicas: 2}", "r.yaml:6: more than one frontend is not supported yet"),
+        ("engine: {venv: ., python: python3}", "r.yaml:6: engine.venv and engine.python exclude each other"),
+        ("engine:\n  args:\n    host: x", "r.yaml:8: 'host' is set by dynctl"),
+        ("hosts: [{name: a}, {name: a}]", "r.yaml:6: there are two hosts named 'a'"),
+    ],
+)
+def test_sections_that_cannot_be(tmp_path: Path, extra: str, told: str) -> None:
+    assert told in failure(tmp_path, f"{HEAD}{AGGREGATED}{extra}\n")
+
+
+@pytest.mark.usefixtures("model")
+def test_findings_of_the_engine_carry_lines(tmp_path: Path) -> None:
+    text = HEAD + "roles:\n  prefill: {}\n  decode:\n    args:\n      dtype: float16\n"
+    assert "r.yaml" in failure(tmp_path, text)
+
+
+def test_missing_tokenizer_is_a_warning_for_kv_routing(tmp_path: Path, model: Path) -> None:
+    (model / "tokenizer.json").unlink()
+    assert check(tmp_path, HEAD + AGGREGATED)[0].startswith("r.yaml:3: no tokenizer.json is at hand")
+    assert check(tmp_path, HEAD + AGGREGATED + "router: {mode: least_loaded}\n") == []
+
+
+EXTERNAL = "schema: dynctl/v1\nname: demo\nmodel: {path: m}\nbackend: external\n"
+
+
+@pytest.mark.usefixtures("model")
+def test_external_engines_count_their_urls(tmp_path: Path) -> None:
+    roles = (
+        "roles: {aggregated: {urls: ['http://a:1', 'http://b:1'], kv_events: ['tcp://a:2', 'tcp://b:2']}}\n"
+    )
+    assert check(tmp_path, EXTERNAL + roles) == []
+    loaded = load_recipe(tmp_path / "r.yaml")
+    assert loaded.recipe.roles.present()["aggregated"].replicas == 2
+
+
+@pytest.mark.usefixtures("model")
+@pytest.mark.parametrize(
+    ("role", "told"),
+    [
+        ("{}", "needs the engines' addresses"),
+        ("{urls: ['http://a:1'], replicas: 2}", "r.yaml:5: 2 replicas but 1 urls"),
+        ("{urls: ['ftp://a:1']}", "r.yaml:5: 'ftp://a:1' is no base address"),
+        (
+            "{urls: ['http://a:1'], kv_events: ['tcp://a:1', 'tcp://b:1']}",
+            "2 endpoints for 1 urls; one for each",
+        ),
+        ("{urls: ['http://a:1'], kv_events: ['a:1']}", "'a:1' is no endpoint; write tcp://host:port"),
+        ("{urls: ['http://a:1'], kv_events: ['tcp://a']}", "'tcp://a' is no endpoint"),
+        ("{urls: ['http://a:1'], kv_events: ['tcp://a:x']}", "'tcp://a:x' is no endpoint"),
+        ("{urls: ['http://a:1'], data_parallel: 2}", "backend external has no data parallelism"),
+        ("{urls: ['http://a:1'], args: {x: 1}}", "has no effect"),
+    ],
+)
+def test_external_engines_that_cannot_be(tmp_path: Path, role: str, told: str) -> None:
+    assert told in failure(tmp_path, f"{EXTERNAL}roles: {{aggregated: {role}}}\n")
+
+
+@pytest.mark.usefixtures("model")
+def test_external_engines_have_no_environment_and_no_roles_apart(tmp_path: Path) -> None:
+    told = failure(tmp_path, EXTERNAL + "engine: {venv: .}\nroles: {prefill: {}, decode: {}}\n")
+    assert "r.yaml:5: backend external starts no engine; remove it" in told
+    assert "r.yaml:6: backend external cannot do prefill and decode apart" in told

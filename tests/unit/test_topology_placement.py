@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dynctl.engines.base import Parallel, Rank
+from dynctl.errors import PlacementError
+from dynctl.topology.inventory import Host, Inventory
+from dynctl.topology.placement import Need, place
+
+
+def machines(*gpus: int) -> Inventory:
+    return Inventory(tuple(Host(f"n{i}", f"10.0.0.{i}", g) for i, g in enumerate(gpus, 1)), "hosts.yaml")
+
+
+def where(ranks: tuple[Rank, ...]) -> list[tuple[str, tuple[int, ...]]]:
+    return [(rank.node, rank.gpus) for rank in ranks]
+
+
+def test_replicas_are_packed() -> None:
+    placed = place([Need("aggregated", 3, Parallel(tensor=4))], machines(8, 8))
+    assert where(placed["aggregated", 0]) == [("n1", (0, 1, 2, 3))]
+    assert where(placed["aggregated", 1]) == [("n1", (4, 5, 6, 7))]
+    assert where(placed["aggregated", 2]) == [("n2", (0, 1, 2, 3))]
+
+
+def test_the_large_go_first_so_that_all_fit() -> None:
+    needs = [Need("prefill", 2, Parallel(tensor=2)), Need("decode", 1, Parallel(tensor=8))]
+    placed = place(needs, machines(8, 4))
+    assert where(placed["decode", 0]) == [("n1", tuple(range(8)))]
+    assert where(placed["prefill", 1]) == [("n2", (2, 3))]
+
+
+def test_a_small_replica_takes_the_fullest_node_it_fits() -> None:
+    needs = [Need("decode", 1, Parallel(tensor=4)), Need("prefill", 1, Parallel(tensor=2))]
+    placed = place(needs, machines(8, 2))
+    assert where(placed["prefill", 0]) == [("n2", (0, 1))]
+
+
+def test_tensor_parallel_crosses_nodes_only_when_larger_than_one() -> None:
+    placed = place([Need("aggregated", 1, Parallel(tensor=16))], machines(8, 8))
+    assert where(placed["aggregated", 0]) == [("n1", tuple(range(8))), ("n2", tuple(range(8)))]
+    with pytest.raises(PlacementError, match="cannot be laid out"):
+        place([Need("a", 1, Parallel(tensor=3)), Need("b", 1, Parallel(tensor=3))], machines(4, 2))
+
+
+def test_pipeline_stages_stay_whole_on_nodes() -> None:
+    placed = place([Need("aggregated", 1, Parallel(tensor=4, pipeline=3))], machines(6, 8, 4))
+    assert where(placed["aggregated", 0]) == [
+        ("n1", (0, 1, 2, 3)),
+        ("n2", (0, 1, 2, 3)),
+        ("n3", (0, 1, 2, 3)),
+    ]
+
+
+def test_one_node_engines_are_not_cut() -> None:
+    need = Need("aggregated", 1, Parallel(tensor=8), multi_node=False)
+    with pytest.raises(PlacementError):
+        place([need], machines(4, 4))
+
+
+def test_those_without_gpus_go_round() -> None:
+    placed = place([Need("aggregated", 3, Parallel(tensor=4), gpus=False)], machines(0, 0))
+    assert [where(placed["aggregated", i]) for i in range(3)] == [[("n1", ())], [("n2", ())], [("n1", ())]]
+
+
+def test_more_gpus_than_there_are_names_need_and_have_and_nodes() -> None:
+    with pytest.raises(PlacementError) as caught:
+        place([Need("prefill", 2, Parallel(tensor=4)), Need("decode", 1, Parallel(tensor=8))], machines(8, 4))
+    told = str(caught.value)
+    assert "the recipe needs 16 GPUs, hosts.yaml has 12: no room for prefill-1 with 4" in told
+    assert "n1 0 of 8 free, n2 0 of 4 free" in told
+    assert caught.value.where == "roles.prefill"
+
+
+SIZES = st.sampled_from([1, 2, 4, 8])
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 3), SIZES, SIZES), min_size=1, max_size=3),
+    st.lists(st.integers(0, 8), min_size=1, max_size=4),
+)
+def test_no_gpu_is_given_twice_and_all_parts_are_equal(
+    sizes: list[tuple[int, int, int]], gpus: list[int]
+) -> None:
+    needs = [Need(f"r{i}", n, Parallel(tensor=t, pipeline=p)) for i, (n, t, p) in enumerate(sizes)]
+    inventory = machines(*gpus)
+    try:
+        placed = place(needs, inventory)
+    except PlacementError:
+        return
+    assert placed == place(needs, inventory)
+    taken = [(rank.node, gpu) for ranks in placed.values() for rank in ranks for gpu in rank.gpus]
+    assert len(taken) == len(set(taken))
+    have = {host.name: host.gpus for host in inventory.hosts}
+    assert all(gpu < have[node] for node, gpu in taken)
+    for need in needs:
+        for index in range(need.replicas):
+            ranks = placed[need.role, index]
+            assert len({len(rank.gpus) for rank in ranks}) == 1
+            assert sum(len(rank.gpus) for rank in ranks) == need.parallel.gpus
+            assert len({rank.node for rank in ranks}) == len(ranks)

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import pytest
+
+from dynctl.errors import PlacementError
+from dynctl.topology.ports import FIRST_PORT, LAST_PORT, PortAllocator
+
+
+def test_blocks_are_consecutive_and_per_node() -> None:
+    ports = PortAllocator()
+    assert ports.allocate(["a"], 3) == FIRST_PORT
+    assert ports.allocate(["b"]) == FIRST_PORT
+    assert ports.allocate(["a", "b"], 2) == FIRST_PORT + 3
+    assert ports.allocate(["b"]) == FIRST_PORT + 1
+    assert ports.given("b") == tuple(FIRST_PORT + i for i in (0, 1, 3, 4))
+
+
+def test_taken_ports_are_stepped_over() -> None:
+    ports = PortAllocator({("a", FIRST_PORT + 1), ("a", FIRST_PORT + 3), ("b", FIRST_PORT)})
+    assert ports.allocate(["a"], 2) == FIRST_PORT + 4
+    assert ports.allocate(["a"]) == FIRST_PORT
+    assert ports.given("b") == ()
+
+
+def test_a_named_port_is_given_once() -> None:
+    ports = PortAllocator({("a", 80)})
+    assert not ports.take("a", 80)
+    assert ports.take("a", 8000)
+    assert not ports.take("a", 8000)
+    assert ports.take("b", 8000)
+
+
+def test_ports_run_out() -> None:
+    ports = PortAllocator()
+    ports.allocate(["a"], LAST_PORT - FIRST_PORT + 1)
+    with pytest.raises(PlacementError, match="no 1 consecutive ports are free on a"):
+        ports.allocate(["a"])
+    with pytest.raises(PlacementError):
+        ports.allocate(["b"], LAST_PORT)
