@@ -1,0 +1,259 @@
+"""The prefill/decode request contracts, field by field."""
+
+from __future__ import annotations
+
+import copy
+from math import inf
+from typing import Any
+
+import pytest
+
+from dynctl.engines.base import Handoff, Json
+from dynctl.engines.requests import one_sequence
+from dynctl.engines.sglang_disagg import BootstrapRoom
+from dynctl.engines.trtllm_disagg import ContextFirst, contract_for
+from dynctl.engines.vllm_disagg import LEASE_MARGIN_S, LEASE_S, NixlPull
+from dynctl.errors import EngineFailed
+
+CHAT: Json = {
+    "model": "m",
+    "messages": [{"role": "user", "content": "hi"}],
+    "max_tokens": 50,
+    "stream": True,
+    "stream_options": {"include_usage": True},
+    "min_tokens": 5,
+    "n": 1,
+    "temperature": 0.5,
+    "made_up": {"kept": True},
+}
+COMPLETION: Json = {"model": "m", "prompt": [1, 2, 3], "max_tokens": 9, "logprobs": 2, "echo": True}
+PARAMS: Json = {
+    "do_remote_prefill": True,
+    "do_remote_decode": False,
+    "remote_engine_id": "e",
+    "remote_request_id": "r",
+    "remote_host": "10.0.0.5",
+    "remote_port": 5600,
+    "remote_block_ids": [[25, 26]],
+    "tp_size": 1,
+    "remote_num_tokens": 40,
+    "of_a_later_release": 1,
+}
+
+
+def vllm_answer(**params: Any) -> Json:
+    return {"choices": [{"finish_reason": "length"}], "kv_transfer_params": {**PARAMS, **params}}
+
+
+def context_answer(finish: str = "length", **changes: Any) -> Json:
+    params = {"request_type": "context_only", "ctx_request_id": 17, "first_gen_tokens": [523]}
+    answer = {
+        "choices": [{"finish_reason": finish, "disaggregated_params": params}],
+        "prompt_token_ids": [4, 5],
+    }
+    return {**answer, **changes}
+
+
+@pytest.mark.parametrize(
+    ("request_", "expected"),
+    [
+        ({"prompt": "text"}, True),
+        ({"prompt": [1, 2, 3]}, True),
+        ({"prompt": ["text"]}, True),
+        ({"prompt": [[1, 2]], "n": 1, "best_of": None}, True),
+        ({"messages": []}, True),
+        ({"prompt": ["a", "b"]}, False),
+        ({"prompt": [[1], [2]]}, False),
+        ({"prompt_embeds": ["a", "b"]}, False),
+        ({"messages": [], "n": 2}, False),
+        ({"prompt": "a", "best_of": 3}, False),
+        ({"prompt": "a", "use_beam_search": True}, False),
+    ],
+)
+def test_requests_of_one_sequence(request_: Json, expected: bool) -> None:
+    assert one_sequence(request_) is expected
+    assert NixlPull().splits(request_) is ContextFirst().splits(request_) is expected
+
+
+class TestVllm:
+    contract = NixlPull()
+
+    def test_prefill_asks_for_one_token_without_streaming(self) -> None:
+        before = copy.deepcopy(CHAT)
+        body = self.contract.prefill_body(CHAT, {})
+        assert before == CHAT
+        assert body == {
+            "model": "m",
+            "messages": CHAT["messages"],
+            "max_tokens": 1,
+            "max_completion_tokens": 1,
+            "stream": False,
+            "n": 1,
+            "temperature": 0.5,
+            "made_up": {"kept": True},
+            "kv_transfer_params": {"do_remote_decode": True, "do_remote_prefill": False},
+        }
+
+    def test_prefill_of_a_completion_has_no_chat_field(self) -> None:
+        body = self.contract.prefill_body(COMPLETION, {})
+        assert body["max_tokens"] == 1
+        assert not body.keys() & {"max_completion_tokens", "logprobs", "echo", "n"}
+
+    def test_decode_gets_the_request_and_the_params_unchanged(self) -> None:
+        handoff = self.contract.handoff(vllm_answer(), 100.0)
+        assert self.contract.decode_body(CHAT, handoff, {}) == {**CHAT, "kv_transfer_params": PARAMS}
+        assert handoff.expires_at_s == 100.0 + LEASE_S - LEASE_MARGIN_S
+        assert not handoff.finished
+
+    def test_foreign_params_never_reach_an_engine(self) -> None:
+        foreign = {**CHAT, "kv_transfer_params": {"do_remote_prefill": True, "remote_port": 1}}
+        assert "kv_transfer_params" not in self.contract.decode_body(foreign, None, {})
+        assert "remote_port" not in self.contract.prefill_body(foreign, {})["kv_transfer_params"]
+
+    def test_several_sequences_never_share_params(self) -> None:
+        handoff = Handoff(params=PARAMS, expires_at_s=1.0)
+        for request in ({**CHAT, "n": 2}, {"prompt": ["a", "b"]}):
+            assert self.contract.decode_body(request, handoff, {}) == request
+
+    @pytest.mark.parametrize(
+        "missing", ["remote_engine_id", "remote_request_id", "remote_host", "remote_port", "tp_size"]
+    )
+    def test_incomplete_params_are_refused(self, missing: str) -> None:
+        with pytest.raises(EngineFailed, match=missing):
+            self.contract.handoff(vllm_answer(**{missing: None}), 0.0)
+
+    @pytest.mark.parametrize("blocks", [None, [], [[]], [[], []], "x", [7]])
+    def test_params_without_blocks_are_refused(self, blocks: object) -> None:
+        with pytest.raises(EngineFailed, match="no blocks"):
+            self.contract.handoff(vllm_answer(remote_block_ids=blocks), 0.0)
+
+    def test_one_filled_group_is_enough(self) -> None:
+        self.contract.handoff(vllm_answer(remote_block_ids=[[], [3]]), 0.0)
+
+    @pytest.mark.parametrize(
+        ("answer", "reason"),
+        [
+            ({"error": {"message": "full"}}, "full"),
+            ({"error": "full"}, "full"),
+            ({}, "without choices"),
+            ({"choices": []}, "without choices"),
+            ({"choices": [{"finish_reason": "abort"}]}, "'abort'"),
+            ({"choices": [{"finish_reason": "error"}]}, "'error'"),
+            ({"choices": [{"finish_reason": "length"}]}, "without kv_transfer_params"),
+            (vllm_answer(do_remote_prefill=False), "do_remote_prefill"),
+        ],
+    )
+    def test_answers_that_hand_nothing_over(self, answer: Json, reason: str) -> None:
+        with pytest.raises(EngineFailed, match=reason):
+            self.contract.handoff(answer, 0.0)
+
+    def test_nothing_links_the_legs_beforehand(self) -> None:
+        assert self.contract.link("http://p:1", 0, 5) == {}
+        assert self.contract.order == "prefill_first"
+
+
+class TestSglang:
+    contract = BootstrapRoom()
+
+    def test_both_legs_carry_prefills_bootstrap_and_the_room(self) -> None:
+        link = self.contract.link("http://10.0.0.5:30000", 8998, 2**63 - 1)
+        assert link == {
+            "bootstrap_host": "10.0.0.5",
+            "bootstrap_port": 8998,
+            "bootstrap_room": 2**63 - 1,
+        }
+        prefill = self.contract.prefill_body(CHAT, link)
+        assert prefill == {**CHAT, **link} == self.contract.decode_body(CHAT, None, link)
+        assert self.contract.order == "concurrent"
+        assert self.contract.splits({"n": 4})
+
+    def test_a_clients_own_room_is_replaced(self) -> None:
+        link = self.contract.link("http://p:1", 8998, 4)
+        body = self.contract.decode_body({"bootstrap_room": 1, "disagg_prefill_dp_rank": 3}, None, link)
+        assert body == link
+
+    @pytest.mark.parametrize(
+        ("url", "port", "room"),
+        [("nowhere", 1, 1), ("http://p:1", 0, 1), ("http://p:1", 1, 0), ("http://p:1", 1, 2**63)],
+    )
+    def test_link_without_a_bootstrap_address(self, url: str, port: int, room: int) -> None:
+        with pytest.raises(EngineFailed):
+            self.contract.link(url, port, room)
+
+    def test_prefill_answer_is_dropped_but_for_errors(self) -> None:
+        assert self.contract.handoff({"choices": []}, 0.0) == Handoff(params={}, expires_at_s=inf)
+        for answer in ({"error": {"message": "x"}}, {"object": "error", "message": "x"}):
+            with pytest.raises(EngineFailed):
+                self.contract.handoff(answer, 0.0)
+
+
+class TestTrtllm:
+    contract = ContextFirst()
+
+    def test_context_leg_keeps_max_tokens(self) -> None:
+        body = self.contract.prefill_body(CHAT, {})
+        assert (body["max_tokens"], body["stream"]) == (50, False)
+        assert "stream_options" not in body
+        assert body["disaggregated_params"] == {"request_type": "context_only"}
+
+    def test_generation_leg_of_a_chat(self) -> None:
+        handoff = self.contract.handoff(context_answer(), 10.0)
+        body = self.contract.decode_body(CHAT, handoff, {})
+        assert body["disaggregated_params"] == {
+            "request_type": "generation_only",
+            "ctx_request_id": 17,
+            "first_gen_tokens": [523],
+        }
+        assert (body["prompt_token_ids"], body["messages"]) == ([4, 5], CHAT["messages"])
+        assert handoff.expires_at_s == 60.0
+
+    def test_generation_leg_of_a_completion_has_ids_as_prompt(self) -> None:
+        handoff = self.contract.handoff(context_answer("not_finished"), 0.0)
+        body = self.contract.decode_body(COMPLETION, handoff, {})
+        assert body["prompt"] == [4, 5]
+        assert "prompt_token_ids" not in body
+
+    def test_finished_context_is_the_whole_answer(self) -> None:
+        handoff = self.contract.handoff(context_answer("stop"), 0.0)
+        assert handoff.finished
+        with pytest.raises(EngineFailed, match="whole"):
+            self.contract.decode_body(CHAT, handoff, {})
+
+    @pytest.mark.parametrize(
+        ("answer", "reason"),
+        [
+            ({"error": "x"}, "error"),
+            ({"object": "error"}, "error"),
+            ({"choices": []}, "choices"),
+            ({"choices": [{"finish_reason": "length"}], "prompt_token_ids": [1]}, "ctx_request_id"),
+            (context_answer(prompt_token_ids=None), "prompt_token_ids"),
+        ],
+    )
+    def test_incomplete_context_answers_are_refused(self, answer: Json, reason: str) -> None:
+        with pytest.raises(EngineFailed, match=reason):
+            self.contract.handoff(answer, 0.0)
+
+    def test_plain_without_a_handoff_or_with_several_sequences(self) -> None:
+        assert self.contract.decode_body({**CHAT, "disaggregated_params": {}}, None, {}) == CHAT
+        handoff = self.contract.handoff(context_answer(), 0.0)
+        assert self.contract.decode_body({**CHAT, "n": 3}, handoff, {}) == {**CHAT, "n": 3}
+
+    @pytest.mark.parametrize(
+        ("version", "ids"), [("1.2.1", False), ("1.3.0rc29", True), ("2.0", True), ("", False)]
+    )
+    def test_request_ids_by_release(self, version: str, ids: bool) -> None:
+        assert contract_for(version).request_ids is ids
+
+    @pytest.mark.parametrize("room", [1, 2**42, 2**63 - 1])
+    def test_request_id_is_on_the_context_leg_and_in_range(self, room: int) -> None:
+        contract = contract_for("1.3.0")
+        link = contract.link("http://p:1", 0, room)
+        assert 2**42 <= link["disagg_request_id"] < 2**63
+        assert contract.prefill_body(CHAT, link)["disaggregated_params"] == {
+            "request_type": "context_only",
+            **link,
+        }
+
+    def test_older_releases_get_no_field_they_do_not_know(self) -> None:
+        assert self.contract.link("http://p:1", 0, 5) == {}
+        assert self.contract.order == "prefill_first"
