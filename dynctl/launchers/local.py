@@ -23,6 +23,7 @@ from dynctl.launchers.base import (
     ProcessHandle,
     RunRef,
 )
+from dynctl.launchers.files import write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -152,13 +153,7 @@ def write_files(run_dir: Path, files: Mapping[str, str]) -> None:
     for relative, text in files.items():
         path = run_dir / relative
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(fd, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_atomic(path, text)
 
 
 def open_log(run_dir: Path, process_id: str) -> BinaryIO:

@@ -16,7 +16,7 @@ SeatState = Literal[
 
 
 class ProcessView(msgspec.Struct, frozen=True, kw_only=True):
-    """One row of `ps`. `id` is the seat ("decode-0"), `instance` the registered one ("" = not registered).
+    """One row of `ps`. `id` is the seat ("decode-0"); `instance` is the name it registers under: the same.
 
     `pid` is the process dynctl started (the sidecar), `engine_pid` its engine's; 0 = none. `last_exit` says
     how the incarnation before ended, `last_error` holds its error lines.

@@ -1,0 +1,275 @@
+"""The controller's sockets, processes and clock around the supervisor, which decides.
+
+One task carries out the supervisor's instructions in order; the state is on disk before any of them is.
+Everything else (calls, leases, exits, time) only feeds events in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from dynctl.controller.moves import (
+    Begin,
+    Event,
+    Exited,
+    Finish,
+    Gone,
+    Instruction,
+    Kill,
+    Note,
+    Seen,
+    Start,
+    Started,
+    StartFailed,
+    Stop,
+    Terminate,
+    Tick,
+)
+from dynctl.controller.supervise import Supervisor
+from dynctl.deploy.events import append_event
+from dynctl.deploy.home import RunDir
+from dynctl.deploy.logs import tail
+from dynctl.deploy.plan import Plan
+from dynctl.deploy.state import RunState, SeatRecord, encode_state
+from dynctl.deploy.status import telling_lines, view_of
+from dynctl.discovery.lease import Changes
+from dynctl.discovery.registry import Registry
+from dynctl.errors import DiscoveryError, LaunchError
+from dynctl.launchers import procfs
+from dynctl.launchers.base import Launch, Launcher, Owned, ProcessHandle, RunRef
+from dynctl.launchers.files import write_atomic
+from dynctl.protocol.deployment import DownCall, DownReply
+from dynctl.protocol.exits import read_last_words
+from dynctl.transport.control import ControlServer, read_body
+from dynctl.transport.event_plane import Publisher
+from dynctl.transport.keys import Keys
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.1
+POLL_STOPPING_S = 0.02
+KILLED_WITHIN_S = 5.0
+_SEARCHED_LINES = 200
+_SHOWN_LINES = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a controller works with."""
+
+    run: RunDir
+    plan: Plan
+    keys: Keys
+    launcher: Launcher
+
+
+class Controller:
+    """Starts what the plan says, keeps it alive, and ends it when told to."""
+
+    def __init__(self, parts: Parts, state: RunState) -> None:
+        self._parts = parts
+        self._state = state
+        self._supervisor = Supervisor(state)
+        self._publisher = Publisher(parts.keys, parts.plan.membership)
+        self._registry = Registry(self._publisher, on_change=self._members_changed)
+        self._server = ControlServer(parts.keys, parts.plan.registry, self._answer)
+        self._ref = RunRef(parts.run.run_id, parts.run.path)
+        self._todo: deque[Instruction] = deque()
+        self._wake = asyncio.Event()
+        self._saved = b""
+        self._left = False
+        self._finished = False
+
+    async def run(self) -> None:
+        """Until the deployment is ended or this process is told to leave. Raises PortInUse, LaunchError."""
+        self._publisher.start()
+        try:
+            self._server.start()
+            self._registry.start()
+            self._take_over()
+            await self._work()
+        finally:
+            await self._server.close()
+            await self._registry.close()
+            self._publisher.close()
+
+    def leave(self) -> None:
+        """Exit and let everything run on: another controller may take over."""
+        self._left = True
+        self._wake.set()
+
+    def _take_over(self) -> None:
+        """Tell the registry and the supervisor what lives already."""
+        alive = set()
+        for seat in self._state.seats:
+            if seat.incarnation:
+                self._registry.set_current(seat.id, seat.incarnation)
+            if self._lives(seat):
+                alive.add(seat.id)
+        self._note("controller.started", {"pid": self._state.controller.pid, "adopted": len(alive)})
+        self._feed(Begin(frozenset(alive)))
+
+    def _lives(self, seat: SeatRecord) -> bool:
+        """Whether the seat's recorded process lives and is of this run and incarnation."""
+        if not seat.pid or not procfs.alive(seat.pid, seat.start_ticks):
+            return False
+        owned = self._parts.launcher.owned(self._parts.run.run_id)
+        return any(
+            o.handle.pid == seat.pid and o.process_id == seat.id and o.incarnation == seat.incarnation
+            for o in owned
+        )
+
+    # Events in
+
+    def _feed(self, event: Event) -> None:
+        self._todo.extend(self._supervisor.handle(event, time.monotonic()))
+        if self._todo:
+            self._wake.set()
+
+    def _members_changed(self, changes: Changes) -> None:
+        for seat_id in changes.removed:
+            seat = self._state.seat(seat_id)
+            if seat is not None:
+                self._feed(Gone(seat_id, seat.incarnation))
+        for member in changes.upserts:
+            instance = member.instance
+            draining = member.state == "draining"
+            self._feed(Seen(instance.id, instance.incarnation, draining, instance.url, instance.engine_pid))
+        self._wake.set()
+
+    async def _answer(self, op: str, body: msgspec.Raw) -> msgspec.Struct | None:
+        if op.startswith("registry."):
+            return await self._registry.handle(op, body)
+        if op in ("controller.ps", "controller.status"):
+            return view_of(self._state, str(self._parts.run.path), procfs.alive)
+        if op == "controller.down":
+            drain_s = read_body(body, DownCall).drain_s
+            self._feed(Stop(max(0.0, drain_s)))
+            return DownReply(controller_pid=self._state.controller.pid)
+        raise DiscoveryError(f"unknown op {op!r}", hint="registry.*, controller.ps, .status or .down")
+
+    def _poll(self) -> None:
+        """Look which processes have ended."""
+        seats = {s.pid: s for s in self._state.seats if s.pid}
+        handles = [ProcessHandle(s.pid, s.start_ticks, s.pgid) for s in seats.values()]
+        for ended in self._parts.launcher.poll(handles):
+            seat = seats[ended.handle.pid]
+            words = read_last_words(self._parts.run.path, seat.id, seat.incarnation)
+            lines = telling_lines(
+                tail(self._parts.run.logs / f"{seat.id}.log", _SEARCHED_LINES), _SHOWN_LINES
+            )
+            self._registry.gone(seat.id, seat.incarnation)
+            self._feed(Exited(seat.id, seat.incarnation, ended.code, words, tuple(lines)))
+
+    # Instructions out
+
+    async def _work(self) -> None:
+        while not (self._finished or self._left):
+            self._wake.clear()
+            self._poll()
+            self._feed(Tick())
+            self._save()
+            await self._carry_out_all()
+            if not (self._finished or self._left):
+                await self._pause(POLL_STOPPING_S if self._supervisor.stopping else POLL_S)
+        if self._left:
+            self._note("controller.left", {"pid": self._state.controller.pid})
+
+    async def _carry_out_all(self) -> None:
+        while self._todo and not self._left:
+            await self._carry_out(self._todo.popleft())
+            self._save()
+
+    async def _pause(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._wake.wait()
+        except TimeoutError:
+            pass
+
+    async def _carry_out(self, instruction: Instruction) -> None:
+        match instruction:
+            case Start(seat_id, incarnation):
+                self._start(seat_id, incarnation)
+            case Terminate(seat_id):
+                self._terminate(seat_id)
+            case Kill(seat_id, incarnation):
+                await self._kill(seat_id, incarnation)
+            case Note(event, fields):
+                self._note(event, fields)
+            case Finish():
+                self._finished = True
+
+    def _start(self, seat_id: str, incarnation: int) -> None:
+        seat = self._state.seat(seat_id)
+        if seat is None or seat.incarnation != incarnation or seat.state != "starting":
+            return  # overtaken by a later decision
+        if not self._save():
+            message = "the run directory cannot be written"
+            self._feed(StartFailed(seat_id, incarnation, message, permanent=False))
+            return
+        self._registry.set_current(seat_id, incarnation)
+        process = self._parts.plan.process(seat_id)
+        launch = Launch(seat_id, incarnation, process.command, process.node)
+        try:
+            handle = self._parts.launcher.start(launch, self._ref)
+        except LaunchError as error:
+            self._feed(StartFailed(seat_id, incarnation, str(error), permanent=not seat.ever_ready))
+            return
+        self._feed(Started(seat_id, incarnation, handle.pid, handle.start_ticks, handle.pgid, time.time()))
+
+    def _terminate(self, seat_id: str) -> None:
+        seat = self._state.seat(seat_id)
+        if seat is not None and seat.pid:
+            handle = ProcessHandle(seat.pid, seat.start_ticks, seat.pgid)
+            self._parts.launcher.signal(handle, signal.SIGTERM)
+
+    async def _kill(self, seat_id: str, incarnation: int) -> None:
+        """End what is left of a seat and see it gone, so that its ports are free."""
+        ends = time.monotonic() + KILLED_WITHIN_S
+        while left := self._left_of(seat_id, incarnation):
+            if time.monotonic() > ends:
+                pids = " ".join(str(o.handle.pid) for o in left)
+                self._note("process.unkillable", {"id": seat_id, "pids": pids})
+                return
+            self._parts.launcher.kill(left)
+            await asyncio.sleep(POLL_STOPPING_S)
+
+    def _left_of(self, seat_id: str, incarnation: int) -> list[Owned]:
+        owned = self._parts.launcher.owned(self._parts.run.run_id)
+        return [o for o in owned if o.process_id == seat_id and o.incarnation <= incarnation]
+
+    def _save(self) -> bool:
+        """Put the state on disk if it has changed; whether it is there."""
+        encoded = encode_state(self._state)
+        if encoded == self._saved:
+            return True
+        try:
+            write_atomic(self._parts.run.state, encoded)
+        except OSError as error:
+            # A full disk must not end what serves: said in the log, tried again with the next change.
+            logger.error("state.unwritable path=%s error=%s", self._parts.run.state, error)
+            return False
+        self._saved = encoded
+        return True
+
+    def _note(self, event: str, fields: dict[str, str | int | float]) -> None:
+        logger.info("%s %s", event, " ".join(f"{k}={v}" for k, v in fields.items()))
+        try:
+            append_event(self._parts.run.events, time.time(), event, **fields)
+        except OSError as error:
+            # As for the state: the event is in the log, where there is room.
+            logger.error("events.unwritable error=%s", error)
+
+
+def run_dir_of(path: str) -> RunDir:
+    """The run directory named on the command line, absolute."""
+    return RunDir(Path(path).resolve())

@@ -1,0 +1,336 @@
+"""What to do about the processes of a deployment: events in, instructions out. Pure: time is passed in.
+
+`Supervisor.handle(event, now)` changes the run's state and returns instructions, to be carried out in order
+after the state is on disk. `now` is monotonic, in seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dynctl.controller.moves import (
+    Begin,
+    Event,
+    Exited,
+    Finish,
+    Gone,
+    Instruction,
+    Kill,
+    Note,
+    Seen,
+    Start,
+    Started,
+    StartFailed,
+    Stop,
+    Terminate,
+    Tick,
+)
+from dynctl.controller.verdict import Failure, describe_exit, gives_up, signature
+from dynctl.deploy.state import RunState, SeatKind, SeatRecord
+from dynctl.protocol.deployment import Phase
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Back-off and deadlines, in seconds."""
+
+    backoff_s: float = 1.0
+    backoff_max_s: float = 30.0
+    stable_s: float = 60.0
+    start_margin_s: float = 30.0
+    """Beyond the process's own time-out, which should come first and knows more."""
+    renew_s: float = 20.0
+    """For a process whose lease ran out, or that a new controller has found, to register again."""
+    stop_margin_s: float = 12.0
+    """For an engine to exit once its requests are done."""
+    kill_s: float = 10.0
+    failed_drain_s: float = 1.0
+    """For what runs already when the deployment fails to start: nobody has used it yet."""
+
+
+@dataclass(slots=True)
+class _Watch:
+    """What is remembered of a seat between events but not on disk."""
+
+    deadline: float = 0.0
+    ready_since: float = 0.0
+    failures: int = 0
+    verdict: str = ""
+
+
+@dataclass(slots=True)
+class _Stopping:
+    """How far the way down has come: `stage` is who is being ended now."""
+
+    drain_s: float
+    stage: Literal["frontend", "worker", "killed"] = "frontend"
+    deadline: float = 0.0
+    final: Phase = "stopped"
+
+
+class Supervisor:
+    """Keeps `state` true to what happens and says what to do."""
+
+    def __init__(self, state: RunState, times: Times | None = None) -> None:
+        self.state = state
+        self._times = times or Times()
+        self._watch = {seat.id: _Watch() for seat in state.seats}
+        self._stopping: _Stopping | None = None
+        self._finished = False
+        self._out: list[Instruction] = []
+        self._handlers: dict[type, Callable[[Any, float], None]] = {
+            Begin: self._begin,
+            Started: self._started,
+            StartFailed: self._start_failed,
+            Seen: self._seen,
+            Gone: self._gone,
+            Exited: self._exited,
+            Tick: self._tick,
+            Stop: self._stop,
+        }
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the way down has begun."""
+        return self._stopping is not None
+
+    def handle(self, event: Event, now: float) -> list[Instruction]:
+        """Take one event; what is to be done, in order."""
+        self._handlers[type(event)](event, now)
+        if self._stopping is None:
+            self._judge_phase()
+        else:
+            self._go_down(self._stopping, now)
+        out, self._out = self._out, []
+        return out
+
+    # Starting
+
+    def _begin(self, event: Begin, now: float) -> None:
+        self.state.phase = "degraded" if self.state.ready_once else "starting"
+        for seat in self.state.seats:
+            if seat.id in event.alive:
+                wait = self._times.renew_s if seat.was_ready else self._start_wait(seat)
+                self._watch[seat.id].deadline = now + wait
+                seat.state = "ready" if seat.follower else "starting"
+                self._note("process.adopted", seat, pid=seat.pid)
+            else:
+                seat.failed_starts, seat.failure = 0, ""
+                self._start(seat, now)
+
+    def _start(self, seat: SeatRecord, now: float) -> None:
+        if seat.incarnation:
+            seat.restarts += 1
+            self._out.append(Kill(seat.id, seat.incarnation))
+        seat.incarnation += 1
+        seat.state, seat.was_ready = "starting", False
+        seat.pid = seat.start_ticks = seat.pgid = seat.engine_pid = 0
+        seat.url = ""
+        watch = self._watch[seat.id]
+        watch.deadline, watch.verdict = now + self._start_wait(seat), ""
+        self._out.append(Start(seat.id, seat.incarnation))
+
+    def _started(self, event: Started, now: float) -> None:
+        seat = self._current(event.id, event.incarnation)
+        if seat is None:
+            return
+        seat.pid, seat.start_ticks, seat.pgid = event.pid, event.start_ticks, event.pgid
+        seat.started_at = event.wall_s
+        self._note("process.started", seat, pid=seat.pid)
+        if seat.follower:
+            self._mark_ready(seat, now)
+
+    def _start_failed(self, event: StartFailed, now: float) -> None:
+        seat = self._current(event.id, event.incarnation)
+        if seat is None:
+            return
+        self._note("process.unstartable", seat, message=event.message)
+        failure = Failure(event.message, (), told=True, permanent=event.permanent, kind="launch")
+        self._failed(seat, failure, now, retry=seat.ever_ready and not event.permanent)
+
+    # Living
+
+    def _seen(self, event: Seen, now: float) -> None:
+        seat = self._current(event.id, event.incarnation)
+        if seat is None or seat.state in ("stopping", "stopped", "failed"):
+            return
+        seat.url, seat.engine_pid = event.url, event.engine_pid
+        if event.draining:
+            if seat.state != "draining":
+                seat.state = "draining"
+                self._note("process.draining", seat)
+        elif seat.state != "ready":
+            self._mark_ready(seat, now)
+
+    def _mark_ready(self, seat: SeatRecord, now: float) -> None:
+        seat.state = "ready"
+        seat.was_ready = seat.ever_ready = True
+        seat.failed_starts, seat.failure = 0, ""
+        self._watch[seat.id].ready_since = now
+        self._note("process.ready", seat, url=seat.url)
+
+    def _gone(self, event: Gone, now: float) -> None:
+        seat = self._current(event.id, event.incarnation)
+        if seat is not None and seat.state == "ready":
+            seat.state = "lost"
+            self._watch[seat.id].deadline = now + self._times.renew_s
+            self._note("lease.lost", seat)
+
+    # Ending
+
+    def _exited(self, event: Exited, now: float) -> None:
+        seat = self._current(event.id, event.incarnation)
+        if seat is None:
+            return
+        verdict = self._watch[seat.id].verdict
+        failure = describe_exit(event.code, event.words, event.lines, verdict)
+        self._note("process.exited", seat, code=event.code, message=failure.message)
+        self._out.append(Kill(seat.id, seat.incarnation))
+        self._failed(seat, failure, now, retry=False)
+
+    def _failed(self, seat: SeatRecord, failure: Failure, now: float, *, retry: bool) -> None:
+        """A seat has no process any more: back off, or give up."""
+        seat.pid = seat.start_ticks = seat.pgid = seat.engine_pid = 0
+        if seat.state == "stopping" or self._stopping is not None:
+            seat.state = "stopped"
+            return
+        seat.last_exit, seat.last_kind, seat.last_error = failure.message, failure.kind, list(failure.lines)
+        if not seat.was_ready and not retry:
+            same = signature(failure) == seat.failure
+            seat.failed_starts, seat.failure = seat.failed_starts + 1, signature(failure)
+            if gives_up(failure, same=same, failed_starts=seat.failed_starts, ever_ready=seat.ever_ready):
+                self._give_up(seat, failure, now)
+                return
+        self._back_off(seat, now)
+
+    def _back_off(self, seat: SeatRecord, now: float) -> None:
+        watch, times = self._watch[seat.id], self._times
+        if seat.was_ready and now - watch.ready_since >= times.stable_s:
+            watch.failures = 0
+        delay = min(times.backoff_max_s, times.backoff_s * 2.0 ** min(watch.failures, 16))
+        watch.failures += 1
+        watch.deadline = now + delay
+        seat.state = "backoff"
+        self._note("process.backoff", seat, delay_s=delay)
+
+    def _give_up(self, seat: SeatRecord, failure: Failure, now: float) -> None:
+        seat.state = "failed"
+        self._note("process.gave_up", seat, message=failure.message)
+        if not self.state.ready_once:
+            self._stop(Stop(self._times.failed_drain_s, _reason(seat)), now)
+
+    # Time
+
+    def _tick(self, event: Tick, now: float) -> None:
+        for seat in self.state.seats:
+            watch = self._watch[seat.id]
+            if seat.state not in ("backoff", "starting", "lost") or now < watch.deadline:
+                continue
+            if self._stopping is not None:
+                continue
+            if seat.state == "backoff":
+                self._start(seat, now)
+            elif not watch.verdict:
+                watch.verdict = (
+                    "its lease ran out and it did not register again"
+                    if seat.state == "lost" or seat.was_ready
+                    else f"it was not ready within {self._start_wait(seat):g} s"
+                )
+                self._note("process.hung", seat, message=watch.verdict)
+                self._out.append(Kill(seat.id, seat.incarnation))
+
+    # The way down
+
+    def _stop(self, event: Stop, now: float) -> None:
+        if self._stopping is not None:
+            # Asked again: only ever sooner.
+            limit = now + event.drain_s + (self._times.stop_margin_s if event.drain_s else 0.0)
+            self._stopping.deadline = min(self._stopping.deadline, limit)
+            self._stopping.drain_s = min(self._stopping.drain_s, event.drain_s)
+            return
+        self._stopping = _Stopping(event.drain_s, final="failed" if event.failure else "stopped")
+        self.state.phase = "stopping"
+        self.state.reason = event.failure
+        self._out.append(Note("deployment.stopping", {"drain_s": event.drain_s, "reason": event.failure}))
+        for seat in self.state.seats:
+            if not seat.pid and seat.state != "failed":
+                seat.state = "stopped"
+        self._enter("frontend", now)
+
+    def _enter(self, stage: SeatKind, now: float) -> None:
+        """Ask the processes of one kind to end."""
+        stopping = self._stopping
+        assert stopping is not None
+        stopping.stage = stage
+        wait = stopping.drain_s + self._times.stop_margin_s if stopping.drain_s else 0.0
+        stopping.deadline = now + wait
+        for seat in self._alive(stage):
+            seat.state = "stopping"
+            if wait:
+                self._out.append(Terminate(seat.id))
+
+    def _go_down(self, stopping: _Stopping, now: float) -> None:
+        if self._finished:
+            return
+        if stopping.stage == "frontend" and not self._alive("frontend"):
+            self._enter("worker", now)
+        left = self._alive("frontend") + self._alive("worker")
+        late = now >= stopping.deadline
+        if not left or (late and stopping.stage == "killed"):
+            self._finish(stopping)
+        elif late:
+            stopping.stage, stopping.deadline = "killed", now + self._times.kill_s
+            for seat in left:
+                seat.state = "stopping"
+                self._out.append(Kill(seat.id, seat.incarnation))
+
+    def _finish(self, stopping: _Stopping) -> None:
+        self._finished = True
+        self.state.phase = stopping.final
+        self._out.append(Note(f"deployment.{stopping.final}", {"reason": self.state.reason}))
+        self._out.append(Finish())
+
+    # What it all means
+
+    def _judge_phase(self) -> None:
+        state = self.state
+        waiting = [seat for seat in state.seats if seat.state != "ready"]
+        before = state.phase
+        if not waiting:
+            state.phase, state.ready_once, state.reason = "ready", True, ""
+        else:
+            state.phase = "degraded" if state.ready_once else "starting"
+            state.reason = _reason(min(waiting, key=lambda s: _URGENCY.get(s.state, 9)))
+        if state.phase != before:
+            self._out.append(Note(f"deployment.{state.phase}", {"reason": state.reason}))
+
+    def _alive(self, kind: SeatKind) -> list[SeatRecord]:
+        return [seat for seat in self.state.seats if seat.kind == kind and seat.pid]
+
+    def _current(self, seat_id: str, incarnation: int) -> SeatRecord | None:
+        """The seat, if this incarnation of it is the current one."""
+        seat = self.state.seat(seat_id)
+        return seat if seat is not None and seat.incarnation == incarnation else None
+
+    def _start_wait(self, seat: SeatRecord) -> float:
+        return seat.start_timeout_s + self._times.start_margin_s
+
+    def _note(self, event: str, seat: SeatRecord, **fields: Any) -> None:
+        kept = {k: v for k, v in fields.items() if v is not None}
+        self._out.append(Note(event, {"id": seat.id, "incarnation": seat.incarnation, **kept}))
+
+
+_URGENCY = {"failed": 0, "lost": 1, "backoff": 2, "draining": 3, "starting": 4}
+
+
+def _reason(seat: SeatRecord) -> str:
+    """Why this seat is not ready, in one line."""
+    if seat.state == "failed":
+        return f"{seat.id} gave up: {seat.last_exit}"
+    if seat.state == "backoff":
+        return f"{seat.id} will be restarted: {seat.last_exit}"
+    if seat.state == "starting" and seat.last_exit:
+        return f"{seat.id} is starting again: {seat.last_exit}"
+    return f"{seat.id} is {seat.state}"

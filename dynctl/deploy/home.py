@@ -1,0 +1,174 @@
+"""Where runs are kept: $DYNCTL_HOME/runs/<run id>/; deployments/<name> is a link to the latest of a name."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from dynctl.deploy.disk import disk
+from dynctl.errors import UsageError
+from dynctl.launchers.files import write_atomic
+
+_LOCK_POLL_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """The directory of one run (mode 0700) and the names of what is in it."""
+
+    path: Path
+
+    @property
+    def run_id(self) -> str:
+        """The id of the run, which is the directory's name."""
+        return self.path.name
+
+    @property
+    def plan(self) -> Path:
+        """The plan, whole and unmasked."""
+        return self.path / "plan.json"
+
+    @property
+    def lock(self) -> Path:
+        """The recipe with everything resolved."""
+        return self.path / "recipe.lock.yaml"
+
+    @property
+    def keys(self) -> Path:
+        """The key pair of the deployment's sockets."""
+        return self.path / "keys.json"
+
+    @property
+    def state(self) -> Path:
+        """What runs and how it is."""
+        return self.path / "state.json"
+
+    @property
+    def events(self) -> Path:
+        """What happened, one JSON object a line."""
+        return self.path / "events.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        """One file for each process."""
+        return self.path / "logs"
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """All runs and deployments of this user."""
+
+    root: Path
+
+    @staticmethod
+    def find(environ: Mapping[str, str]) -> Home:
+        """The one that DYNCTL_HOME names, else ~/.dynctl."""
+        named = environ.get("DYNCTL_HOME")
+        return Home(Path(named).expanduser().absolute() if named else Path.home() / ".dynctl")
+
+    @property
+    def runs(self) -> Path:
+        """All runs."""
+        return self.root / "runs"
+
+    @property
+    def deployments(self) -> Path:
+        """One link for each name."""
+        return self.root / "deployments"
+
+    def prepare(self) -> None:
+        """Make the directories and see that they can be written to. Raises LaunchError."""
+        with disk("the directory of runs cannot be used"):
+            for folder in (self.root, self.runs, self.deployments, self.root / "locks"):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            probe = self.runs / f".probe.{os.getpid()}"
+            probe.touch(mode=0o600)
+            probe.unlink()
+
+    def names(self) -> list[str]:
+        """All deployments ever started, by name."""
+        if not self.deployments.is_dir():
+            return []
+        with disk("the deployments cannot be listed"):
+            return sorted(entry.name for entry in self.deployments.iterdir() if entry.is_symlink())
+
+    def run_of(self, name: str) -> RunDir | None:
+        """The latest run of a name."""
+        if "/" in name or name in ("", ".", ".."):
+            return None
+        link = self.deployments / name
+        if not link.is_symlink() or not link.is_dir():
+            return None
+        return RunDir(self.runs / os.path.basename(os.readlink(link)))
+
+    def create_run(self, run_id: str, files: Mapping[str, str]) -> RunDir:
+        """Make a run directory with these files in it, whole or not at all. Raises LaunchError."""
+        final = self.runs / run_id
+        draft = self.runs / f".{run_id}.{os.getpid()}"
+        with disk("the run directory cannot be written"):
+            draft.mkdir(mode=0o700)
+            try:
+                for folder in ("logs", "specs", "exits"):
+                    (draft / folder).mkdir(mode=0o700)
+                for relative, text in files.items():
+                    write_atomic(draft / relative, text)
+                draft.rename(final)
+            except OSError:
+                _remove_tree(draft)
+                raise
+        return RunDir(final)
+
+    def point(self, name: str, run: RunDir) -> None:
+        """Let the name mean this run from now on. Raises LaunchError."""
+        with disk("the deployment's link cannot be written"):
+            draft = self.deployments / f".{name}.{os.getpid()}"
+            draft.unlink(missing_ok=True)
+            draft.symlink_to(Path("..") / "runs" / run.run_id)
+            draft.replace(self.deployments / name)
+
+    @contextmanager
+    def locked(self, what: str, *, deadline_s: float) -> Iterator[None]:
+        """Hold the lock of a name against other dynctl commands; it ends with this process at the latest.
+
+        Raises UsageError when another holds it until the deadline.
+        """
+        with disk("the lock cannot be taken"):
+            fd = os.open(self.root / "locks" / f"{what}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            _flock(fd, what, deadline_s)
+            yield
+        finally:
+            os.close(fd)
+
+
+def new_run_id(name: str, now: time.struct_time) -> str:
+    """An id that sorts by time and is not used twice: name, UTC time, four random digits."""
+    return f"{name}-{time.strftime('%Y%m%d-%H%M%S', now)}-{secrets.token_hex(2)}"
+
+
+def _flock(fd: int, what: str, deadline_s: float) -> None:
+    ends = time.monotonic() + deadline_s
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > ends:
+                hint = "wait for it to end, then try again"
+                raise UsageError(f"another dynctl command is working on '{what}'", hint=hint) from None
+            time.sleep(_LOCK_POLL_S)
+
+
+def _remove_tree(folder: Path) -> None:
+    for entry in sorted(folder.rglob("*"), key=lambda p: len(p.parts), reverse=True):
+        if entry.is_dir():
+            entry.rmdir()
+        else:
+            entry.unlink(missing_ok=True)
+    folder.rmdir()

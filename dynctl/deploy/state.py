@@ -1,0 +1,115 @@
+"""The state of a run as it is kept on disk: what was started, as which incarnation, and how it is.
+
+Written by the controller before it acts (an incarnation is on disk before it is started) and after each
+change. Whoever reads it must still ask whether a pid is alive: see `deploy.status`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from dynctl.errors import CodecError
+from dynctl.launchers.files import write_atomic
+from dynctl.protocol.deployment import Phase, SeatState
+
+STATE_VERSION = 1
+ENDED: tuple[Phase, ...] = ("stopped", "failed")
+
+SeatKind = Literal["worker", "frontend"]
+
+
+class SeatRecord(msgspec.Struct, kw_only=True):
+    """One process that the controller looks after.
+
+    `start_ticks` tells its pid from a later process with the same pid. `follower`: the sidecar of a further
+    node of a replica, which registers nothing. `started_at` is Unix time in seconds. `ever_ready`: some
+    incarnation of it has been ready; `was_ready`: this one has. `last_kind` is the kind of its last error.
+    """
+
+    id: str
+    kind: SeatKind
+    role: str
+    index: int
+    node: str
+    start_timeout_s: float
+    follower: bool = False
+    state: SeatState = "waiting"
+    incarnation: int = 0
+    pid: int = 0
+    start_ticks: int = 0
+    pgid: int = 0
+    restarts: int = 0
+    started_at: float = 0.0
+    url: str = ""
+    engine_pid: int = 0
+    was_ready: bool = False
+    ever_ready: bool = False
+    failed_starts: int = 0
+    failure: str = ""
+    last_exit: str = ""
+    last_kind: str = ""
+    last_error: list[str] = []
+
+
+class ControllerRecord(msgspec.Struct, kw_only=True):
+    """The controller that wrote the state."""
+
+    pid: int = 0
+    start_ticks: int = 0
+    incarnation: int = 0
+
+
+class RunState(msgspec.Struct, kw_only=True):
+    """A whole run. `ready_once` tells "degraded" from "starting"; `reason` why it is not ready.
+
+    `registry` is the endpoint of the controller's control socket.
+    """
+
+    name: str
+    run_id: str
+    url: str
+    registry: str
+    backend: str
+    model: str
+    roles: dict[str, int]
+    created_at: float
+    seats: list[SeatRecord]
+    phase: Phase = "starting"
+    reason: str = ""
+    ready_once: bool = False
+    controller: ControllerRecord = msgspec.field(default_factory=ControllerRecord)
+    version: int = STATE_VERSION
+
+    def seat(self, seat_id: str) -> SeatRecord | None:
+        """The seat of that id."""
+        return next((s for s in self.seats if s.id == seat_id), None)
+
+
+def encode_state(state: RunState) -> bytes:
+    """The stored form: JSON for people too."""
+    return msgspec.json.format(msgspec.json.encode(state), indent=1)
+
+
+def save_state(path: Path, state: RunState) -> None:
+    """Write it whole or not at all. Raises OSError."""
+    write_atomic(path, encode_state(state))
+
+
+def load_state(path: Path) -> RunState | None:
+    """What is on disk; None when nothing is. Raises CodecError for what cannot be read."""
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CodecError(f"the state cannot be read: {error.strerror}", where=str(path)) from error
+    try:
+        state = msgspec.json.decode(raw, type=RunState)
+    except msgspec.MsgspecError as error:
+        raise CodecError(f"not a state: {error}", where=str(path)) from error
+    if state.version != STATE_VERSION:
+        raise CodecError(f"state version {state.version} is not {STATE_VERSION}", where=str(path))
+    return state

@@ -1,0 +1,139 @@
+"""What a run's state means to people and scripts: rows, counts, and the first thing that is wrong. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dynctl.deploy.state import ENDED, RunState, SeatRecord
+from dynctl.protocol.deployment import DeploymentView, ProcessView, SeatState
+
+IsAlive = Callable[[int, int], bool]
+"""(pid, start ticks) → whether exactly this process lives."""
+
+_LETTERS = {"prefill": "P", "decode": "D", "encode": "E"}
+_TELLING = re.compile(
+    r"\b(error|exception|critical|fatal|refused|denied|cannot|unable|failed|no such|not found|killed)\b"
+    r"|Error\b|Exception\b",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """The first layer that is not well. `layer` "" = all is well; `seat` is whose log tells more."""
+
+    layer: str = ""
+    reason: str = ""
+    seat: str = ""
+    error: str = ""
+
+
+def view_of(state: RunState, run_dir: str, is_alive: IsAlive) -> DeploymentView:
+    """The deployment as it is, checked against the processes that really live."""
+    controller = state.controller
+    supervised = bool(controller.pid) and is_alive(controller.pid, controller.start_ticks)
+    phase, reason = state.phase, state.reason
+    rows = [_row(seat, is_alive, supervised=supervised) for seat in state.seats]
+    if not supervised and phase not in ENDED:
+        living = [row for row in rows if row.pid]
+        phase = "degraded" if living else "stopped"
+        reason = "its controller is not running" if living else "its processes are gone"
+    return DeploymentView(
+        name=state.name,
+        run_id=state.run_id,
+        run_dir=run_dir,
+        url=state.url,
+        phase=phase,
+        reason=reason,
+        controller_pid=controller.pid if supervised else 0,
+        wanted=dict(state.roles),
+        processes=rows,
+    )
+
+
+def _row(seat: SeatRecord, is_alive: IsAlive, *, supervised: bool) -> ProcessView:
+    lives = bool(seat.pid) and is_alive(seat.pid, seat.start_ticks)
+    shown: SeatState = seat.state
+    if not lives and not supervised and shown != "failed":
+        shown = "stopped"
+    ready = lives and shown == "ready"
+    return ProcessView(
+        id=seat.id,
+        role=seat.role,
+        index=seat.index,
+        instance=seat.id,
+        node=seat.node,
+        state=shown,
+        ready=ready,
+        pid=seat.pid if lives else 0,
+        engine_pid=seat.engine_pid if lives else 0,
+        restarts=seat.restarts,
+        url=seat.url,
+        incarnation=seat.incarnation,
+        started_at=seat.started_at,
+        last_exit=seat.last_exit,
+        last_error=list(seat.last_error),
+    )
+
+
+def ready_counts(view: DeploymentView) -> str:
+    """Ready replicas by role in one cell: "2/2P 2/2D" with prefill and decode apart, else "2/2".
+
+    A replica over several nodes counts when all its parts are ready.
+    """
+    cells = []
+    for role, wanted in view.wanted.items():
+        rows = [row for row in view.processes if row.role == role]
+        unready = {row.index for row in rows if not row.ready}
+        ready = len({row.index for row in rows} - unready)
+        cells.append(f"{ready}/{wanted}{_LETTERS.get(role, '')}")
+    return " ".join(cells)
+
+
+def diagnose(view: DeploymentView, health: str) -> Diagnosis:
+    """The first failing layer: controller, then workers, then frontends, then the frontend's own health.
+
+    `health` is what the frontend says against being ready; "" = nothing, or nobody could be asked.
+    """
+    if view.phase in ENDED:
+        failed = next((r for r in view.processes if r.state == "failed"), None)
+        reason = view.reason or ("it was stopped" if view.phase == "stopped" else "it failed")
+        if failed is not None:
+            return Diagnosis("deployment", reason, failed.id, first_error(failed.last_error))
+        return Diagnosis("deployment", reason)
+    if not view.controller_pid:
+        return Diagnosis("controller", "the controller is not running; traffic goes on", "controller")
+    for layer, wanted in (("worker", False), ("frontend", True)):
+        rows = [r for r in view.processes if not r.ready and (r.role == "frontend") == wanted]
+        if rows:
+            worst = min(rows, key=lambda r: _ORDER.get(r.state, 9))
+            return Diagnosis(layer, _sentence(worst), worst.id, first_error(worst.last_error))
+    if health:
+        return Diagnosis("health", health, "frontend-0")
+    if view.phase == "stopping":
+        return Diagnosis("deployment", "it is stopping")
+    return Diagnosis()
+
+
+_ORDER = {"failed": 0, "lost": 1, "backoff": 2, "draining": 3, "starting": 4}
+
+
+def _sentence(row: ProcessView) -> str:
+    if row.state in ("failed", "backoff") or (row.state == "starting" and row.last_exit):
+        doing = {"failed": "gave up", "backoff": "waits to be restarted", "starting": "is starting again"}
+        return f"{row.id} {doing[row.state]}: {row.last_exit}"
+    return f"{row.id} is {row.state}"
+
+
+def telling_lines(lines: Sequence[str], limit: int) -> list[str]:
+    """The lines of a log that say what went wrong, oldest first; its last lines when none does."""
+    full = [line.rstrip() for line in lines if line.strip()]
+    telling = [line for line in full if _TELLING.search(line)]
+    return (telling or full)[-limit:]
+
+
+def first_error(lines: Sequence[str]) -> str:
+    """The first line that says what went wrong, "" when there are no lines."""
+    return next((line for line in lines if _TELLING.search(line)), lines[0] if lines else "")

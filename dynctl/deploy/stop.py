@@ -1,0 +1,135 @@
+"""`down`: the plan backwards, with the controller's help when there is one, and without it when there is not.
+
+What is ended is found by the run's id in the environment of processes, so this works at any stage of a start.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dynctl.deploy.ask import ask_controller
+from dynctl.deploy.events import append_event
+from dynctl.deploy.home import RunDir
+from dynctl.deploy.state import ENDED, RunState, load_state, save_state
+from dynctl.errors import CodecError, DynctlError, LaunchError
+from dynctl.launchers.base import Launcher, Owned, heads
+from dynctl.protocol.deployment import DownCall, DownReply
+
+logger = logging.getLogger(__name__)
+
+CONTROLLER = "controller"
+_ANSWER_S = 5.0
+_MARGIN_S = 12.0
+"""For engines to exit once their requests are done; as the controller's own."""
+_KILL_S = 10.0
+_POLL_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Stopper:
+    """What ending a run needs: how to find processes, and the time."""
+
+    launcher: Launcher
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+
+
+def stop_run(run: RunDir, stopper: Stopper, drain_s: float) -> int:
+    """End all processes of a run; how many there were. Raises LaunchError when some could not be ended.
+
+    Running requests have `drain_s` to end, first at the frontends, then at the workers.
+    """
+    owned = stopper.launcher.owned(run.run_id)
+    state = _read(run)
+    if any(o.process_id == CONTROLLER for o in owned) and state is not None:
+        _let_controller(run, state, stopper, drain_s)
+    _end(run, stopper, [CONTROLLER], signal.SIGKILL, _KILL_S)
+    left = stopper.launcher.owned(run.run_id)
+    frontends = [o.process_id for o in left if o.process_id.startswith("frontend-")]
+    wait_s = drain_s + _MARGIN_S if drain_s else 0.0
+    _end(run, stopper, frontends, signal.SIGTERM, wait_s)
+    _end(run, stopper, None, signal.SIGTERM, wait_s)
+    _kill_all(run, stopper)
+    _record(run)
+    return len(owned)
+
+
+def _read(run: RunDir) -> RunState | None:
+    try:
+        return load_state(run.state)
+    except CodecError as error:
+        logger.warning("state.unreadable error=%s", error)
+        return None
+
+
+def _let_controller(run: RunDir, state: RunState, stopper: Stopper, drain_s: float) -> None:
+    """Ask the controller to end the run and wait until it has gone; give up on one that does not do it."""
+    try:
+        ask_controller(
+            run,
+            state.registry,
+            "controller.down",
+            DownCall(drain_s=drain_s),
+            DownReply,
+            deadline_s=_ANSWER_S,
+        )
+    except DynctlError as error:
+        logger.info("controller.silent error=%s", error)
+        return
+    wait_s = 2 * (drain_s + _MARGIN_S) + _KILL_S if drain_s else _KILL_S
+    _wait(run, stopper, [CONTROLLER], wait_s)
+
+
+def _end(
+    run: RunDir, stopper: Stopper, ids: Sequence[str] | None, signum: signal.Signals, wait_s: float
+) -> None:
+    """Signal the processes of these seats (None = all), engines by their sidecars, and wait for their end."""
+    chosen = _of(stopper.launcher.owned(run.run_id), ids)
+    if not chosen or not wait_s:
+        return
+    for process in heads(chosen):
+        stopper.launcher.signal(process.handle, signum)
+    _wait(run, stopper, ids, wait_s)
+
+
+def _wait(run: RunDir, stopper: Stopper, ids: Sequence[str] | None, wait_s: float) -> None:
+    ends = stopper.clock() + wait_s
+    while stopper.clock() < ends and _of(stopper.launcher.owned(run.run_id), ids):
+        stopper.sleep(_POLL_S)
+
+
+def _of(owned: Sequence[Owned], ids: Sequence[str] | None) -> list[Owned]:
+    return [o for o in owned if ids is None or o.process_id in ids]
+
+
+def _kill_all(run: RunDir, stopper: Stopper) -> None:
+    ends = stopper.clock() + _KILL_S
+    while left := stopper.launcher.owned(run.run_id):
+        if stopper.clock() > ends:
+            names = ", ".join(f"{o.process_id} (pid {o.handle.pid})" for o in left)
+            raise LaunchError(
+                f"could not be killed: {names}", hint="they hang in the kernel; try again later"
+            )
+        stopper.launcher.kill(left)
+        stopper.sleep(_POLL_S)
+
+
+def _record(run: RunDir) -> None:
+    """Write down that the run is over, unless its controller has. Nothing lives that would still write."""
+    state = _read(run)
+    if state is None or state.phase in ENDED:
+        return
+    state.phase, state.reason = "stopped", ""
+    for seat in state.seats:
+        seat.pid = seat.start_ticks = seat.pgid = seat.engine_pid = 0
+        seat.state = "failed" if seat.state == "failed" else "stopped"
+    try:
+        save_state(run.state, state)
+        append_event(run.events, time.time(), "deployment.stopped", by="down")
+    except OSError as error:
+        # All is ended, which is what was asked for; a full disk must not make that a failure.
+        logger.warning("state.unwritable error=%s", error)
