@@ -97,7 +97,9 @@ class Options:
 def parse_options(argv: Sequence[str]) -> Options:
     """Options from a command line; the model may also be given without a flag. Exits 2 on a bad one."""
     parser = argparse.ArgumentParser(
-        prog="python -m dynctl.mocker", description="An engine without a model, for tests and trials."
+        prog="python -m dynctl.mocker",
+        description="An engine without a model, for tests and trials.",
+        allow_abbrev=False,
     )
     parser.add_argument("model_tag", nargs="?", default="", metavar="MODEL", help="same as --model")
     for option in dataclasses.fields(Options):
