@@ -158,18 +158,27 @@ def _args(recipe: Recipe, engine: Engine) -> Iterator[Finding]:
     """Argument names: none that a recipe field sets, none that the engine cannot have."""
     if not engine.features.launches:
         return  # refused as a whole by the engine's own check
-    places: dict[str, Mapping[str, Any]] = {"engine.args": recipe.engine.args}
-    places |= {f"roles.{role}.args": section.args for role, section in recipe.roles.present().items()}
-    for at, args in places.items():
+    present = recipe.roles.present().items()
+    places: list[tuple[str, str, Mapping[str, Any]]] = [("engine.args", "ROLE", recipe.engine.args)]
+    places += [(f"roles.{role}.args", role, section.args) for role, section in present]
+    for at, role, args in places:
         for name in args:
             bare = name.lstrip("-")
             owner = next((engine.owned_args[n] for n in _spellings(bare) if n in engine.owned_args), None)
             if name != bare:
                 yield _error(f"{at}.{name}", f"write '{bare}', without leading dashes")
             elif owner is not None:
-                yield _error(f"{at}.{name}", f"'{name}' is set by dynctl; use {owner}")
+                yield _error(f"{at}.{name}", _owned(name, owner.replace("<role>", role)))
             elif not engine.known_args(name):
                 yield _error(f"{at}.{name}", f"'{name}' is not an argument of {recipe.backend}")
+
+
+def _owned(name: str, owner: str) -> str:
+    """Why dynctl's own argument is refused; the engine tells its owner as a field, or "nothing: reason"."""
+    nobody, _, reason = owner.partition("nothing: ")
+    if reason and not nobody:
+        return f"'{name}' cannot be given: {reason}"
+    return f"'{name}' is set by dynctl, from {owner}: set it there"
 
 
 def _spellings(name: str) -> tuple[str, ...]:

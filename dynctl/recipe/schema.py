@@ -260,8 +260,8 @@ class Slurm(Section):
     """Node features."""
     reservation: str = ""
     """Reservation."""
-    options: dict[str, str | int | bool] = Field(default_factory=dict)
-    """Further sbatch options by name."""
+    options: Env = Field(default_factory=dict)
+    """Further sbatch options by name; "" for one without a value."""
 
 
 class Recipe(Section):

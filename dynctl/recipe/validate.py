@@ -90,9 +90,7 @@ def _model_at(model: type[BaseModel], keys: Keys) -> type[BaseModel] | None:
     """The section that `keys` lead to, None when they lead to something else."""
     current: type[BaseModel] | None = model
     for key in keys:
-        if current is None:
-            return None
-        if isinstance(key, int):
+        if current is None or isinstance(key, int):
             continue
         field = {f.alias or n: f for n, f in current.model_fields.items()}.get(key)
         current = _section_in(field.annotation) if field else None
@@ -102,7 +100,6 @@ def _model_at(model: type[BaseModel], keys: Keys) -> type[BaseModel] | None:
 def _section_in(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, list):
-        found = (_section_in(a) for a in typing.get_args(annotation))
-        return next((f for f in found if f), None)
-    return None
+    holders = (typing.Union, types.UnionType, list)
+    inner = typing.get_args(annotation) if typing.get_origin(annotation) in holders else ()
+    return next((found for found in map(_section_in, inner) if found), None)

@@ -9,6 +9,7 @@ import pytest
 
 from dynctl.cli.main import dispatch
 from dynctl.cli.plan_view import ranges
+from dynctl.recipe import shipped
 from dynctl.recipe.schema import Recipe
 from dynctl.recipe.shipped import find_recipe, shipped_recipes
 
@@ -110,6 +111,15 @@ def test_shipped_recipes_are_found_from_anywhere(tmp_path: Path, monkeypatch: py
     assert find_recipe(Path("nothing")) == Path("nothing")
     Path("quickstart.yaml").write_text("")
     assert find_recipe(Path("quickstart.yaml")) == Path("quickstart.yaml")
+
+
+def test_an_installation_without_recipes_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shipped, "_PACKAGE", tmp_path / "dynctl")
+    assert shipped.directory() is None
+    assert shipped.shipped_recipes() == []
+    (tmp_path / "dynctl" / "_data" / "recipes").mkdir(parents=True)
+    (tmp_path / "dynctl" / "_data" / "recipes" / "a.yaml").write_text("")
+    assert [path.name for path in shipped.shipped_recipes()] == ["a.yaml"]
 
 
 def test_number_ranges() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from dynctl.engines import catalog
 from dynctl.errors import RecipeError
 from dynctl.recipe.check import check_recipe
 from dynctl.recipe.load import load_recipe
@@ -59,10 +61,16 @@ def test_sound_recipes_pass(tmp_path: Path) -> None:
             "r.yaml:5: backend vllm starts its own engines; only backend",
         ),
         ("{aggregated: {kv_events: ['tcp://h:1']}}", "r.yaml:5: backend vllm starts its own engines"),
-        ("{aggregated: {tensor_parallel: 3}}", "r.yaml"),
-        ("{aggregated: {args: {port: 1}}}", "r.yaml:5: 'port' is set by dynctl; use "),
-        ("{aggregated: {args: {tensor_parallel_size: 2}}}", "use roles.<role>.tensor_parallel"),
-        ("{aggregated: {args: {kv-transfer-config: {}}}}", "use roles (prefill and decode)"),
+        ("{aggregated: {tensor_parallel: 3}}", "r.yaml:5: "),
+        ("{aggregated: {args: {port: 1}}}", "r.yaml:5: 'port' cannot be given: dynctl allocates it"),
+        (
+            "{aggregated: {args: {tensor_parallel_size: 2}}}",
+            "from roles.aggregated.tensor_parallel: set it there",
+        ),
+        (
+            "{aggregated: {args: {kv-transfer-config: {}}}}",
+            "from roles (prefill and decode): set it there",
+        ),
         ("{aggregated: {args: {--dtype: x}}}", "r.yaml:5: write 'dtype', without leading dashes"),
         ("{aggregated: {args: {'a b': x}}}", "r.yaml:5: 'a b' is not an argument of vllm"),
     ],
@@ -77,7 +85,7 @@ def test_roles_and_arguments_that_cannot_be(tmp_path: Path, roles: str, told: st
     [
         ("frontend: {replicas: 2}", "r.yaml:6: more than one frontend is not supported yet"),
         ("engine: {venv: ., python: python3}", "r.yaml:6: engine.venv and engine.python exclude each other"),
-        ("engine:\n  args:\n    host: x", "r.yaml:8: 'host' is set by dynctl"),
+        ("engine:\n  args:\n    host: x", "r.yaml:8: 'host' is set by dynctl, from hosts"),
         ("hosts: [{name: a}, {name: a}]", "r.yaml:6: there are two hosts named 'a'"),
     ],
 )
@@ -88,13 +96,24 @@ def test_sections_that_cannot_be(tmp_path: Path, extra: str, told: str) -> None:
 @pytest.mark.usefixtures("model")
 def test_findings_of_the_engine_carry_lines(tmp_path: Path) -> None:
     text = HEAD + "roles:\n  prefill: {}\n  decode:\n    args:\n      dtype: float16\n"
-    assert "r.yaml" in failure(tmp_path, text)
+    assert failure(tmp_path, text).startswith("r.yaml:9: ")
 
 
 def test_missing_tokenizer_is_a_warning_for_kv_routing(tmp_path: Path, model: Path) -> None:
     (model / "tokenizer.json").unlink()
     assert check(tmp_path, HEAD + AGGREGATED)[0].startswith("r.yaml:3: no tokenizer.json is at hand")
     assert check(tmp_path, HEAD + AGGREGATED + "router: {mode: least_loaded}\n") == []
+
+
+@pytest.mark.usefixtures("model")
+def test_an_engine_without_events_routes_by_load_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = catalog.get("vllm")
+    monkeypatch.setattr(engine, "features", replace(engine.features, kv_events="none"))
+    assert check(tmp_path, HEAD + AGGREGATED + "router: {mode: kv}\n") == [
+        "r.yaml:6: backend vllm publishes no KV events: mode kv sees load only"
+    ]
 
 
 EXTERNAL = "schema: dynctl/v1\nname: demo\nmodel: {path: m}\nbackend: external\n"

@@ -155,6 +155,14 @@ def test_wrong_fields_name_file_line_and_what_is_valid(tmp_path: Path, old: str,
         ("engine: {device: tpu}", "r.yaml:8: 'engine.device' must be gpu or cpu"),
         ("hosts: [{name: n1, gpu: 8}]", "r.yaml:8: unknown key 'gpu' in 'hosts.0' (did you mean 'gpus'?"),
         ("slurm: {time: soon}", "r.yaml:8: 'slurm.time' must be a duration such as"),
+        (
+            "slurm: {options: {exclusive: true}}",
+            "r.yaml:8: 'slurm.options.exclusive' must be a string; quote it",
+        ),
+        (
+            "frontend: {api_key: [1]}",
+            "r.yaml:8: 'frontend.api_key.0' must be a string, not a whole number (1)",
+        ),
         ("target: moon", "r.yaml:8: 'target' must be local, ssh or slurm"),
     ],
 )
