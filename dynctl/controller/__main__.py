@@ -19,7 +19,7 @@ from dynctl.http.runtime import run as run_loop
 from dynctl.launchers import procfs
 from dynctl.launchers.base import ENV_INCARNATION
 from dynctl.launchers.local import LocalLauncher
-from dynctl.observability.logs import configure_logs
+from dynctl.observability.logs import setup
 from dynctl.protocol.exits import LastWords
 from dynctl.transport.keys import Keys
 
@@ -32,7 +32,7 @@ def main() -> int:
     """Run until the deployment is ended; the exit code."""
     parser = argparse.ArgumentParser(prog="dynctl.controller")
     parser.add_argument("--run-dir", required=True)
-    configure_logs()
+    setup(PROCESS_ID)
     run = run_dir_of(parser.parse_args().run_dir)
     incarnation = int(os.environ.get(ENV_INCARNATION, "1"))
     try:

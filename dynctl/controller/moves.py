@@ -74,7 +74,7 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """End everything: `drain_s` for requests to end, 0 = at once. `failure`: why, when it is for a failure."""
+    """End everything: requests have `drain_s` to end, 0 = kill at once. `failure`: what it is ended for."""
 
     drain_s: float
     failure: str = ""

@@ -25,17 +25,17 @@ def listening(proc: Path = PROC) -> dict[int, str]:
     return found
 
 
-def can_listen(host: str, port: int) -> bool:
-    """Whether a server could listen there now."""
+def listen_error(host: str, port: int) -> OSError | None:
+    """Why a server could not listen there now; None when it could."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
             probe.listen(1)
-        except OSError:
-            return False
-    return True
+        except OSError as error:
+            return error
+    return None
 
 
 def holder(port: int, proc: Path = PROC) -> str:

@@ -1,0 +1,286 @@
+"""`up` in small steps: check the recipe → claim the name → plan on free ports → write the run → start."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from dynctl.deploy.home import Home, RunDir, new_run_id
+from dynctl.deploy.plan import Plan, PlannedProcess, build_plan
+from dynctl.deploy.ports import holder, listen_error, listening
+from dynctl.deploy.preflight import require_local, require_programs
+from dynctl.deploy.seats import RunContext
+from dynctl.deploy.state import ENDED, RunState, SeatKind, SeatRecord, encode_state, load_state, save_state
+from dynctl.deploy.stop import CONTROLLER
+from dynctl.errors import CodecError, LaunchError, PortInUse, RecipeError, UsageError
+from dynctl.launchers import procfs
+from dynctl.launchers.base import Launch, Launcher, ProcessHandle, RunRef
+from dynctl.recipe.check import check_recipe
+from dynctl.recipe.load import LoadedRecipe, load_recipe
+from dynctl.recipe.lock import lock_text
+from dynctl.topology.inventory import LOCAL, Inventory, inventory_for
+from dynctl.transport.keys import Keys
+
+LOCK_S = 10.0
+_YOUNG_S = 30.0
+_START_S = 60.0
+"""For a process without an engine to register, unless its spec says otherwise."""
+_PORTS = ".ports"
+
+
+@dataclass(frozen=True, slots=True)
+class UpRequest:
+    """What the user asked for."""
+
+    recipe: Path
+    sets: Sequence[str] = ()
+    unsets: Sequence[str] = ()
+    inventory: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where and with what it is to run: `python` runs dynctl, `version` is dynctl's."""
+
+    home: Home
+    launcher: Launcher
+    environ: Mapping[str, str]
+    python: str
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A recipe that may be started here."""
+
+    loaded: LoadedRecipe
+    inventory: Inventory
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Up:
+    """A deployment whose controller has been started. `adopted`: processes of it lived already."""
+
+    name: str
+    run: RunDir
+    url: str
+    controller: ProcessHandle
+    adopted: bool
+
+
+def check(request: UpRequest) -> Checked:
+    """Load, judge, and see that it can run on this machine. Raises RecipeError."""
+    loaded = load_recipe(request.recipe, tuple(request.sets), tuple(request.unsets))
+    warnings = check_recipe(loaded)
+    inventory = inventory_for(loaded.recipe, loaded.file, request.inventory)
+    require_local(loaded, inventory)
+    return Checked(loaded, inventory, tuple(str(w) for w in warnings))
+
+
+def start(checked: Checked, site: Site) -> Up:
+    """Write the run and start its controller, or start a new controller for what still lives of it.
+
+    Raises UsageError when the name is taken, PortInUse, PlacementError, RecipeError, LaunchError.
+    """
+    site.home.prepare()
+    name = checked.loaded.recipe.name
+    with site.home.locked(name, deadline_s=LOCK_S):
+        living = claim(checked, site)
+        if living is not None:
+            return adopt(living, site)
+        return begin(checked, site)
+
+
+def claim(checked: Checked, site: Site) -> RunDir | None:
+    """The run of this name whose processes live on without a controller; None when nothing of it lives.
+
+    Raises UsageError when the name is taken: it runs, or what lives is of another recipe.
+    """
+    name = checked.loaded.recipe.name
+    run = site.home.run_of(name)
+    owned = site.launcher.owned(run.run_id) if run else []
+    if run is None or not owned:
+        return None
+    ways = f"dynctl status {name} shows it, dynctl down {name} ends it"
+    if any(o.process_id == CONTROLLER for o in owned):
+        raise UsageError(f"'{name}' is running already", where=str(run.path), hint=ways)
+    state = _state_or_none(run)
+    if state is None or state.phase in ENDED or not same_recipe(run, lock_text(checked.loaded, site.version)):
+        raise UsageError(
+            f"processes of an earlier '{name}' still run, from another recipe", where=str(run.path), hint=ways
+        )
+    return run
+
+
+def same_recipe(run: RunDir, lock: str) -> bool:
+    """Whether the run was made from a recipe that resolves to the same, wherever it was written."""
+
+    def body(text: str) -> list[str]:
+        return [line for line in text.splitlines() if not line.startswith("#")]
+
+    try:
+        return body(run.lock.read_text()) == body(lock)
+    except OSError:
+        return False
+
+
+def adopt(run: RunDir, site: Site) -> Up:
+    """Start a new controller on a run whose processes live."""
+    state = load_state(run.state)
+    if state is None:
+        raise LaunchError("the run has no state", where=str(run.state))
+    plan = Plan.from_json(run.plan.read_bytes())
+    state.phase = "degraded" if state.ready_once else "starting"
+    state.reason = "a new controller is starting"
+    state.controller.incarnation += 1
+    with _disk_of(run):
+        save_state(run.state, state)
+    handle = start_controller(run, plan, state.controller.incarnation, site.launcher)
+    return Up(state.name, run, state.url, handle, adopted=True)
+
+
+def begin(checked: Checked, site: Site) -> Up:
+    """Plan and write a new run, and start its controller."""
+    name = checked.loaded.recipe.name
+    run_id = new_run_id(name, time.gmtime())
+    context = RunContext(run_id, str(site.home.runs / run_id), site.python)
+    # One at a time from looking at ports until the run that has them is written down.
+    with site.home.locked(_PORTS, deadline_s=LOCK_S):
+        plan = plan_run(checked, site, context)
+        require_programs(plan, checked.loaded, site.environ)
+        run = write_run(plan, lock_text(checked.loaded, site.version), site.home)
+    handle = start_controller(run, plan, 1, site.launcher)
+    return Up(name, run, plan.url, handle, adopted=False)
+
+
+def plan_run(checked: Checked, site: Site, context: RunContext) -> Plan:
+    """The plan on free ports. Raises PortInUse that says who has the frontend's."""
+    loaded = checked.loaded
+    port, host = loaded.recipe.frontend.port, loaded.recipe.frontend.host
+    reserved = reserved_ports(site.home)
+    taken = set(listening()) | reserved
+    if port and port not in reserved:
+        error = listen_error(host, port)
+        taken.discard(port)
+        if error is not None:
+            if error.errno != errno.EADDRINUSE:
+                raise _cannot_listen(loaded, error)
+            taken.add(port)
+    try:
+        return build_plan(loaded, checked.inventory, {(LOCAL, p) for p in taken}, context)
+    except PortInUse as error:
+        who = holder(port)
+        message = f"{error.message} by {who}" if who else error.message
+        raise PortInUse(message, where=error.where, hint=error.hint) from error
+
+
+def _cannot_listen(loaded: LoadedRecipe, error: OSError) -> RecipeError:
+    frontend = loaded.recipe.frontend
+    field = "frontend.port" if error.errno == errno.EACCES else "frontend.host"
+    hint = "ports below 1024 are for root" if error.errno == errno.EACCES else "an address of this machine"
+    message = f"cannot listen on {frontend.host} port {frontend.port}: {error.strerror or error}"
+    return RecipeError(message, where=loaded.where(field), hint=hint)
+
+
+def reserved_ports(home: Home) -> set[int]:
+    """Ports of deployments that run or are being started, though nobody may listen on them yet."""
+    found: set[int] = set()
+    for name in home.names():
+        run = home.run_of(name)
+        state = _state_or_none(run) if run else None
+        if run is None or state is None or not _may_live(state, time.time()):
+            continue
+        plan = Plan.from_json(run.plan.read_bytes())
+        found.update(port for node in plan.nodes for port in node.ports if node.name == LOCAL)
+    return found
+
+
+def _may_live(state: RunState, now: float) -> bool:
+    if state.phase in ENDED:
+        return False
+    pids = [(state.controller.pid, state.controller.start_ticks)]
+    pids += [(seat.pid, seat.start_ticks) for seat in state.seats]
+    return any(procfs.alive(pid, ticks) for pid, ticks in pids) or 0 <= now - state.created_at < _YOUNG_S
+
+
+def write_run(plan: Plan, lock: str, home: Home) -> RunDir:
+    """Make the run directory, whole, and let the name mean it. Raises LaunchError."""
+    state = initial_state(plan, time.time())
+    files = {
+        "plan.json": plan.to_json(),
+        "recipe.lock.yaml": lock,
+        "state.json": encode_state(state).decode(),
+    }
+    run = home.create_run(plan.run_id, files)
+    with _disk_of(run):
+        Keys.generate().save(run.keys)
+    home.point(plan.name, run)
+    return run
+
+
+def initial_state(plan: Plan, now: float) -> RunState:
+    """The state of a run of which nothing has been started."""
+    kinds: dict[str, SeatKind] = {"worker": "worker", "frontend": "frontend"}
+    return RunState(
+        name=plan.name,
+        run_id=plan.run_id,
+        url=plan.url,
+        registry=plan.registry,
+        backend=plan.backend,
+        model=plan.model,
+        roles=dict(plan.roles),
+        created_at=now,
+        seats=[_seat(p, kinds[p.kind]) for p in plan.processes if p.kind in kinds],
+    )
+
+
+class _SpecHead(msgspec.Struct):
+    """What the state needs of a process's spec."""
+
+    start_timeout_s: float = _START_S
+    follower: bool = False
+
+
+def _seat(process: PlannedProcess, kind: SeatKind) -> SeatRecord:
+    text = process.command.files.get(f"specs/{process.id}.json", "{}")
+    spec = msgspec.json.decode(text, type=_SpecHead)
+    return SeatRecord(
+        id=process.id,
+        kind=kind,
+        role=process.role,
+        index=process.index,
+        node=process.node,
+        start_timeout_s=spec.start_timeout_s,
+        follower=spec.follower,
+    )
+
+
+def start_controller(run: RunDir, plan: Plan, incarnation: int, launcher: Launcher) -> ProcessHandle:
+    """Start the controller of a run. Raises LaunchError."""
+    process = plan.process(CONTROLLER)
+    launch = Launch(CONTROLLER, incarnation, process.command, process.node)
+    return launcher.start(launch, RunRef(run.run_id, run.path))
+
+
+def _state_or_none(run: RunDir) -> RunState | None:
+    try:
+        return load_state(run.state)
+    except CodecError:
+        return None
+
+
+@contextmanager
+def _disk_of(run: RunDir) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise LaunchError(
+            f"the run directory cannot be written: {error.strerror}", where=str(run.path)
+        ) from error

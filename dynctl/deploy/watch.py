@@ -1,0 +1,140 @@
+"""Waits for a deployment: every change as it comes, until it is ready, has failed, or time is up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from dynctl.deploy.ask import ask_health
+from dynctl.deploy.home import RunDir
+from dynctl.deploy.logs import tail
+from dynctl.deploy.run import Up
+from dynctl.deploy.state import ENDED, RunState, load_state
+from dynctl.deploy.status import diagnose, telling_lines, view_of
+from dynctl.deploy.stop import CONTROLLER, Stopper, stop_run
+from dynctl.errors import LaunchError, NotReady, PortInUse, ProcessExited
+from dynctl.launchers import procfs
+from dynctl.launchers.base import ProcessHandle
+from dynctl.protocol.deployment import DeploymentView
+from dynctl.protocol.exits import read_last_words
+
+POLL_S = 0.02
+HEALTH_S = 30.0
+_FAILED_DRAIN_S = 1.0
+_LINES = 10
+
+OnView = Callable[[DeploymentView], None]
+Health = Callable[[str], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Waiter:
+    """What waiting needs: processes, time, and somebody to tell."""
+
+    stopper: Stopper
+    on_view: OnView
+    health: Health = ask_health
+
+    @property
+    def now(self) -> float:
+        """The time, monotonic."""
+        return self.stopper.clock()
+
+
+def changes(run: RunDir, controller: ProcessHandle, waiter: Waiter) -> Iterator[DeploymentView | None]:
+    """The deployment at each change, None when nothing has changed for a moment; ends with its controller."""
+    last = b""
+    alive = True
+    while True:
+        alive = alive and not waiter.stopper.launcher.poll([controller])
+        raw = run.state.read_bytes() if run.state.exists() else b""
+        state = load_state(run.state) if raw != last else None
+        last = raw
+        if state is not None:
+            yield _view(state, run, controller, alive=alive)
+        else:
+            yield None
+        if not alive:
+            return
+        waiter.stopper.sleep(POLL_S)
+
+
+def _view(state: RunState, run: RunDir, controller: ProcessHandle, *, alive: bool) -> DeploymentView:
+    if alive and not state.controller.pid:
+        # It has not written itself down yet.
+        state.controller.pid, state.controller.start_ticks = controller.pid, controller.start_ticks
+    return view_of(state, str(run.path), procfs.alive)
+
+
+def wait_ready(up: Up, waiter: Waiter, timeout_s: float | None) -> None:
+    """Return when it is ready and its frontend says so too.
+
+    Otherwise nothing of it is left running (but what was adopted) and the failure is raised: ProcessExited,
+    PortInUse, LaunchError, or NotReady at the deadline or when somebody else ended it.
+    """
+    ends = waiter.now + timeout_s if timeout_s is not None else None
+    try:
+        view = _wait_phase(up, waiter, ends)
+        _wait_health(view, waiter, ends)
+    except LaunchError:
+        if not up.adopted:
+            stop_run(up.run, waiter.stopper, _FAILED_DRAIN_S)
+        raise
+
+
+def _wait_phase(up: Up, waiter: Waiter, ends: float | None) -> DeploymentView:
+    view: DeploymentView | None = None
+    for seen in changes(up.run, up.controller, waiter):
+        view = seen or view
+        if seen is not None:
+            waiter.on_view(seen)
+            if seen.phase == "ready":
+                return seen
+        if ends is not None and waiter.now > ends:
+            raise _late(up, view)
+    raise _ended(up)
+
+
+def _wait_health(view: DeploymentView, waiter: Waiter, ends: float | None) -> None:
+    limit = min(waiter.now + HEALTH_S, ends if ends is not None else float("inf"))
+    while reason := waiter.health(view.url):
+        if waiter.now > limit:
+            raise NotReady(f"'{view.name}' runs, but its frontend is not ready: {reason}", where=view.url)
+        waiter.stopper.sleep(POLL_S)
+
+
+def _late(up: Up, view: DeploymentView | None) -> NotReady:
+    found = diagnose(view, "") if view is not None else None
+    reason = found.reason if found is not None else "its controller has not started"
+    if found is not None and found.error:
+        reason += f"\n  {found.error}"
+    kept = "it is left running" if up.adopted else f"its logs: dynctl logs {up.name}"
+    return NotReady(f"'{up.name}' was not ready in time: {reason}", where=str(up.run.path), hint=kept)
+
+
+def _ended(up: Up) -> LaunchError:
+    """Why the controller is gone before the deployment was ready."""
+    state = load_state(up.run.state)
+    where, hint = str(up.run.path), f"its logs: dynctl logs {up.name}"
+    if state is not None and state.phase in ENDED:
+        return failure_of(state, where, hint)
+    words = _last_words(up.run, state.controller.incarnation or 1 if state is not None else 1)
+    lines = telling_lines(tail(up.run.logs / f"{CONTROLLER}.log", 100), _LINES)
+    message = words or "\n".join(["the controller ended", *(f"  {line}" for line in lines)])
+    return LaunchError(f"'{up.name}' could not be started: {message}", where=where, hint=hint)
+
+
+def _last_words(run: RunDir, incarnation: int) -> str:
+    words = read_last_words(run.path, CONTROLLER, incarnation)
+    return words.message if words is not None else ""
+
+
+def failure_of(state: RunState, where: str, hint: str) -> LaunchError:
+    """The error that a deployment which ended before it was ready ended with."""
+    if state.phase == "stopped":
+        return NotReady(f"'{state.name}' was ended before it was ready", where=where)
+    failed = next((seat for seat in state.seats if seat.state == "failed"), None)
+    lines = [f"  {line}" for line in failed.last_error] if failed is not None else []
+    message = "\n".join([f"'{state.name}' could not be started: {state.reason}", *lines])
+    kind = PortInUse if failed is not None and failed.last_kind == PortInUse.kind else ProcessExited
+    return kind(message, where=where, hint=hint)
