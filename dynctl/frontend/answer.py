@@ -36,6 +36,11 @@ class Answer:
         self._workers: list[str] = []
         self.error_type = ""
 
+    @property
+    def begun(self) -> bool:
+        """Whether the client has been sent anything of a stream."""
+        return self._relay is not None and self._relay.begun
+
     def prefilled_by(self, worker: str) -> None:
         """Name the prefill worker of this attempt in the answer's headers."""
         self._workers = [worker]

@@ -6,6 +6,7 @@ the frontend does not know reaches the engine verbatim.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -21,6 +22,8 @@ Message = dict[str, msgspec.Raw]
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _PROMPT: msgspec.json.Decoder[Any] = msgspec.json.Decoder(Prompt | None)
 _NULL = b"null"
+_WHOLE = re.compile(rb"-?\d{1,18}")
+_PROMPTS = ("prompt", "prompt_embeds")
 _WORDS: dict[Any, str] = {
     bool: "true or false",
     int: "a whole number",
@@ -71,8 +74,19 @@ class Body:
         return Body(msgspec.json.encode(kept), kept)
 
     def opened(self) -> dict[str, Any]:
-        """A new dict an engine's request contract may work on; values are still the client's bytes."""
-        return dict(self.fields)
+        """A new dict an engine's request contract may work on.
+
+        Whole numbers, true, false, null and arrays that are a prompt are decoded, since contracts look at
+        them; other values are still the client's bytes.
+        """
+        return {name: _opened(name, raw) for name, raw in self.fields.items()}
+
+
+def _opened(name: str, raw: msgspec.Raw) -> Any:
+    view = memoryview(raw)
+    first = view[0]
+    decoded = first in b"tfn" or (first in b"-0123456789" and _WHOLE.fullmatch(view))
+    return msgspec.json.decode(raw) if decoded or (first in b"[" and name in _PROMPTS) else raw
 
 
 def encode(fields: Mapping[str, Any]) -> bytes:

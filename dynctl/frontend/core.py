@@ -59,16 +59,16 @@ class Core:
     def members_changed(self, upserts: Sequence[Member], removed: Sequence[str]) -> None:
         """Take over a change of the membership."""
         self.router.members_changed(upserts, removed)
+        for worker in removed:
+            self._members.pop(worker, None)
+            for name in _WORKER_SERIES:
+                self.metrics.drop(name, worker=worker)
         for member in upserts:
             if member.instance.role != "frontend":
                 known = self._members.get(member.instance.id)
                 if known is None or known.instance.incarnation != member.instance.incarnation:
                     self._upstream.forget(member.instance.id)
                 self._members[member.instance.id] = member
-        for worker in removed:
-            self._members.pop(worker, None)
-            for name in _WORKER_SERIES:
-                self.metrics.drop(name, worker=worker)
         self.models.members_changed([member.instance for member in self._members.values()])
 
     def health(self) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from typing import Any
 import msgspec
 
 from dynctl.engines.base import Handoff, PrefillDecode
-from dynctl.errors import DynctlError, EngineFailed
+from dynctl.errors import EngineFailed
+from dynctl.frontend.answer import Answer
 from dynctl.frontend.body import encode
 from dynctl.frontend.pipeline import Attempt, Flow
 from dynctl.frontend.retry import AttemptFailed
@@ -26,14 +27,25 @@ from dynctl.http.client import Response
 from dynctl.router.prefill import HandoffGuard, Refused
 from dynctl.router.service import Choice
 
-_ROOM_BITS = 62
+_ROOMS_BITS = 48
 
 
 def flow_for(contract: PrefillDecode) -> Flow:
-    """The flow of an engine's prefill/decode contract."""
-    if contract.order == "concurrent":
-        return _Concurrent(contract)
-    return _PrefillFirst(contract)
+    """The flow of an engine's prefill/decode contract. A request it cannot split goes to decode alone."""
+    split: Flow = _Concurrent(contract) if contract.order == "concurrent" else _PrefillFirst(contract)
+
+    async def flow(attempt: Attempt) -> None:
+        await (split if contract.splits(attempt.call.body.opened()) else decode_alone)(attempt)
+
+    async def decode_alone(attempt: Attempt) -> None:
+        decode = attempt.choose("decode")
+        try:
+            body = encode(contract.decode_body(attempt.call.body.opened(), None, {}))
+            await attempt.answer.by(attempt.parts.upstream, attempt.leg(decode, body), decode.ticket)
+        finally:
+            decode.ticket.finish()
+
+    return flow
 
 
 class _PrefillFirst:
@@ -44,7 +56,9 @@ class _PrefillFirst:
         """Prefill, then decode with its hand-off."""
         prefill = attempt.choose("prefill")
         try:
-            response = await _prefill(attempt, prefill, self._prefill_leg(attempt, prefill))
+            link = _link(self._contract, attempt, prefill)
+            body = encode(self._contract.prefill_body(attempt.call.body.opened(), link))
+            response = await _prefill(attempt, prefill, attempt.leg(prefill, body))
         finally:
             prefill.ticket.finish()
         if response.status != 200:
@@ -56,10 +70,7 @@ class _PrefillFirst:
             return
         guard = HandoffGuard(handoff, attempt.call.body.original)
         attempt.answer.prefilled_by(prefill.instance.id)
-        await self._decode(attempt, prefill, guard)
-
-    def _prefill_leg(self, attempt: Attempt, prefill: Choice) -> Leg:
-        return attempt.leg(prefill, encode(self._contract.prefill_body(attempt.call.body.opened(), {})))
+        await self._decode(attempt, prefill, guard, link)
 
     def _read(self, attempt: Attempt, prefill: Choice, response: Response) -> Handoff:
         """The hand-off, or a failed attempt: params that are not whole never reach decode."""
@@ -71,14 +82,16 @@ class _PrefillFirst:
             cause = error if isinstance(error, EngineFailed) else EngineFailed("prefill's answer is not JSON")
             raise AttemptFailed(cause, failed=frozenset((prefill.instance.id,))) from error
 
-    async def _decode(self, attempt: Attempt, prefill: Choice, guard: HandoffGuard) -> None:
+    async def _decode(
+        self, attempt: Attempt, prefill: Choice, guard: HandoffGuard, link: dict[str, Any]
+    ) -> None:
         decode = attempt.choose("decode")
         try:
             handoff = guard.take(attempt.call.body.original, time.monotonic())
             if isinstance(handoff, Refused):
                 attempt.parts.metrics.counter("handoffs_refused_total", reason=handoff.reason).inc()
                 raise AttemptFailed(EngineFailed(f"prefill's hand-off is not usable: {handoff.reason}"))
-            body = encode(self._contract.decode_body(attempt.call.body.opened(), handoff, {}))
+            body = encode(self._contract.decode_body(attempt.call.body.opened(), handoff, link))
             await attempt.answer.by(attempt.parts.upstream, attempt.leg(decode, body), decode.ticket)
         except AttemptFailed as failure:
             raise _shared_blame(failure, prefill) from failure
@@ -95,44 +108,54 @@ class _Concurrent:
         prefill = attempt.choose("prefill")
         try:
             decode = attempt.choose("decode")
-        except DynctlError:
+            try:
+                await self._both(attempt, prefill, decode)
+            finally:
+                decode.ticket.finish()
+        except AttemptFailed as failure:
+            raise _shared_blame(failure, prefill) from failure
+        finally:
             prefill.ticket.finish()
-            raise
-        link = self._link(attempt, prefill)
-        request = attempt.call.body
-        prefill_leg = attempt.leg(prefill, encode(self._contract.prefill_body(request.opened(), link)))
-        decode_leg = attempt.leg(decode, encode(self._contract.decode_body(request.opened(), None, link)))
+
+    async def _both(self, attempt: Attempt, prefill: Choice, decode: Choice) -> None:
+        contract, request = self._contract, attempt.call.body
+        link = _link(contract, attempt, prefill)
+        prefill_leg = attempt.leg(prefill, encode(contract.prefill_body(request.opened(), link)))
+        decode_leg = attempt.leg(decode, encode(contract.decode_body(request.opened(), None, link)))
         attempt.answer.prefilled_by(prefill.instance.id)
         first = asyncio.create_task(_prefill(attempt, prefill, prefill_leg))
         second = asyncio.create_task(attempt.answer.by(attempt.parts.upstream, decode_leg, decode.ticket))
         try:
-            await _both(first, second)
-        except AttemptFailed as failure:
-            raise _shared_blame(failure, prefill) from failure
+            refusal = await _race(attempt.answer, first, second)
         finally:
             first.cancel()
             second.cancel()
             await asyncio.gather(first, second, return_exceptions=True)
-            prefill.ticket.finish()
-            decode.ticket.finish()
-
-    def _link(self, attempt: Attempt, prefill: Choice) -> dict[str, Any]:
-        """A room nobody else has; engines derive the rank from it: room modulo the number of ranks."""
-        instance = prefill.instance
-        ranks = max(1, instance.dp_size)
-        room = attempt.parts.rng.getrandbits(_ROOM_BITS) // ranks * ranks + prefill.rank
-        return self._contract.link(instance.url, instance.bootstrap_port, room)
+        if refusal is not None:
+            attempt.answer.whole(refusal, [prefill.instance.id])
 
 
-async def _both(prefill: asyncio.Task[Response], answer: asyncio.Task[None]) -> None:
-    """Wait for the answer; a prefill that fails meanwhile ends the wait with its failure."""
-    await asyncio.wait((prefill, answer), return_when=asyncio.FIRST_COMPLETED)
-    if not answer.done():
+def _link(contract: PrefillDecode, attempt: Attempt, prefill: Choice) -> dict[str, Any]:
+    """A room nobody else has; engines derive prefill's rank from it: room modulo the number of ranks."""
+    instance = prefill.instance
+    room = (1 + attempt.parts.rng.getrandbits(_ROOMS_BITS)) * max(1, instance.dp_size) + prefill.rank
+    return contract.link(instance.url, instance.bootstrap_port, room)
+
+
+async def _race(
+    answer: Answer, prefill: asyncio.Task[Response], decode: asyncio.Task[None]
+) -> Response | None:
+    """Wait for decode's answer, or for prefill's refusal (4xx), which is given back. Raises either's failure.
+
+    Once decode answers it has all it needs: what becomes of prefill is then of no interest.
+    """
+    await asyncio.wait((prefill, decode), return_when=asyncio.FIRST_COMPLETED)
+    if not decode.done() and not answer.begun:
         response = prefill.result()
         if response.status >= 400:
-            told = response.body[:300].decode("utf-8", "replace")
-            raise AttemptFailed(EngineFailed(f"prefill answered {response.status}: {told}"))
-    await answer
+            return response
+    await decode
+    return None
 
 
 async def _prefill(attempt: Attempt, prefill: Choice, leg: Leg) -> Response:

@@ -21,7 +21,7 @@ from functools import partial
 from random import Random
 
 from dynctl.engines.base import PrefillDecode
-from dynctl.errors import DeadlineExceeded, DynctlError, Rejected
+from dynctl.errors import DeadlineExceeded, DynctlError, LaunchError, Rejected
 from dynctl.frontend.admission import Models, check_context
 from dynctl.frontend.answer import Answer, Tell
 from dynctl.frontend.call import Call
@@ -188,11 +188,13 @@ def single_leg(role: Role) -> Flow:
 
 
 def flow_for(roles: frozenset[str], contract: PrefillDecode | None) -> Flow:
-    """How prompts are served with these roles. Raises Rejected for prefill and decode without a contract."""
+    """How prompts are served with these roles. Raises LaunchError when the backend cannot split them."""
     if "prefill" not in roles:
         return single_leg("aggregated")
     if contract is None:
-        raise Rejected("this backend has no prefill/decode contract", hint="use the role `aggregated`")
+        raise LaunchError(
+            "this backend has no prefill/decode contract", where="roles", hint="use the role `aggregated`"
+        )
     from dynctl.frontend import disagg
 
     return disagg.flow_for(contract)

@@ -1,0 +1,75 @@
+"""The frontend's ends to the workers' sidecars: the event plane in, control calls out."""
+
+from __future__ import annotations
+
+import logging
+
+import msgspec
+
+from dynctl.protocol.instances import Instance
+from dynctl.protocol.kv_events import KV_TOPIC, LOAD_TOPIC, KvBatch, KvSync, KvSyncReply, LoadReport
+from dynctl.protocol.registry import Member
+from dynctl.router.service import Router, WorkerLinks
+from dynctl.transport.control import ControlClient
+from dynctl.transport.event_plane import Subscriber
+from dynctl.transport.keys import Keys
+
+logger = logging.getLogger(__name__)
+
+SYNC_DEADLINE_S = 5.0
+
+
+class Links:
+    """One subscriber for all workers, one control client per worker that was ever asked.
+
+    `attach` says which router gets what comes; until then messages are dropped (they are numbered).
+    """
+
+    def __init__(self, keys: Keys, topics: tuple[bytes, ...]) -> None:
+        self._keys = keys
+        self._router: Router | None = None
+        self._batches = msgspec.msgpack.Decoder(KvBatch)
+        self._reports = msgspec.msgpack.Decoder(LoadReport)
+        self._subscriber = Subscriber(keys, self._receive, topics)
+        self._clients: dict[str, ControlClient] = {}
+
+    def worker_links(self) -> WorkerLinks:
+        """What a router is made with."""
+        return WorkerLinks(
+            sync=self._sync, subscribe=self._subscriber.connect, unsubscribe=self._subscriber.disconnect
+        )
+
+    def attach(self, router: Router) -> None:
+        """Hand events to `router` from now on."""
+        self._router = router
+
+    def members_changed(self, members: list[Member]) -> None:
+        """Close the control clients of workers that are not among `members` any more."""
+        there = {member.instance.control for member in members}
+        for endpoint in [endpoint for endpoint in self._clients if endpoint not in there]:
+            self._clients.pop(endpoint).close()
+
+    def close(self) -> None:
+        """Close all sockets."""
+        self._subscriber.close()
+        for client in self._clients.values():
+            client.close()
+        self._clients.clear()
+
+    async def _sync(self, instance: Instance, request: KvSync) -> KvSyncReply:
+        client = self._clients.get(instance.control)
+        if client is None:
+            client = self._clients[instance.control] = ControlClient(self._keys, instance.control)
+        return await client.call("kv.sync", request, KvSyncReply, SYNC_DEADLINE_S)
+
+    def _receive(self, topic: bytes, body: bytes) -> None:
+        router = self._router
+        if router is None:
+            return
+        try:
+            if topic == KV_TOPIC:
+                router.on_kv(self._batches.decode(body))
+            elif topic == LOAD_TOPIC:
+                router.on_load(self._reports.decode(body))
+        except msgspec.DecodeError as error:
+            logger.warning("event.unreadable topic=%s error=%s", topic.decode("latin-1"), error)
