@@ -1,24 +1,71 @@
-"""How every dynctl process logs: one line an event on standard error, UTC time first."""
+"""Log lines of a process: to stderr, one event a line, time in UTC."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
 import time
+from typing import TextIO
 
-FORMAT = "%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s %(message)s"
-_TIME = "%Y-%m-%dT%H:%M:%S"
+ENV_FORMAT = "DYNCTL_LOG_FORMAT"
+ENV_LEVEL = "DYNCTL_LOG_LEVEL"
+_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
-def configure_logs() -> None:
-    """Log to standard error, which the launcher has made the process's log file.
+def timestamp(seconds: float) -> str:
+    """Unix time as ISO 8601 in UTC with milliseconds: 2025-01-31T09:08:07.123Z."""
+    milliseconds = int(seconds * 1000)
+    whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(milliseconds // 1000))
+    return f"{whole}.{milliseconds % 1000:03d}Z"
 
-    DYNCTL_LOG sets the level (debug, info, warning, error; info when unset or unknown).
+
+class PlainFormatter(logging.Formatter):
+    """`time LEVEL process logger event…`; a traceback follows on lines of its own."""
+
+    def __init__(self, process_id: str) -> None:
+        super().__init__()
+        self._process_id = process_id
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One record as text."""
+        head = f"{timestamp(record.created)} {record.levelname} {self._process_id} {record.name}"
+        line = f"{head} {record.getMessage()}"
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time, level, process, logger, event, and traceback if there is one."""
+
+    def __init__(self, process_id: str) -> None:
+        super().__init__()
+        self._process_id = process_id
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One record as JSON."""
+        fields = {
+            "time": timestamp(record.created),
+            "level": record.levelname,
+            "process": self._process_id,
+            "logger": record.name,
+            "event": record.getMessage(),
+        }
+        if record.exc_info:
+            fields["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(fields, ensure_ascii=False)
+
+
+def setup(process_id: str, stream: TextIO | None = None) -> None:
+    """Send all logs of this process to stderr (or `stream`), in place of whatever was set up before.
+
+    DYNCTL_LOG_FORMAT is "plain" (the default) or "json", DYNCTL_LOG_LEVEL a level's name (INFO if unset or
+    unknown).
     """
-    formatter = logging.Formatter(FORMAT, _TIME)
-    formatter.converter = time.gmtime
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(formatter)
-    level = logging.getLevelNamesMapping().get(os.environ.get("DYNCTL_LOG", "").upper(), logging.INFO)
-    logging.basicConfig(level=level, handlers=[handler], force=True)
+    as_json = os.environ.get(ENV_FORMAT, "plain").lower() == "json"
+    level = os.environ.get(ENV_LEVEL, "INFO").upper()
+    handler = logging.StreamHandler(stream if stream is not None else sys.stderr)
+    handler.setFormatter(JsonFormatter(process_id) if as_json else PlainFormatter(process_id))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level if level in _LEVELS else "INFO")

@@ -1,0 +1,173 @@
+"""The sidecar's side towards the deployment: its sockets, its lease, its relays."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import msgspec
+
+from dynctl.discovery.client import Registrar
+from dynctl.engines.base import Engine
+from dynctl.errors import UsageError
+from dynctl.protocol.instances import Instance, ModelCard
+from dynctl.protocol.kv_events import KV_TOPIC, LOAD_TOPIC, KvBatch, KvSync, KvSyncReply, LoadReport
+from dynctl.protocol.specs import WorkerSpec
+from dynctl.transport.control import ControlClient, ControlServer, read_body
+from dynctl.transport.engine_events import EngineEventSource
+from dynctl.transport.event_plane import Publisher
+from dynctl.transport.keys import Keys
+from dynctl.worker.kv_relay import KvRelay
+from dynctl.worker.load import LoadReports, report_load
+from dynctl.worker.readiness import Probe, Ready
+
+logger = logging.getLogger(__name__)
+
+_BEAT_S = 1.0
+_LEAVE_DEADLINE_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """A ready engine: what it said of itself, and its pid (0 = not our child)."""
+
+    ready: Ready
+    engine_pid: int
+
+
+class Planes:
+    """Opened once per sidecar; an engine is attached and detached. Use inside a running loop."""
+
+    def __init__(self, spec: WorkerSpec, incarnation: int, engine: Engine, probe: Probe) -> None:
+        self._spec = spec
+        self._incarnation = incarnation
+        self._probe = probe
+        keys = Keys.load(spec.keys_file)
+        self._publisher = Publisher(keys, f"tcp://{spec.bind_host}:{spec.events_port}")
+        self._server = ControlServer(keys, f"tcp://{spec.bind_host}:{spec.control_port}", self._answer)
+        self._client = ControlClient(keys, spec.registry)
+        self._relay = KvRelay(
+            spec.id, incarnation, sources_of(spec), decode=engine.decode_kv, publish=self._publish_kv
+        )
+        self._registrar: Registrar | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._events = self._control = ""
+
+    def open(self) -> None:
+        """Bind the sockets. Raises PortInUse."""
+        host = urlsplit(self._spec.url).hostname or self._spec.bind_host
+        self._events = reachable(self._publisher.start(), host)
+        self._control = reachable(self._server.start(), host)
+
+    def attach(self, engine: Attached, on_superseded: Callable[[], None]) -> None:
+        """Serve an engine: relay its events and load, take the lease."""
+        self._relay.attach(engine.ready.info.block_size)
+        loop = asyncio.get_running_loop()
+        reports = LoadReports(self._spec.id, self._incarnation)
+        self._tasks = [
+            loop.create_task(report_load(self._probe, reports, self._publish_load), name="load"),
+            loop.create_task(self._beat(), name="beat"),
+        ]
+        for task in self._tasks:
+            task.add_done_callback(_log_failure)
+        instance = self._instance(engine)
+        self._registrar = Registrar(self._client, instance, on_superseded=on_superseded)
+        self._registrar.start()
+
+    async def drain(self) -> bool:
+        """Have no new requests sent here; True when the registry has heard."""
+        return self._registrar is not None and await self._registrar.set_state("draining")
+
+    async def detach(self, reason: str) -> None:
+        """The engine has ended, or is to be ended: give the lease back, stop relaying."""
+        if self._registrar is not None:
+            await self._registrar.leave(reason, _LEAVE_DEADLINE_S)
+        await self._stop_serving()
+
+    async def close(self) -> None:
+        """Stop serving without a word and close the sockets."""
+        await self._stop_serving()
+        self._client.close()
+        await self._server.close()
+        self._publisher.close()
+
+    async def _stop_serving(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+        if self._registrar is not None:
+            await self._registrar.close()
+            self._registrar = None
+        self._relay.detach()
+
+    async def _answer(self, op: str, body: msgspec.Raw) -> KvSyncReply:
+        if op != "kv.sync":
+            raise UsageError(f"unknown op {op!r}", where=self._spec.id, hint="kv.sync")
+        return self._relay.sync(read_body(body, KvSync))
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(_BEAT_S)
+            self._relay.beat()
+
+    def _publish_kv(self, batch: KvBatch) -> None:
+        self._publisher.publish(KV_TOPIC, batch)
+
+    def _publish_load(self, report: LoadReport) -> None:
+        self._publisher.publish(LOAD_TOPIC, report)
+
+    def _instance(self, engine: Attached) -> Instance:
+        spec = self._spec
+        return Instance(
+            id=spec.id,
+            incarnation=self._incarnation,
+            role=spec.role,
+            index=spec.index,
+            node=spec.node,
+            pid=os.getpid(),
+            started_at=time.time(),
+            url=spec.url,
+            engine_pid=engine.engine_pid,
+            backend=spec.backend,
+            model=card_of(spec.model, engine.ready),
+            dp_size=spec.dp_size,
+            events=self._events,
+            control=self._control,
+            bootstrap_port=spec.bootstrap_port,
+        )
+
+
+def card_of(model: ModelCard, ready: Ready) -> ModelCard:
+    """The recipe's card of the model with what the engine itself says in place of what was assumed."""
+    return msgspec.structs.replace(
+        model,
+        block_size=ready.info.block_size or model.block_size,
+        max_model_len=ready.info.max_model_len or model.max_model_len,
+        adapters=list(dict.fromkeys((*model.adapters, *ready.adapters))),
+    )
+
+
+def sources_of(spec: WorkerSpec) -> list[EngineEventSource]:
+    """The engine's publishers by rank."""
+    replay = [*spec.kv_replay_endpoints, *[""] * len(spec.kv_endpoints)]
+    return [
+        EngineEventSource(endpoint=endpoint, replay=replay[rank], topic=spec.kv_topic)
+        for rank, endpoint in enumerate(spec.kv_endpoints)
+    ]
+
+
+def reachable(endpoint: str, host: str) -> str:
+    """A bound endpoint as others dial it: `host` in place of a wildcard address."""
+    address, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    return f"tcp://{host}:{port}" if address in ("0.0.0.0", "*", "[::]") else endpoint
+
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("task.failed name=%s", task.get_name(), exc_info=error)

@@ -1,0 +1,157 @@
+"""Whether the engine really serves: its own process listens, it is healthy, and it has the model."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+
+import msgspec
+
+from dynctl.engines.base import Engine, EngineInfo, EngineLoad
+from dynctl.errors import DynctlError, NotReady, PortInUse, TransportError
+from dynctl.http.client import Client, Origin
+from dynctl.worker.listeners import find_holder, is_former_self, listening_inodes
+
+logger = logging.getLogger(__name__)
+
+_PROBE_S = 5.0
+_HEALTH_S = 25.0
+"""An engine may answer its health probe by running a request."""
+_FIRST_PAUSE_S = 0.05
+_LONGEST_PAUSE_S = 0.5
+_WRONG_MODEL_PROBES = 5
+_NO_SUCH_PROBE = (404, 405, 501)
+
+
+class _Model(msgspec.Struct):
+    id: str
+    parent: str | None = None
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
+
+
+class WrongModel(NotReady):
+    """The engine is up but serves another model: waiting does not help."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What a ready engine said of itself. `adapters`: LoRA names it serves beside the model."""
+
+    info: EngineInfo
+    adapters: tuple[str, ...]
+
+
+class Probe:
+    """Asks one engine over HTTP."""
+
+    def __init__(self, client: Client, engine: Engine, url: str, model: str) -> None:
+        self.origin = Origin.parse(url)
+        self._client = client
+        self._engine = engine
+        self._model = model
+
+    async def ready(self) -> Ready:
+        """Ask everything once. Raises NotReady with what is missing, WrongModel, or TransportError."""
+        await self.healthy()
+        models = await self._get(self._engine.readiness.models, _PROBE_S)
+        try:
+            listed = msgspec.json.decode(models, type=_Models).data
+        except msgspec.DecodeError as error:
+            raise NotReady(f"{self._engine.readiness.models} is no model list: {error}") from error
+        names = [model.id for model in listed]
+        if self._model not in names:
+            shown = ", ".join(names) or "nothing"
+            raise WrongModel(
+                f"the engine serves {shown}, not {self._model}",
+                where=str(self.origin),
+                hint="model.served_name",
+            )
+        adapters = tuple(model.id for model in listed if model.parent)
+        return Ready(self._engine.info(models, await self._metrics()), adapters)
+
+    async def healthy(self) -> None:
+        """Raises NotReady or TransportError unless the health probe answers 200 or there is none."""
+        path = self._engine.readiness.health
+        response = await self._client.request(self.origin, "GET", path, timeout_s=_HEALTH_S)
+        if response.status != 200 and response.status not in _NO_SUCH_PROBE:
+            raise NotReady(f"{path} answers {response.status}", where=str(self.origin))
+
+    async def load(self) -> list[EngineLoad]:
+        """The engine's load by rank; [] when it tells none. Raises TransportError."""
+        return self._engine.load(await self._metrics())
+
+    async def _metrics(self) -> bytes:
+        response = await self._client.request(self.origin, "GET", self._engine.load_path, timeout_s=_PROBE_S)
+        return response.body if response.status == 200 else b""
+
+    async def _get(self, path: str, timeout_s: float) -> bytes:
+        response = await self._client.request(self.origin, "GET", path, timeout_s=timeout_s)
+        if response.status != 200:
+            raise NotReady(f"{path} answers {response.status}", where=str(self.origin))
+        return response.body
+
+
+async def wait_for_free_port(origin: Origin, deadline_s: float) -> None:
+    """Before the engine starts. Raises PortInUse at once if a stranger listens on its port.
+
+    A process of this very seat, started before us, is about to be gone: it is waited for.
+    """
+    try:
+        async with asyncio.timeout(deadline_s):
+            while holder := find_holder(origin.host, origin.port, 0):
+                if not holder.pid or not is_former_self(holder.pid):
+                    raise PortInUse(str(holder), hint="end that process or choose another port")
+                await asyncio.sleep(_LONGEST_PAUSE_S)
+    except TimeoutError:
+        raise PortInUse(
+            str(find_holder(origin.host, origin.port, 0)), hint="a former start of this seat has not ended"
+        ) from None
+
+
+async def wait_until_ready(probe: Probe, engine_pid: int, timeout_s: float) -> Ready:
+    """Wait for an engine that was started as `engine_pid`. The caller watches that it lives.
+
+    Raises PortInUse if another process listens on its port, WrongModel, or NotReady after `timeout_s` with
+    what was missing last.
+    """
+    last: DynctlError = NotReady("it does not listen", where=str(probe.origin))
+    verified: frozenset[int] = frozenset()
+    wrong = 0
+    pause = _FIRST_PAUSE_S
+    try:
+        async with asyncio.timeout(timeout_s):
+            while True:
+                inodes = listening_inodes(probe.origin.host, probe.origin.port)
+                if inodes and inodes != verified:
+                    _check_holder(probe.origin, engine_pid)
+                    verified = inodes
+                if inodes:
+                    try:
+                        return await probe.ready()
+                    except WrongModel as error:
+                        wrong, last = wrong + 1, error
+                        if wrong >= _WRONG_MODEL_PROBES:
+                            raise
+                    except (NotReady, TransportError) as error:
+                        last = error
+                await asyncio.sleep(pause)
+                pause = min(pause * 1.3, _LONGEST_PAUSE_S)
+    except TimeoutError:
+        raise NotReady(
+            f"the engine was not ready within {timeout_s:g} s: {last}", hint="engine.start_timeout"
+        ) from None
+
+
+def _check_holder(origin: Origin, engine_pid: int) -> None:
+    holder = find_holder(origin.host, origin.port, engine_pid)
+    if holder is None or holder.ours:
+        return
+    if holder.pid:
+        raise PortInUse(str(holder), hint="another process answers in the engine's place")
+    # Free when the engine was started, and now held by somebody whose files we may not read: most likely
+    # its container. That it is healthy and serves our model is checked all the same.
+    logger.warning("engine.port_holder_unknown port=%d", origin.port)
