@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from dynctl.errors import RecipeError
 
+MOST_SHOWN = 12
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -23,13 +25,15 @@ class Problem:
 
 
 def as_error(problems: Sequence[Problem], file: str) -> RecipeError:
-    """One error for all of `problems` (at least one), each once."""
+    """One error for all of `problems` (at least one), each once; of very many the first are told."""
     distinct = list(dict.fromkeys(problems))
     if len(distinct) == 1:
         only = distinct[0]
         return RecipeError(only.message, where=only.where or file, hint=only.hint)
-    lines = "\n".join(f"  {problem}" for problem in distinct)
-    return RecipeError(f"{len(distinct)} problems\n{lines}", where=file)
+    lines = [f"  {problem}" for problem in distinct[:MOST_SHOWN]]
+    if len(distinct) > MOST_SHOWN:
+        lines.append(f"  and {len(distinct) - MOST_SHOWN} more")
+    return RecipeError("\n".join([f"{len(distinct)} problems", *lines]), where=file)
 
 
 def did_you_mean(word: str, valid: Iterable[str]) -> str:

@@ -268,7 +268,7 @@ class Recipe(Section):
     """One LLM service: model, engine, workers, router, frontend."""
 
     schema_version: Literal["dynctl/v1"] = Field(alias="schema")
-    """Format of this file."""
+    """Format of this file: dynctl/v1."""
     name: Annotated[str, AfterValidator(_name)]
     """Name of the deployment."""
     description: str = ""
@@ -277,8 +277,7 @@ class Recipe(Section):
     """Which model, under which name."""
     backend: Annotated[
         str, AfterValidator(_backend), Field(json_schema_extra={"enum": list(catalog.names())})
-    ]
-    """The engine: one of those `dynctl schema` lists."""
+    ] = Field(description=f"The engine: {', '.join(catalog.names())}.")
     engine: EngineSection = Field(default_factory=EngineSection)
     """Where the engine is and what it is given."""
     roles: Roles

@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 from dynctl.recipe.problems import Problem, did_you_mean
 from dynctl.recipe.source import Document, Keys, kind_of
 
+_LONGEST_KEY = 40
 _M = TypeVar("_M", bound=BaseModel)
 _WANTED = {
     "int_type": "a whole number",
@@ -49,14 +50,14 @@ def _problem(model: type[BaseModel], details: ErrorDetails, wheres: Mapping[Keys
     if kind == "extra_forbidden":
         parent = _model_at(model, keys[:-1])
         inside = f" in '{'.'.join(map(str, keys[:-1]))}'" if keys[1:] else ""
-        return Problem(
-            where, f"unknown key '{keys[-1]}'{inside}", did_you_mean(str(keys[-1]), _names(parent))
-        )
+        key = str(keys[-1])
+        shown = key if len(key) <= _LONGEST_KEY else key[:_LONGEST_KEY] + "..."
+        return Problem(where, f"unknown key '{shown}'{inside}", did_you_mean(key, _names(parent)))
     if kind == "missing":
         return Problem(where_of(wheres, keys[:-1]), f"'{field}' is missing", _about(model, keys))
     value = details["input"]
     if kind in _WANTED:
-        hint = "write {} for the defaults" if kind == "model_type" and value is None else _about(model, keys)
+        hint = "write {} for the defaults" if _empty_section(model, keys, value) else _about(model, keys)
         return Problem(where, f"'{field}' must be {_WANTED[kind]}, not {_shown(value)}", hint)
     if kind == "literal_error":
         expected = details["ctx"]["expected"].replace("'", "")
@@ -65,6 +66,13 @@ def _problem(model: type[BaseModel], details: ErrorDetails, wheres: Mapping[Keys
         return Problem(where, f"'{field}' {details['ctx']['error']}")
     said = details["msg"][:1].lower() + details["msg"][1:].replace("Input", "input")
     return Problem(where, f"'{field}' is {_shown(value)}: {said}", _about(model, keys))
+
+
+def _empty_section(model: type[BaseModel], keys: Keys, value: object) -> bool:
+    """Whether a section was left empty that could stand with its defaults."""
+    section = _model_at(model, keys)
+    needs = any(field.is_required() for field in section.model_fields.values()) if section else True
+    return value is None and not needs
 
 
 def _shown(value: object) -> str:
