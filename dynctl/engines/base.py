@@ -203,7 +203,8 @@ class PrefillDecode(Protocol):
     def splits(self, request: Json) -> bool:
         """Whether this request can be prefilled elsewhere; else it goes to decode alone, as a plain one.
 
-        False for requests of more than one sequence: they would use one hand-off several times.
+        False for requests of more than one sequence, which would use one hand-off several times, and for
+        those that ask what only computing the prompt tells.
         """
         ...
 

@@ -12,6 +12,18 @@ def one_sequence(request: Json) -> bool:
     return all(_single(request.get(name)) for name in ("prompt", "prompt_embeds"))
 
 
+def prompt_logprobs(request: Json) -> bool:
+    """Whether the answer must tell probabilities of the prompt's tokens, which only computing them gives."""
+    asked = request.get("prompt_logprobs")
+    echoed = request.get("echo") and request.get("logprobs") is not None
+    return bool(echoed) or (asked is not None and asked is not False)
+
+
+def transferable(request: Json) -> bool:
+    """Whether one worker can compute the prompt and another one answer from its KV blocks."""
+    return one_sequence(request) and not prompt_logprobs(request)
+
+
 def _above_one(value: object) -> bool:
     return value is not None and value != 1
 

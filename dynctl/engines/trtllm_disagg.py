@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dynctl.engines.base import Handoff, Json
-from dynctl.engines.requests import one_sequence
+from dynctl.engines.requests import transferable
 from dynctl.errors import EngineFailed
 
 PARAMS = "disaggregated_params"
@@ -34,8 +34,8 @@ class ContextFirst:
     order: Literal["prefill_first", "concurrent"] = "prefill_first"
 
     def splits(self, request: Json) -> bool:
-        """One sequence only: an answer carries the params of one."""
-        return one_sequence(request)
+        """One sequence, whose params the answer carries, without prompt logprobs."""
+        return transferable(request)
 
     def link(self, prefill_url: str, bootstrap_port: int, room: int) -> Json:
         """The id of this try, in the engine's range (2**42 to 2**63 - 1); {} for releases without."""
@@ -70,7 +70,7 @@ class ContextFirst:
     def decode_body(self, request: Json, handoff: Handoff | None, link: Json) -> Json:
         """The request with the context's params; its prompt as the ids the context worker used."""
         body = {key: value for key, value in request.items() if key not in (PARAMS, PROMPT_IDS)}
-        if handoff is None or not one_sequence(request):
+        if handoff is None or not transferable(request):
             return body
         if handoff.finished:
             raise EngineFailed("the context worker's answer is the whole one: there is nothing to generate")

@@ -71,6 +71,7 @@ OWNED = both_spellings(
         "data-parallel-rpc-port": _PLACED,
         "dpp": _PLACED,
         "enable-expert-parallel": _EXPERT,
+        "no-enable-expert-parallel": _EXPERT,
         "ep": _EXPERT,
         "nnodes": _PLACED,
         "n": _PLACED,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Literal
 
 from dynctl.engines.base import Handoff, Json
-from dynctl.engines.requests import one_sequence
+from dynctl.engines.requests import transferable
 from dynctl.errors import EngineFailed
 
 PARAMS = "kv_transfer_params"
@@ -38,8 +38,11 @@ class NixlPull:
     order: Literal["prefill_first", "concurrent"] = "prefill_first"
 
     def splits(self, request: Json) -> bool:
-        """One sequence only: params that several sequences share end the decode engine (an assertion)."""
-        return one_sequence(request)
+        """One sequence without prompt logprobs.
+
+        Params that several sequences share end the decode engine (an assertion) or give wrong text.
+        """
+        return transferable(request)
 
     def link(self, prefill_url: str, bootstrap_port: int, room: int) -> Json:
         """Nothing: prefill's answer is what links the legs."""
@@ -75,7 +78,7 @@ class NixlPull:
     def decode_body(self, request: Json, handoff: Handoff | None, link: Json) -> Json:
         """The client's request with the params as received; plain without them or when it cannot be split."""
         body = {key: value for key, value in request.items() if key != PARAMS}
-        if handoff is not None and one_sequence(request):
+        if handoff is not None and transferable(request):
             body[PARAMS] = handoff.params
         return body
 

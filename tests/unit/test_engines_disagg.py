@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dynctl.engines.base import Handoff, Json
-from dynctl.engines.requests import one_sequence
+from dynctl.engines.requests import transferable
 from dynctl.engines.sglang_disagg import BootstrapRoom
 from dynctl.engines.trtllm_disagg import ContextFirst, contract_for
 from dynctl.engines.vllm_disagg import LEASE_MARGIN_S, LEASE_S, NixlPull
@@ -26,7 +26,7 @@ CHAT: Json = {
     "temperature": 0.5,
     "made_up": {"kept": True},
 }
-COMPLETION: Json = {"model": "m", "prompt": [1, 2, 3], "max_tokens": 9, "logprobs": 2, "echo": True}
+COMPLETION: Json = {"model": "m", "prompt": [1, 2, 3], "max_tokens": 9, "logprobs": 2}
 PARAMS: Json = {
     "do_remote_prefill": True,
     "do_remote_decode": False,
@@ -68,10 +68,15 @@ def context_answer(finish: str = "length", **changes: Any) -> Json:
         ({"messages": [], "n": 2}, False),
         ({"prompt": "a", "best_of": 3}, False),
         ({"prompt": "a", "use_beam_search": True}, False),
+        ({"prompt": "a", "echo": True}, True),
+        ({"prompt": "a", "logprobs": 1}, True),
+        ({"prompt": "a", "prompt_logprobs": None}, True),
+        ({"prompt": "a", "echo": True, "logprobs": 0}, False),
+        ({"messages": [], "prompt_logprobs": 0}, False),
     ],
 )
-def test_requests_of_one_sequence(request_: Json, expected: bool) -> None:
-    assert one_sequence(request_) is expected
+def test_requests_that_can_be_split(request_: Json, expected: bool) -> None:
+    assert transferable(request_) is expected
     assert NixlPull().splits(request_) is ContextFirst().splits(request_) is expected
 
 
@@ -97,7 +102,7 @@ class TestVllm:
     def test_prefill_of_a_completion_has_no_chat_field(self) -> None:
         body = self.contract.prefill_body(COMPLETION, {})
         assert body["max_tokens"] == 1
-        assert not body.keys() & {"max_completion_tokens", "logprobs", "echo", "n"}
+        assert not body.keys() & {"max_completion_tokens", "logprobs", "n"}
 
     def test_decode_gets_the_request_and_the_params_unchanged(self) -> None:
         handoff = self.contract.handoff(vllm_answer(), 100.0)
