@@ -90,19 +90,20 @@ class Index:
         """
         alive = self._live if keys is None else self._bits(keys)
         depths: dict[SlotKey, int] = {}
-        get = self._masks.get(tier, {}).get
-        depth = 0
-        for h in hashes:
-            mask = get(h, 0) & alive
-            if mask != alive:
+        last: int | None = 0
+        for depth, mask in enumerate(map(self._masks.get(tier, {}).get, hashes)):
+            if mask == last and depth:
+                continue
+            last = mask
+            still = alive & mask if mask is not None else 0
+            if still != alive:
                 if depth:
-                    self._settle(depths, alive & ~mask, depth)
-                if not mask:
-                    return depths
-                alive = mask
-            depth += 1
-        if depth:
-            self._settle(depths, alive, depth)
+                    self._settle(depths, alive & ~still, depth)
+                alive = still
+                if not still:
+                    break
+        if hashes:
+            self._settle(depths, alive, len(hashes))
         return depths
 
     def _settle(self, depths: dict[SlotKey, int], bits: int, depth: int) -> None:

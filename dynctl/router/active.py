@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dynctl.protocol.kv_events import LoadReport
+from dynctl.router.shared import SharedBlocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,72 +36,42 @@ class RankLoad:
 
     A report is older than the moment it arrives, so a request of ours that has just ended may still be in it.
     Others' load is therefore what the report has beyond our own *peak* since the report before last.
+    `requests` and `blocks` are ours and others' together, shared blocks of ours counted once.
     """
 
     __slots__ = (
         "_before",
         "_peak",
+        "_retired",
         "_shared",
-        "_unshared",
+        "blocks",
         "others_blocks",
         "others_requests",
         "others_waiting",
+        "own_blocks",
         "own_requests",
         "own_waiting",
+        "place",
         "prefill_tokens",
+        "requests",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, shared: SharedBlocks) -> None:
+        self._shared = shared
+        self.place = shared.open()
+        self._retired = False
         self.prefill_tokens = 0
-        self.own_requests = 0
-        self.own_waiting = 0
-        self.others_requests = 0
-        self.others_waiting = 0
-        self.others_blocks = 0
-        self._shared: Counter[int] = Counter()
-        self._unshared = 0
+        self.requests = self.own_requests = self.others_requests = 0
+        self.blocks = self.own_blocks = self.others_blocks = 0
+        self.own_waiting = self.others_waiting = 0
         self._peak = _Peak()
         self._before = _Peak()
-
-    @property
-    def own_blocks(self) -> int:
-        """Blocks of our own requests, shared ones counted once."""
-        return len(self._shared) + self._unshared
-
-    @property
-    def blocks(self) -> int:
-        """Blocks in use, ours and others'."""
-        return len(self._shared) + self._unshared + self.others_blocks
-
-    @property
-    def requests(self) -> int:
-        """Requests, ours and others'."""
-        return self.own_requests + self.others_requests
-
-    def shared_depth(self, hashes: Sequence[int]) -> int:
-        """How many of `hashes`, from the start, requests of ours already hold there.
-
-        Requests hold whole prefixes, so the held part of `hashes` has no holes and bisection finds its end.
-        """
-        shared = self._shared
-        if not hashes or hashes[0] not in shared:
-            return 0
-        low, high = 1, len(hashes)
-        while low < high:
-            middle = (low + high + 1) // 2
-            if hashes[middle - 1] in shared:
-                low = middle
-            else:
-                high = middle - 1
-        return low
 
     def add(self, footprint: Footprint) -> Ticket:
         """Count a request in. The ticket takes it out again."""
         self.prefill_tokens += footprint.prefill_tokens
-        self.own_requests += 1
         self.own_waiting += 1
-        self._shared.update(footprint.hashes)
-        self._unshared += footprint.blocks
+        self._count(1, footprint.blocks + self._shared.add(self.place, footprint.hashes))
         peak = self._peak
         peak.requests = max(peak.requests, self.own_requests)
         peak.waiting = max(peak.waiting, self.own_waiting)
@@ -111,28 +81,36 @@ class RankLoad:
     def report(self, report: LoadReport) -> None:
         """Take over what the engine says of itself."""
         now, before = self._peak, self._before
-        own_requests = max(now.requests, before.requests)
-        self.others_requests = max(0, report.running + report.waiting - own_requests)
+        self.others_requests = max(0, report.running + report.waiting - max(now.requests, before.requests))
         self.others_waiting = max(0, report.waiting - max(now.waiting, before.waiting))
         used = round(report.kv_usage * report.kv_blocks)
         self.others_blocks = max(0, used - max(now.blocks, before.blocks))
+        self._count(0, 0)
         self._before = now
         self._peak = _Peak(self.own_requests, self.own_waiting, self.own_blocks)
+
+    def retire(self) -> None:
+        """The worker is gone: no further `add`. Requests that still run keep their tickets."""
+        self._retired = True
+        self._close_if_done()
+
+    def _count(self, requests: int, blocks: int) -> None:
+        self.own_requests += requests
+        self.own_blocks = self.own_blocks + blocks if self.own_requests else 0
+        self.requests = self.own_requests + self.others_requests
+        self.blocks = self.own_blocks + self.others_blocks
 
     def _end_prefill(self, footprint: Footprint) -> None:
         self.prefill_tokens -= footprint.prefill_tokens
         self.own_waiting -= 1
 
     def _end(self, footprint: Footprint) -> None:
-        self.own_requests -= 1
-        self._unshared -= footprint.blocks
-        shared = self._shared
-        for h in footprint.hashes:
-            left = shared[h] - 1
-            if left:
-                shared[h] = left
-            else:
-                del shared[h]
+        self._count(-1, -footprint.blocks - self._shared.remove(self.place, footprint.hashes))
+        self._close_if_done()
+
+    def _close_if_done(self) -> None:
+        if self._retired and not self.own_requests:
+            self._shared.close(self.place)
 
 
 class Ticket:

@@ -12,7 +12,7 @@ published of NVIDIA Dynamo's KV router, without its decay, tier and taint terms.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -31,35 +31,45 @@ class Demand:
     block_size: int
 
 
-def cost(spec: RouterSpec, demand: Demand, load: RankLoad, overlap: int, shared: int) -> float:
-    """The cost in blocks. `overlap`: blocks of the prompt cached there; `shared`: blocks in use there now.
+Standing = tuple[RankLoad, int, int]
+"""A worker: its load, blocks of the prompt cached there, blocks of the request in use there already."""
+
+
+def costs(spec: RouterSpec, demand: Demand, standings: Iterable[Standing]) -> list[float]:
+    """The cost in blocks on each of the workers that `standings` describe, in their order.
 
     Requests of others that wait there have unknown prompts: each counts as long as this one.
     """
-    total = 0.0
-    if demand.role != "decode":
-        tokens = load.prefill_tokens + (load.others_waiting + 1) * demand.prompt_tokens
-        prefill = tokens / demand.block_size - spec.overlap_credit * overlap
-        if prefill > 0.0:
-            total = spec.prefill_load_scale * prefill
-    if demand.role != "prefill":
-        total += load.blocks + demand.blocks - shared + spec.decode_request_weight * load.requests
-    return total
+    credit, scale, weight = spec.overlap_credit, spec.prefill_load_scale, spec.decode_request_weight
+    prompt, size, blocks = demand.prompt_tokens, demand.block_size, demand.blocks
+    prefills, decodes = demand.role != "decode", demand.role != "prefill"
+    found = []
+    for load, overlap, shared in standings:
+        total = 0.0
+        if prefills:
+            tokens = load.prefill_tokens + (load.others_waiting + 1) * prompt
+            prefill = tokens / size - credit * overlap
+            if prefill > 0.0:
+                total = scale * prefill
+        if decodes:
+            total += load.blocks + blocks - shared + weight * load.requests
+        found.append(total)
+    return found
 
 
-def pick(costs: Sequence[float], temperature: float, rng: Random) -> int:
+def pick(prices: Sequence[float], temperature: float, rng: Random) -> int:
     """The index of the choice. Temperature 0: a lowest cost, ties broken by `rng`.
 
     Above 0: costs are scaled to 0..1 (lowest to highest) and drawn with weight exp(-cost / temperature).
     """
-    low = min(costs)
+    low = min(prices)
     if temperature <= 0.0:
-        return _any_of([i for i, value in enumerate(costs) if value == low], rng)
-    span = max(costs) - low
+        return _any_of([i for i, value in enumerate(prices) if value == low], rng)
+    span = max(prices) - low
     if span == 0.0:
-        return rng.randrange(len(costs))
-    weights = [math.exp(-(value - low) / span / temperature) for value in costs]
-    return rng.choices(range(len(costs)), weights)[0]
+        return rng.randrange(len(prices))
+    weights = [math.exp(-(value - low) / span / temperature) for value in prices]
+    return rng.choices(range(len(prices)), weights)[0]
 
 
 def _any_of(indices: list[int], rng: Random) -> int:

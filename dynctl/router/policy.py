@@ -12,7 +12,8 @@ from dynctl.kv.index import Index, SlotKey
 from dynctl.protocol.instances import Instance, Role
 from dynctl.protocol.specs import RouterSpec
 from dynctl.router.active import Footprint, RankLoad
-from dynctl.router.cost import Demand, cost, pick
+from dynctl.router.cost import Demand, costs, pick
+from dynctl.router.shared import SharedBlocks
 
 MODES = ("round_robin", "least_loaded", "kv")
 
@@ -59,14 +60,14 @@ class Policy(Protocol):
         ...
 
 
-def policy(spec: RouterSpec, index: Index, rng: Random) -> Policy:
+def policy(spec: RouterSpec, index: Index, shared: SharedBlocks, rng: Random) -> Policy:
     """The policy `spec.mode` names. Raises RecipeError for a mode there is not."""
     if spec.mode == "round_robin":
         return RoundRobin()
     if spec.mode == "least_loaded":
         return LeastLoaded(rng)
     if spec.mode == "kv":
-        return KvAware(spec, index, rng)
+        return KvAware(spec, index, shared, rng)
     raise RecipeError(
         f"unknown router mode {spec.mode!r}", where="router.mode", hint="valid: " + ", ".join(MODES)
     )
@@ -101,9 +102,10 @@ class LeastLoaded:
 class KvAware:
     """The lowest cost by `router.cost`; by load alone for a request whose tokens are unknown."""
 
-    def __init__(self, spec: RouterSpec, index: Index, rng: Random) -> None:
+    def __init__(self, spec: RouterSpec, index: Index, shared: SharedBlocks, rng: Random) -> None:
         self._spec = spec
         self._index = index
+        self._shared = shared
         self._rng = rng
         self._by_load = LeastLoaded(rng)
 
@@ -116,12 +118,9 @@ class KvAware:
         demand = Demand(request.role, request.prompt_tokens, _blocks(request, block_size), block_size)
         overlaps = self._index.match(hashes, [candidate.key for candidate in candidates])
         spec, both = self._spec, request.role == "aggregated"
-        costs = []
-        for candidate in candidates:
-            load = candidate.load
-            shared = load.shared_depth(hashes) if both else 0
-            costs.append(cost(spec, demand, load, overlaps.get(candidate.key, 0), shared))
-        chosen = candidates[pick(costs, spec.temperature, self._rng)]
+        shared = self._shared.depths(hashes if both else ())
+        standings = [(one.load, overlaps.get(one.key, 0), shared[one.load.place]) for one in candidates]
+        chosen = candidates[pick(costs(spec, demand, standings), spec.temperature, self._rng)]
         overlap = overlaps.get(chosen.key, 0)
         tokens = max(0, request.prompt_tokens - overlap * block_size)
         if not both:
@@ -133,8 +132,8 @@ class KvAware:
         if not request.prompt_tokens:
             return self._by_load.pick(request, candidates, block_size)
         demand = Demand(request.role, request.prompt_tokens, _blocks(request, block_size), block_size)
-        costs = [cost(self._spec, demand, candidate.load, 0, 0) for candidate in candidates]
-        chosen = candidates[pick(costs, self._spec.temperature, self._rng)]
+        prices = costs(self._spec, demand, [(candidate.load, 0, 0) for candidate in candidates])
+        chosen = candidates[pick(prices, self._spec.temperature, self._rng)]
         return Picked(chosen, 0, Footprint(0, (), demand.blocks))
 
 

@@ -1,0 +1,102 @@
+"""Blocks that running requests hold on each worker, shared ones counted once.
+
+A request holds a whole prefix, so on each worker the held blocks form trees. That makes three things cheap: a
+prompt's held part ends where it ends (no holes), a new request adds only what lies beyond that end, and one
+that leaves takes with it only its own tail, up to the first block that another request still needs.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+
+_STRIDE = 16
+
+
+class SharedBlocks:
+    """Which blocks are held where. A place is a small number from `open`, given back with `close`."""
+
+    def __init__(self) -> None:
+        self._masks: dict[int, int] = {}
+        self._needs: list[dict[int, int]] = []
+        self._free: list[int] = []
+
+    def open(self) -> int:
+        """A new place, which holds nothing."""
+        if self._free:
+            return heapq.heappop(self._free)
+        self._needs.append({})
+        return len(self._needs) - 1
+
+    def close(self, place: int) -> None:
+        """Give a place back. Before that every `add` to it must have had its `remove`."""
+        heapq.heappush(self._free, place)
+
+    def depths(self, hashes: Sequence[int]) -> list[int]:
+        """How many of `hashes`, from the start, are held, by place.
+
+        The places that hold block i shrink as i grows, so where both ends of a stride have the same places
+        all between them have too; only the other strides are walked.
+        """
+        found = [0] * len(self._needs)
+        get = self._masks.get
+        held = get(hashes[0], 0) if hashes else 0
+        depth = 1
+        while held and depth < len(hashes):
+            end = min(depth + _STRIDE, len(hashes))
+            if get(hashes[end - 1], 0) != held:
+                for i in range(depth, end):
+                    mask = get(hashes[i], 0)
+                    if mask != held:
+                        _note(found, held & ~mask, i)
+                        held &= mask
+            depth = end
+        _note(found, held, depth)
+        return found
+
+    def add(self, place: int, hashes: Sequence[int]) -> int:
+        """Hold `hashes`, a whole prefix. Returns how many were not held there yet."""
+        masks, bit = self._masks, 1 << place
+        here = _first(hashes, 0, lambda h: not masks.get(h, 0) & bit)
+        anywhere = _first(hashes, here, lambda h: h not in masks)
+        for h in hashes[here:anywhere]:
+            masks[h] = masks.get(h, 0) | bit
+        masks.update(dict.fromkeys(hashes[anywhere:], bit))
+        if here:
+            needs, end = self._needs[place], hashes[here - 1]
+            needs[end] = needs.get(end, 0) + 1
+        return len(hashes) - here
+
+    def remove(self, place: int, hashes: Sequence[int]) -> int:
+        """End one `add` of the same hashes. Returns how many are held no more."""
+        masks, needs, bit = self._masks, self._needs[place], 1 << place
+        gone = 0
+        for h in reversed(hashes):
+            others = needs.get(h, 0)
+            if others:
+                if others > 1:
+                    needs[h] = others - 1
+                else:
+                    del needs[h]
+                break
+            mask = masks.get(h, 0)
+            if mask == bit:
+                del masks[h]
+                gone += 1
+            elif mask & bit:
+                masks[h] = mask ^ bit
+                gone += 1
+        return gone
+
+
+def _first(hashes: Sequence[int], start: int, absent: Callable[[int], bool]) -> int:
+    """The first position from `start` on whose hash is absent; from there on all are."""
+    return bisect_left(hashes, True, start, key=absent)
+
+
+def _note(found: list[int], places: int, depth: int) -> None:
+    while places:
+        low = places & -places
+        places ^= low
+        found[low.bit_length() - 1] = depth
