@@ -63,7 +63,7 @@ def invoke(verb: str, target: str, summary: str, args: list[str]) -> int:
 def _run(verb: str, target: str, summary: str, args: list[str]) -> int:
     import typer
 
-    # UsageError of click, which some versions of typer carry inside: the parent of BadParameter in each of them.
+    # UsageError of click, which some versions of typer carry inside: BadParameter's parent in all of them.
     usage_error: type[Exception] = typer.BadParameter.__mro__[1]
     command = command_of(verb, target, summary)
     try:

@@ -15,6 +15,8 @@ from dynctl.deploy.disk import disk
 from dynctl.errors import UsageError
 from dynctl.launchers.files import write_atomic
 
+LOCK_S = 10.0
+"""For another command on the same name to get out of the way."""
 _LOCK_POLL_S = 0.02
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -118,24 +118,35 @@ class Stamper:
         return Line(self._last, self._source, text)
 
 
-def read_lines(file: LogFile, now: float, since: float = 0.0) -> Iterator[Line]:
-    """The lines of a file from `since` on. A file without any times counts as of its last change."""
+def read_lines(file: LogFile, now: float, since: float = 0.0, end: int | None = None) -> Iterator[Line]:
+    """The lines of a file from `since` on, up to the byte `end`.
+
+    A file without any times counts as of its last change.
+    """
     try:
         changed = file.path.stat().st_mtime
-        stream = file.path.open(encoding="utf-8", errors="replace")
+        stream = file.path.open("rb")
     except FileNotFoundError:
         return
     stamper = Stamper(file.source, now)
+    position = 0
     with stream:
-        for text in stream:
-            line = stamper.line(text.rstrip("\r\n"))
+        for raw in stream:
+            position += len(raw)
+            if end is not None and position > end:
+                return
+            line = stamper.line(raw.decode(errors="replace").rstrip("\r\n"))
             if (line.at or changed) >= since:
                 yield line
 
 
-def merged(files: Sequence[LogFile], now: float, since: float = 0.0) -> Iterator[Line]:
-    """The lines of all files by time; lines of one file keep their order."""
-    return heapq.merge(*(_rising(read_lines(f, now, since)) for f in files), key=lambda line: line.at)
+def merged(
+    files: Sequence[LogFile], now: float, since: float = 0.0, ends: Mapping[str, int] | None = None
+) -> Iterator[Line]:
+    """The lines of all files by time, each file's in their order. `ends`: source → byte to stop at."""
+    limits = ends or {}
+    streams = (_rising(read_lines(f, now, since, limits.get(f.source))) for f in files)
+    return heapq.merge(*streams, key=lambda line: line.at)
 
 
 def _rising(lines: Iterator[Line]) -> Iterator[Line]:
@@ -170,9 +181,24 @@ class Follower:
         self._at: dict[str, int] = {}
         self._stampers: dict[str, Stamper] = {}
 
-    def skip(self, file: LogFile) -> None:
-        """Start at the end of what is there."""
-        self._at[file.source] = file.path.stat().st_size if file.path.exists() else 0
+    def skip(self, file: LogFile) -> int:
+        """Start after the whole lines that are there; the byte that comes next."""
+        try:
+            with file.path.open("rb") as stream:
+                size = stream.seek(0, 2)
+                position = size
+                while position > 0:
+                    step = min(_BLOCK, position)
+                    stream.seek(position - step)
+                    found = stream.read(step).rfind(b"\n")
+                    if found >= 0:
+                        position = position - step + found + 1
+                        break
+                    position -= step
+        except FileNotFoundError:
+            position = 0
+        self._at[file.source] = position
+        return position
 
     def read(self, files: Sequence[LogFile]) -> list[Line]:
         """The lines added since the last call."""

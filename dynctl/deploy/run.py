@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from dynctl.deploy.home import Home, RunDir, new_run_id
+from dynctl.deploy.home import LOCK_S, Home, RunDir, new_run_id
 from dynctl.deploy.plan import Plan, PlannedProcess, build_plan
 from dynctl.deploy.ports import holder, listen_error, listening
 from dynctl.deploy.preflight import require_local, require_programs
@@ -27,7 +27,6 @@ from dynctl.recipe.lock import lock_text
 from dynctl.topology.inventory import LOCAL, Inventory, inventory_for
 from dynctl.transport.keys import Keys
 
-LOCK_S = 10.0
 _YOUNG_S = 30.0
 _START_S = 60.0
 """For a process without an engine to register, unless its spec says otherwise."""

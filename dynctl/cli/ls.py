@@ -1,0 +1,50 @@
+"""`dynctl ls`."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from dynctl.cli import options
+from dynctl.cli.pick import home, state, view
+from dynctl.cli.render import age, data, json_data, prose, table
+from dynctl.deploy.home import RunDir
+from dynctl.deploy.status import ready_counts
+from dynctl.errors import CodecError, UsageError
+
+
+def ls(as_json: options.Json = False) -> None:
+    """All deployments of this user: the latest run of each name."""
+    place = home()
+    found = [line(run, name) for name in place.names() if (run := place.run_of(name)) is not None]
+    if as_json:
+        json_data(found)
+    elif found:
+        shown = [[d["name"], d["phase"], d["ready"], d["age"], d["url"], d["run_dir"]] for d in found]
+        data(table(("NAME", "PHASE", "READY", "AGE", "URL", "RUN"), shown, state_column=1))
+    else:
+        prose("no deployments; dynctl up RECIPE starts one")
+
+
+def line(run: RunDir, name: str) -> dict[str, Any]:
+    """What is said of one deployment."""
+    try:
+        seen, kept = view(run), state(run)
+    except (CodecError, UsageError) as error:
+        return {
+            "name": name,
+            "phase": "unreadable",
+            "reason": str(error),
+            "ready": "",
+            "age": "",
+            "url": "",
+        } | {"run_dir": str(run.path)}
+    return {
+        "name": name,
+        "phase": seen.phase,
+        "reason": seen.reason,
+        "ready": ready_counts(seen),
+        "age": age(time.time() - kept.created_at),
+        "url": seen.url,
+        "run_dir": seen.run_dir,
+    }

@@ -1,0 +1,63 @@
+"""Which deployment a verb is about: the one named, else the only one that runs."""
+
+from __future__ import annotations
+
+import os
+
+from dynctl.deploy.home import Home, RunDir
+from dynctl.deploy.state import ENDED, RunState, load_state
+from dynctl.deploy.status import view_of
+from dynctl.errors import CodecError, UsageError
+from dynctl.launchers import procfs
+from dynctl.protocol.deployment import DeploymentView
+
+
+def home() -> Home:
+    """The home of this user's runs."""
+    return Home.find(os.environ)
+
+
+def view(run: RunDir) -> DeploymentView:
+    """The deployment as its state file and the living processes say. Raises UsageError without a state."""
+    return view_of(state(run), str(run.path), procfs.alive)
+
+
+def state(run: RunDir) -> RunState:
+    """What the run's state file says. Raises UsageError when there is none."""
+    found = load_state(run.state)
+    if found is None:
+        raise UsageError("this run has no state", where=str(run.path), hint="its directory can be removed")
+    return found
+
+
+def pick(name: str | None, *, ended: bool = False) -> RunDir:
+    """The run of `name`; without a name the only one running, or with `ended` else the latest of all.
+
+    Raises UsageError that lists the names.
+    """
+    place = home()
+    names = place.names()
+    if name is not None:
+        run = place.run_of(name)
+        if run is None:
+            listed = f"there are: {', '.join(names)}" if names else "there are none; dynctl up starts one"
+            raise UsageError(f"no deployment '{name}'", hint=listed)
+        return run
+    running = [n for n in names if _runs(place, n)]
+    if len(running) == 1:
+        names = running
+    elif running:
+        raise UsageError("several deployments run", hint=f"name one: {', '.join(running)}")
+    elif not ended or not names:
+        listed = f"ended ones: {', '.join(names)}" if names else "dynctl up starts one"
+        raise UsageError("no deployment runs", hint=listed)
+    runs = [run for n in names if (run := place.run_of(n)) is not None]
+    return max(runs, key=lambda run: run.path.stat().st_mtime)
+
+
+def _runs(place: Home, name: str) -> bool:
+    run = place.run_of(name)
+    try:
+        return run is not None and view(run).phase not in ENDED
+    except (CodecError, UsageError):
+        return False

@@ -1,0 +1,52 @@
+"""`dynctl ps`."""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+
+from dynctl.cli import options
+from dynctl.cli.pick import pick, view
+from dynctl.cli.render import age, data, json_data, prose, table
+from dynctl.deploy.status import ready_counts
+from dynctl.protocol.deployment import DeploymentView
+
+HEADERS = ("ROLE", "INDEX", "INSTANCE", "NODE", "STATE", "READY", "PID", "ENGINE", "RESTARTS", "AGE", "URL")
+
+
+def ps(name: options.Name = None, as_json: options.Json = False) -> None:
+    """Processes of a deployment and their state.
+
+    PID is the sidecar's, ENGINE its engine's. With --json: a list of objects with role, index, instance,
+    node, state, ready, pid, engine_pid, restarts, url and more.
+    """
+    run = pick(name, ended=True)
+    seen = view(run)
+    if as_json:
+        json_data([msgspec.to_builtins(row) for row in seen.processes])
+        return
+    data(table(HEADERS, rows(seen, time.time()), state_column=4))
+    prose(f"{seen.name}: {seen.phase}, ready {ready_counts(seen)}, {seen.url}")
+    if seen.reason:
+        prose(seen.reason, style="warning")
+
+
+def rows(seen: DeploymentView, now: float) -> list[list[str]]:
+    """One row of cells for each process."""
+    return [
+        [
+            row.role,
+            str(row.index),
+            row.instance,
+            row.node,
+            row.state,
+            "yes" if row.ready else "no",
+            str(row.pid or "-"),
+            str(row.engine_pid or "-"),
+            str(row.restarts),
+            age(now - row.started_at) if row.pid else "-",
+            row.url or "-",
+        ]
+        for row in seen.processes
+    ]

@@ -1,0 +1,102 @@
+"""`dynctl up`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import metadata
+from typing import Annotated
+
+import typer
+
+from dynctl.cli import options
+from dynctl.cli.live import follow, screen, ways_back
+from dynctl.cli.main import INTERRUPTED
+from dynctl.cli.pick import home
+from dynctl.cli.render import data, json_data, prose
+from dynctl.deploy.plan import build_plan
+from dynctl.deploy.run import Checked, Site, Up, UpRequest, check, start
+from dynctl.deploy.seats import RunContext
+from dynctl.deploy.stop import Stopper
+from dynctl.deploy.watch import Waiter, wait_ready
+from dynctl.launchers.local import LocalLauncher
+
+Detach = Annotated[bool, typer.Option("--detach", "-d", help="Return when it is ready.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before GPUs are taken.")]
+Timeout = Annotated[
+    float | None,
+    typer.Option(
+        "--timeout",
+        metavar="SECONDS",
+        min=0.0,
+        help="Give up and end it when it is not ready by then.",
+        show_default=False,
+    ),
+]
+
+
+def up(  # noqa: PLR0913 - one parameter for each option of the verb
+    recipe: options.Recipe,
+    detach: Detach = False,
+    yes: Yes = False,
+    timeout: Timeout = None,
+    inventory: options.Inventory = None,
+    sets: options.Set = None,
+    unsets: options.Unset = None,
+    as_json: options.Json = False,
+) -> int:
+    """Start what a recipe says and serve it.
+
+    Stays and shows the deployment; Ctrl-C leaves it running. If it cannot become ready, nothing is left
+    running. On the name of a deployment whose controller has died: a new one takes over what still lives.
+    """
+    checked = check(UpRequest(recipe, sets or (), unsets or (), inventory))
+    for warning in checked.warnings:
+        prose(warning, style="warning")
+    if not yes and not confirmed(checked):
+        prose("nothing was started")
+        return INTERRUPTED
+    launcher = LocalLauncher()
+    started = start(checked, site(launcher))
+    try:
+        return attended(started, Stopper(launcher), timeout, detach=detach, as_json=as_json)
+    finally:
+        launcher.release(started.controller)
+
+
+def site(launcher: LocalLauncher) -> Site:
+    """This machine, this user, this python."""
+    return Site(home(), launcher, os.environ, sys.executable, metadata.version("dynctl"))
+
+
+def confirmed(checked: Checked) -> bool:
+    """Ask a person before GPUs are taken; true off a terminal, and when none are."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return True
+    preview = RunContext("RUN_ID", "RUN_DIR", sys.executable)
+    plan = build_plan(checked.loaded, checked.inventory, (), preview)
+    gpus = sum(len(node.gpus) for node in plan.nodes)
+    if not gpus:
+        return True
+    names = ", ".join(node.name for node in plan.nodes)
+    return typer.confirm(f"start {plan.name} on {names} with {gpus} GPUs?", default=True, err=True)
+
+
+def attended(started: Up, stopper: Stopper, timeout: float | None, *, detach: bool, as_json: bool) -> int:
+    """Wait until it is ready, say so, and stay unless told to detach."""
+    name = started.name
+    if started.adopted:
+        prose(f"{name}: a new controller takes over what lives")
+    try:
+        with screen() as shown:
+            wait_ready(started, Waiter(stopper, shown.show), timeout)
+    except KeyboardInterrupt:
+        prose(f"\nleft {name} starting; {ways_back(name)}")
+        return INTERRUPTED
+    if as_json:
+        json_data({"name": name, "url": started.url, "run_dir": str(started.run.path)})
+    else:
+        data(started.url)
+        prose(f"{name} is ready: {started.url}", style="good")
+        prose(f"try: dynctl chat 'Hello'   end: dynctl down {name}")
+    return 0 if detach else follow(started.run, started.controller, stopper)
