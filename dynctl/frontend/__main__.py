@@ -13,6 +13,7 @@ import msgspec
 from dynctl.errors import DynctlError, LaunchError, Superseded
 from dynctl.frontend.service import run
 from dynctl.http import runtime
+from dynctl.observability import logs
 from dynctl.protocol.exits import LastWords
 from dynctl.protocol.specs import FrontendSpec
 
@@ -24,9 +25,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m dynctl.frontend", description=__doc__)
     parser.add_argument("--spec", type=Path, required=True, help="the frontend's spec, as JSON")
     path: Path = parser.parse_args().spec
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     incarnation = int(os.environ.get("DYNCTL_INCARNATION", "1"))
     seat = os.environ.get("DYNCTL_PROCESS", path.stem)
+    logs.setup(seat)
     try:
         runtime.run(run(read_spec(path), incarnation))
     except Superseded as error:

@@ -118,6 +118,9 @@ class Answer:
             await stream.relay(relay)
         finally:
             exchange.on_pause = exchange.on_resume = None
+        refusal = self._refusal()
+        if refusal is not None:
+            raise upstream.failed(leg, refusal)
         relay.complete()
 
     def _judge(self, status: int) -> None:

@@ -54,6 +54,7 @@ class _PrefillFirst:
 
     async def __call__(self, attempt: Attempt) -> None:
         """Prefill, then decode with its hand-off."""
+        attempt.need("decode")
         prefill = attempt.choose("prefill")
         try:
             link = _link(self._contract, attempt, prefill)

@@ -87,6 +87,12 @@ class Attempt:
         if self.prompt.hashes and role != "decode":
             metrics.histogram("router_kv_hit_rate").observe(choice.overlap_blocks / len(self.prompt.hashes))
 
+    def need(self, role: Role) -> None:
+        """Raises Rejected when there is no worker of `role`: asked before work that would be in vain."""
+        reasons = self.parts.router.ready({role: 1})
+        if reasons:
+            raise Rejected(f"no worker can be chosen: {'; '.join(reasons)}", hint="try again later")
+
     def leg(self, choice: Choice, body: bytes) -> Leg:
         """The call's request to the chosen worker, with `body`."""
         return Leg(choice, self.call.endpoint.path, self.call.headers, body)

@@ -57,6 +57,13 @@ STATUSES: dict[str, Told] = {
 }
 """By `DynctlError.kind`. Bad HTTP is answered in `http.server`: 400, 408, 413, 417, 431, 501, 505."""
 
+_INSIDE = {
+    "peer_lost": "the engine failed: the connection to it was lost",
+    "connect_failed": "the engine failed: it cannot be reached",
+    "deadline_exceeded": "the request was not answered in time",
+}
+"""What clients are told of transport errors: their own words name addresses."""
+
 INTERNAL = Told(500, "server_error", "internal")
 
 _ENDPOINTS = (
@@ -101,7 +108,7 @@ def tell(error: DynctlError) -> bytes:
     """The OpenAI body of an error. What concerns the inside of the deployment (addresses) stays inside."""
     what = STATUSES.get(error.kind, INTERNAL)
     if isinstance(error, TransportError):
-        return error_body(f"the engine failed: {error.message}", what.type, code=what.code)
+        return error_body(_INSIDE.get(error.kind, "the engine failed"), what.type, code=what.code)
     message = f"{error.message} ({error.hint})" if error.hint else error.message
     return error_body(message, what.type, code=what.code, param=error.where or None)
 

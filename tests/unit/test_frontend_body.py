@@ -51,11 +51,24 @@ def test_nothing_to_take_out_keeps_the_original_bytes() -> None:
 
 
 def test_an_opened_body_can_be_changed_without_changing_the_request() -> None:
-    body = Body.parse(b'{"a": 1.0, "max_tokens": 5}')
+    body = Body.parse(b'{"a": 1.50, "max_tokens": 5, "tools": [ 1 ]}')
     opened = body.opened()
     opened["max_tokens"] = 1
-    assert encode(opened) == b'{"a":1.0,"max_tokens":1}'
+    assert encode(opened) == b'{"a":1.50,"max_tokens":1,"tools":[ 1 ]}'
     assert body.get("max_tokens", int) == 5
+
+
+def test_an_opened_body_shows_what_contracts_look_at() -> None:
+    data = (
+        b'{"n": 2, "echo": false, "user": null, "prompt": ["a", "b"], "messages": [], "prompt_embeds": "x"}'
+    )
+    opened = Body.parse(data).opened()
+    assert opened["n"] == 2
+    assert opened["echo"] is False
+    assert opened["user"] is None
+    assert opened["prompt"] == ["a", "b"]
+    assert bytes(opened["messages"]) == b"[]"
+    assert bytes(opened["prompt_embeds"]) == b'"x"'
 
 
 @pytest.mark.parametrize(

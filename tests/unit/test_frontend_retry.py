@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+from random import Random
+
+from dynctl.errors import EngineFailed
+from dynctl.frontend.retry import FIRST_PAUSE_S, MAX_ATTEMPTS, AttemptFailed, Attempts
+
+BAD = EngineFailed("bad")
+
+
+def test_pauses_double_are_jittered_and_end() -> None:
+    pauses = []
+    for seed in range(50):
+        attempts = Attempts(Random(seed))
+        got = [attempts.note(AttemptFailed(BAD)) for _ in range(MAX_ATTEMPTS)]
+        assert got[-1] is None
+        pauses.append([pause or 0.0 for pause in got[:-1]])
+    for number in range(MAX_ATTEMPTS - 1):
+        whole = FIRST_PAUSE_S * 2**number
+        column = [row[number] for row in pauses]
+        assert all(whole / 2 <= pause <= whole for pause in column)
+        assert len(set(column)) > 1
+
+
+def test_failed_workers_stay_out_suspects_and_shunned_only_while_there_are_others() -> None:
+    attempts = Attempts(Random(0))
+    failure = AttemptFailed(BAD, failed=frozenset({"a"}), suspects=frozenset({"b"}))
+    attempts.note(failure)
+    assert attempts.last is BAD
+    assert attempts.exclusions(frozenset({"c"})) == [
+        frozenset({"a", "b", "c"}),
+        frozenset({"a", "b"}),
+        frozenset({"a"}),
+    ]
+
+
+def test_equal_exclusions_are_asked_once() -> None:
+    assert Attempts(Random(0)).exclusions(frozenset()) == [frozenset()]
+    assert Attempts(Random(0)).exclusions(frozenset({"c"})) == [frozenset({"c"}), frozenset()]

@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from dynctl.errors import EngineFailed
+from dynctl.frontend.accounts import Accounts
+from dynctl.frontend.stream import Relay, Ways, as_events, is_refusal, output_tokens
+from dynctl.http.framing import LAST_CHUNK, frame_chunk
+from dynctl.observability.metrics import Metrics
+
+
+class Client:
+    """Stands for the exchange: keeps what is written."""
+
+    def __init__(self) -> None:
+        self.written: list[bytes] = []
+        self.calls: list[str] = []
+
+    def write(self, data: bytes) -> None:
+        self.written.append(data)
+
+    def end(self) -> None:
+        self.calls.append("end")
+
+    def abort(self) -> None:
+        self.calls.append("abort")
+
+
+class Setup:
+    def __init__(self) -> None:
+        self.metrics = Metrics()
+        self.client = Client()
+        self.account = Accounts(self.metrics).open("m", "completions", stream=True)
+        ways = Ways(
+            head=lambda: self.client.calls.append("head"),
+            first_token=lambda: self.client.calls.append("first"),
+            give_up=lambda: self.client.calls.append("give up"),
+        )
+        self.relay = Relay(self.client, self.account, ways)  # type: ignore[arg-type]
+
+
+def event(data: Any) -> bytes:
+    return frame_chunk(b"data: " + json.dumps(data).encode() + b"\n\n")
+
+
+def test_bytes_go_through_as_they_came_after_a_whole_first_event() -> None:
+    test = Setup()
+    first = event({"a": 1})
+    test.relay.feed(first[:5])
+    assert not test.relay.begun
+    assert test.client.calls == []
+    test.relay.feed(first[5:])
+    assert test.client.calls == ["first", "head"]
+    test.relay.feed(b"odd bytes")
+    test.relay.feed(LAST_CHUNK)
+    test.relay.complete()
+    assert b"".join(test.client.written) == first + b"odd bytes" + LAST_CHUNK
+    assert test.client.calls[-1] == "end"
+
+
+def test_tokens_are_counted_by_events_without_usage_and_by_usage_with_it() -> None:
+    test = Setup()
+    for data in (event({}), event({}) + event({}), frame_chunk(b"data: [DONE]\n\n")):
+        test.relay.feed(data)
+    test.relay.complete()
+    assert test.account.output_tokens == 3
+    test = Setup()
+    for data in (event({}), event({"usage": {"completion_tokens": 77}}), frame_chunk(b"data: [DONE]\n\n")):
+        test.relay.feed(data)
+    test.relay.complete()
+    assert test.account.output_tokens == 77
+
+
+def test_latency_between_tokens_counts_each_token_of_a_piece() -> None:
+    test = Setup()
+    test.relay.feed(event({}))
+    test.relay.feed(event({}) * 3)
+    text = test.metrics.render().decode()
+    assert 'inter_token_latency_seconds_count{model="m"} 3.0' in text
+    assert 'time_to_first_token_seconds_count{model="m"} 1.0' in text
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        {"error": {"message": "x"}},
+        {"object": "error", "message": "x"},
+        {"choices": [{"index": 0, "text": "", "finish_reason": "abort"}]},
+    ],
+)
+def test_a_refusal_as_first_event_is_kept_from_the_client(first: Any) -> None:
+    test = Setup()
+    test.relay.feed(event(first))
+    test.relay.feed(event({}))
+    assert test.relay.refusal
+    assert test.client.written == []
+    assert test.client.calls == ["give up"]
+
+
+def test_text_that_looks_like_a_refusal_is_text() -> None:
+    test = Setup()
+    test.relay.feed(event({"choices": [{"text": '"finish_reason": "abort" data: {"error"'}]}))
+    assert test.relay.begun
+    assert not test.relay.refusal
+
+
+def test_a_first_event_without_end_is_passed_on_at_some_size() -> None:
+    test = Setup()
+    test.relay.feed(b"x" * 20_000)
+    assert test.relay.begun
+
+
+def test_an_empty_answer_is_an_answer() -> None:
+    test = Setup()
+    test.relay.feed(LAST_CHUNK)
+    test.relay.complete()
+    assert test.client.written == [LAST_CHUNK]
+    assert test.client.calls == ["first", "head", "end"]
+
+
+def test_breaking_off_between_events_tells_the_client() -> None:
+    test = Setup()
+    test.relay.feed(event({}))
+    test.relay.break_off(b'{"error":{}}')
+    assert test.client.written[-1] == frame_chunk(b'data: {"error":{}}\n\n') + LAST_CHUNK
+    assert test.client.calls[-1] == "end"
+
+
+def test_breaking_off_inside_an_event_cuts_the_connection() -> None:
+    test = Setup()
+    test.relay.feed(event({}))
+    test.relay.feed(b"1f\r\ndata: {")
+    test.relay.break_off(b"{}")
+    assert test.client.written[-1] == b"1f\r\ndata: {"
+    assert test.client.calls[-1] == "abort"
+
+
+def test_only_an_empty_abort_is_a_refusal() -> None:
+    def answer(*choices: dict[str, Any]) -> bytes:
+        return json.dumps({"choices": list(choices)}).encode()
+
+    aborted = {"finish_reason": "abort"}
+    assert is_refusal(answer({**aborted, "text": ""}))
+    assert is_refusal(answer({**aborted, "message": {"content": None}}))
+    assert not is_refusal(answer({**aborted, "text": "partial"}))
+    assert not is_refusal(answer({**aborted, "text": ""}, {"finish_reason": "stop", "text": ""}))
+    assert not is_refusal(answer({"finish_reason": "stop", "text": "x"}))
+    assert not is_refusal(b'{"finish_reason":"abort"')
+    assert not is_refusal(b'{"finish_reason":"abort"}')
+
+
+def test_output_tokens_of_a_whole_answer() -> None:
+    assert output_tokens(b'{"usage":{"completion_tokens": 12}}') == 12
+    assert output_tokens(b"{}") == 0
+
+
+def test_a_whole_text_answer_as_a_stream() -> None:
+    whole = {
+        "id": "1",
+        "object": "text_completion",
+        "choices": [{"index": 0, "text": "t", "disaggregated_params": {}}],
+    }
+    events = as_events(json.dumps(whole).encode(), usage=True).decode().split("\n\n")
+    assert json.loads(events[0][6:]) == {
+        "id": "1",
+        "object": "text_completion",
+        "choices": [{"index": 0, "text": "t"}],
+    }
+    assert events[1:] == ["data: [DONE]", ""]
+    for broken in (b"{", b"{}", b'{"choices": [1]}', b"[]"):
+        with pytest.raises(EngineFailed):
+            as_events(broken, usage=False)
