@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dynctl.command import Command
 from dynctl.engines.base import ArgValue, EngineEnvironment, EngineLaunch, ModelRef, Parallel, Rank
 from dynctl.engines.vllm import Vllm
 from dynctl.protocol.instances import Role
@@ -77,17 +78,23 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def tiny_launch(role: Role, *, disaggregated: bool = False) -> EngineLaunch:
-    """A replica of the tiny model on this machine's CPU."""
+def environment_of(command: Command) -> dict[str, str]:
+    """The environment a process of this command gets."""
+    return {**os.environ, **command.env}
+
+
+def tiny_launch(role: Role, *, disaggregated: bool = False, http_port: int = 0) -> EngineLaunch:
+    """A replica of the tiny model on this machine's CPU; `http_port` 0 = any free one."""
     engine, parallel = Vllm(), Parallel()
     needs = engine.port_needs(role, parallel, disaggregated=disaggregated)
+    ports = dict(zip(needs, free_ports(len(needs)), strict=True))
     return EngineLaunch(
         model=ModelRef(path=str(environment.tiny_model_folder()), served_name="tiny"),
         role=role,
         index=0,
         parallel=parallel,
         ranks=(Rank(node="local", address="127.0.0.1"),),
-        ports=dict(zip(needs, free_ports(len(needs)), strict=True)),
+        ports=ports | ({"http": http_port} if http_port else {}),
         environment=EngineEnvironment(venv=str(environment.vllm_venv())),
         args=CPU_ARGS,
         env=CPU_ENV,
@@ -104,7 +111,7 @@ def running(launch: EngineLaunch, folder: Path) -> Iterator[Worker]:
     with log.open("wb") as output:
         process = subprocess.Popen(
             command.argv,
-            env={**os.environ, **command.env},
+            env=environment_of(command),
             cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=output,
