@@ -32,7 +32,7 @@ class Index:
 
     def __init__(self) -> None:
         self._slots: dict[SlotKey, _Slot] = {}
-        self._by_number: list[_Slot | None] = []
+        self._by_number: list[_Slot] = []
         self._free: list[int] = []
         self._retired: list[_Slot] = []
         self._live = 0
@@ -73,7 +73,6 @@ class Index:
         slot = self._slots.pop(key, None)
         if slot is not None:
             self._live &= ~slot.bit
-            self._by_number[slot.number] = None
             self._retired.append(slot)
 
     def remove_worker(self, worker: str) -> None:
@@ -112,9 +111,7 @@ class Index:
         while bits:
             low = bits & -bits
             bits ^= low
-            slot = slots[low.bit_length() - 1]
-            if slot is not None:
-                depths[slot.key] = depth
+            depths[slots[low.bit_length() - 1].key] = depth
 
     def _bits(self, keys: Iterable[SlotKey]) -> int:
         bits = 0
@@ -149,13 +146,9 @@ class Index:
 
     def _open(self, key: SlotKey) -> _Slot:
         """A clean slot for `key`, the lowest there is so that masks stay narrow."""
-        if self._free:
-            number = heapq.heappop(self._free)
-        else:
-            number = len(self._by_number)
-            self._by_number.append(None)
-        slot = _Slot(number, 1 << number, key)
-        self._slots[key] = self._by_number[number] = slot
+        number = heapq.heappop(self._free) if self._free else len(self._by_number)
+        slot = self._slots[key] = _Slot(number, 1 << number, key)
+        self._by_number[number : number + 1] = [slot]
         self._live |= slot.bit
         return slot
 

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dynctl.kv.index import Index, SlotKey
+from dynctl.protocol.kv_events import Cleared, KvEvent, Removed, Stored, Tier
+
+A: SlotKey = ("a", 0)
+B: SlotKey = ("b", 0)
+B1: SlotKey = ("b", 1)
+
+
+def test_depth_ends_at_the_first_hole() -> None:
+    index = Index()
+    index.apply(A, Stored([1, 2, 4]))
+    index.apply(B, Stored([1, 2, 3, 4]))
+    index.apply(B1, Stored([2, 3]))
+    assert index.match([1, 2, 3, 4, 5]) == {A: 2, B: 4}
+
+
+def test_no_hashes_and_no_workers_match_nothing() -> None:
+    index = Index()
+    assert index.match([1]) == {}
+    index.apply(A, Stored([1]))
+    assert index.match([]) == {}
+
+
+def test_match_among_some_keys_only() -> None:
+    index = Index()
+    for key in (A, B):
+        index.apply(key, Stored([1]))
+    assert index.match([1], [B, ("unknown", 0)]) == {B: 1}
+    assert index.match([1], []) == {}
+
+
+def test_removal_in_one_tier_leaves_the_other() -> None:
+    index = Index()
+    index.apply(A, Stored([1], "G1"))
+    index.apply(A, Stored([1], "G2"))
+    index.apply(A, Removed([1], "G1"))
+    assert index.match([1]) == {}
+    assert index.match([1], tier="G2") == {A: 1}
+    assert (index.stats("G1"), index.stats("G2")) == ({A: 0}, {A: 1})
+
+
+@pytest.mark.parametrize("event", [Removed([1]), Removed([9], "G3"), Cleared()])
+def test_forgetting_what_was_never_held_changes_nothing(event: KvEvent) -> None:
+    index = Index()
+    index.apply(A, event)
+    assert index.stats() == {}
+    assert not index.sweep(1)
+
+
+def test_removed_worker_goes_with_all_ranks() -> None:
+    index = Index()
+    for key in (A, B, B1):
+        index.apply(key, Stored([1]))
+    index.remove_worker("b")
+    assert index.match([1]) == {A: 1}
+
+
+def test_slot_is_given_out_again_only_when_clean() -> None:
+    index = Index()
+    index.apply(A, Stored([1, 2, 3]))
+    index.reset(A)
+    assert index.unswept == 3
+    index.apply(B, Stored([9]))
+    assert index.match([1]) == {}
+    assert index.sweep(2)
+    index.apply(B1, Stored([8]))
+    assert index.match([1]) == {}
+    assert not index.sweep(2)
+    index.apply(A, Stored([7]))
+    assert index.match([1]) == index.match([2]) == {}
+    assert index.match([7]) == {A: 1}
+    assert index.unswept == 0
+
+
+HASHES = st.lists(st.integers(1, 8), max_size=6)
+KEYS = st.sampled_from([A, B, B1])
+TIERS = st.sampled_from(["G1", "G2"])
+EVENTS = st.one_of(st.builds(Stored, HASHES, TIERS), st.builds(Removed, HASHES, TIERS), st.builds(Cleared))
+STEPS = st.one_of(
+    st.tuples(KEYS, EVENTS),
+    st.integers(0, 4),
+    st.sampled_from(["a", "b"]),
+)
+
+
+class Naive:
+    """One set of hashes per key and tier."""
+
+    def __init__(self) -> None:
+        self.held: dict[SlotKey, dict[Tier, set[int]]] = {}
+
+    def apply(self, key: SlotKey, event: KvEvent) -> None:
+        tiers = self.held.setdefault(key, {"G1": set(), "G2": set()})
+        if isinstance(event, Stored):
+            tiers[event.tier].update(event.hashes)
+        elif isinstance(event, Removed):
+            tiers[event.tier].difference_update(event.hashes)
+        else:
+            self.held.pop(key)
+
+    def remove_worker(self, worker: str) -> None:
+        self.held = {key: tiers for key, tiers in self.held.items() if key[0] != worker}
+
+    def match(self, hashes: Sequence[int], tier: Tier) -> dict[SlotKey, int]:
+        found = {}
+        for key, tiers in self.held.items():
+            depth = 0
+            while depth < len(hashes) and hashes[depth] in tiers[tier]:
+                depth += 1
+            if depth:
+                found[key] = depth
+        return found
+
+
+@given(
+    st.lists(STEPS, max_size=25),
+    st.lists(st.lists(st.integers(1, 8), max_size=8, unique=True), min_size=1, max_size=4),
+)
+def test_index_equals_sets_per_worker(
+    steps: list[tuple[SlotKey, KvEvent] | int | str], prompts: list[list[int]]
+) -> None:
+    index, naive = Index(), Naive()
+    for step in steps:
+        if isinstance(step, int):
+            index.sweep(step)
+        elif isinstance(step, str):
+            index.remove_worker(step)
+            naive.remove_worker(step)
+        else:
+            index.apply(*step)
+            naive.apply(*step)
+        for tier in ("G1", "G2"):
+            for prompt in prompts:
+                assert index.match(prompt, tier=tier) == naive.match(prompt, tier)
+            counts = {key: len(tiers[tier]) for key, tiers in naive.held.items() if tiers[tier]}
+            assert {key: count for key, count in index.stats(tier).items() if count} == counts
+    index.sweep(10**6)
+    assert index.unswept == 0
+    everything = {h for tiers in naive.held.values() for h in tiers["G1"]}
+    assert set(index._masks["G1"]) == everything, "hashes that nobody holds take no memory"
