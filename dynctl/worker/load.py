@@ -1,10 +1,10 @@
-"""An engine's load, asked for about once a second and reported on change."""
+"""An engine's load, asked for and reported once a second: a reader that came late waits no longer."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from dynctl.engines.base import EngineLoad
 from dynctl.errors import TransportError
@@ -14,52 +14,33 @@ from dynctl.worker.readiness import Probe
 logger = logging.getLogger(__name__)
 
 _PERIOD_S = 1.0
-_REPEAT_EVERY = 5
-"""An unchanged report is repeated every so many rounds, for readers that came later."""
 
 
-class LoadReports:
-    """Decides which reports go out. Pure."""
-
-    def __init__(self, worker: str, incarnation: int) -> None:
-        self._worker = worker
-        self._incarnation = incarnation
-        self._last: dict[int, LoadReport] = {}
-        self._round = 0
-
-    def of(self, loads: Sequence[EngineLoad]) -> list[LoadReport]:
-        """The reports to send for this round's loads."""
-        self._round += 1
-        repeat = self._round % _REPEAT_EVERY == 0
-        due = []
-        for load in loads:
-            report = LoadReport(
-                worker=self._worker,
-                incarnation=self._incarnation,
-                rank=load.rank,
-                running=load.running,
-                waiting=load.waiting,
-                kv_usage=load.kv_usage,
-                kv_blocks=load.kv_blocks,
-                prefix_queries=load.prefix_queries,
-                prefix_hits=load.prefix_hits,
-                preemptions=load.preemptions,
-            )
-            if repeat or self._last.get(load.rank) != report:
-                due.append(report)
-            self._last[load.rank] = report
-        return due
+def report_of(worker: str, incarnation: int, load: EngineLoad) -> LoadReport:
+    """What an engine said of one rank, as it travels on the event plane."""
+    return LoadReport(
+        worker=worker,
+        incarnation=incarnation,
+        rank=load.rank,
+        running=load.running,
+        waiting=load.waiting,
+        kv_usage=load.kv_usage,
+        kv_blocks=load.kv_blocks,
+        prefix_queries=load.prefix_queries,
+        prefix_hits=load.prefix_hits,
+        preemptions=load.preemptions,
+    )
 
 
-async def report_load(probe: Probe, reports: LoadReports, publish: Callable[[LoadReport], None]) -> None:
+async def report_load(probe: Probe, publish: Callable[[EngineLoad], None]) -> None:
     """Ask and publish until cancelled. An engine that does not answer is logged once per silence."""
     loop = asyncio.get_running_loop()
     silent = False
     due = loop.time()
     while True:
         try:
-            for report in reports.of(await probe.load()):
-                publish(report)
+            for load in await probe.load():
+                publish(load)
             silent = False
         except TransportError as error:
             if not silent:

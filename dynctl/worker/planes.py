@@ -13,17 +13,17 @@ from urllib.parse import urlsplit
 import msgspec
 
 from dynctl.discovery.client import Registrar
-from dynctl.engines.base import Engine
+from dynctl.engines.base import Engine, EngineLoad
 from dynctl.errors import UsageError
 from dynctl.protocol.instances import Instance, ModelCard
-from dynctl.protocol.kv_events import KV_TOPIC, LOAD_TOPIC, KvBatch, KvSync, KvSyncReply, LoadReport
+from dynctl.protocol.kv_events import KV_TOPIC, LOAD_TOPIC, KvBatch, KvSync, KvSyncReply
 from dynctl.protocol.specs import WorkerSpec
 from dynctl.transport.control import ControlClient, ControlServer, read_body
 from dynctl.transport.engine_events import EngineEventSource
 from dynctl.transport.event_plane import Publisher
 from dynctl.transport.keys import Keys
 from dynctl.worker.kv_relay import KvRelay
-from dynctl.worker.load import LoadReports, report_load
+from dynctl.worker.load import report_load, report_of
 from dynctl.worker.readiness import Probe, Ready
 
 logger = logging.getLogger(__name__)
@@ -68,9 +68,8 @@ class Planes:
         """Serve an engine: relay its events and load, take the lease."""
         self._relay.attach(engine.ready.info.block_size)
         loop = asyncio.get_running_loop()
-        reports = LoadReports(self._spec.id, self._incarnation)
         self._tasks = [
-            loop.create_task(report_load(self._probe, reports, self._publish_load), name="load"),
+            loop.create_task(report_load(self._probe, self._publish_load), name="load"),
             loop.create_task(self._beat(), name="beat"),
         ]
         for task in self._tasks:
@@ -119,8 +118,8 @@ class Planes:
     def _publish_kv(self, batch: KvBatch) -> None:
         self._publisher.publish(KV_TOPIC, batch)
 
-    def _publish_load(self, report: LoadReport) -> None:
-        self._publisher.publish(LOAD_TOPIC, report)
+    def _publish_load(self, load: EngineLoad) -> None:
+        self._publisher.publish(LOAD_TOPIC, report_of(self._spec.id, self._incarnation, load))
 
     def _instance(self, engine: Attached) -> Instance:
         spec = self._spec
