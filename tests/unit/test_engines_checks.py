@@ -8,6 +8,7 @@ import pytest
 
 from dynctl.engines import catalog
 from dynctl.engines.base import ArgValue, Finding, ModelFacts, Parallel, RoleSettings
+from dynctl.engines.checks import Setting, check_pair
 from dynctl.protocol.instances import Role
 
 FACTS = ModelFacts(kv_heads=8, attention_heads=64, layers=80, max_position=8192)
@@ -281,3 +282,7 @@ class TestExternal:
         assert [path for _, path in fields("external", roles)] == [
             *("roles.decode", "roles.decode.urls", "roles.decode.args", "roles.decode.env"),
         ]
+
+
+def test_one_role_has_nothing_to_agree_on() -> None:
+    assert check_pair([role()], (Setting(("dtype",), "auto", "reason"),)) == []
