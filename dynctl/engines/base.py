@@ -142,10 +142,14 @@ class Features:
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """How to know that the engine really serves: `health` answers 200, and `models` lists the served name."""
+    """How to know that the engine really serves: `health` answers 200, and `models` lists the served name.
+
+    `lists_served_name` false: the engine goes by the model's path whatever is asked for: any list will do.
+    """
 
     health: str = "/health"
     models: str = "/v1/models"
+    lists_served_name: bool = True
 
 
 @dataclass(frozen=True, slots=True)

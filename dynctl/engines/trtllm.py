@@ -53,7 +53,8 @@ class Trtllm:
         data_parallel=False,
     )
     owned_args: Mapping[str, str] = OWNED
-    readiness = Readiness(health="/health", models="/v1/models")
+    # It lists the model's path or the last part of it; a flag for the served name came with 1.3.
+    readiness = Readiness(health="/health", models="/v1/models", lists_served_name=False)
     load_path = "/metrics"
     client_fields = frozenset({PARAMS})
     pd: PrefillDecode | None = ContextFirst()

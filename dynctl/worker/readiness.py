@@ -63,7 +63,7 @@ class Probe:
         except msgspec.DecodeError as error:
             raise NotReady(f"{self._engine.readiness.models} is no model list: {error}") from error
         names = [model.id for model in listed]
-        if self._model not in names:
+        if self._model not in names and (self._engine.readiness.lists_served_name or not names):
             shown = ", ".join(names) or "nothing"
             raise WrongModel(
                 f"the engine serves {shown}, not {self._model}",
