@@ -136,9 +136,9 @@ def stages(seen: DeploymentView) -> list[tuple[str, bool]]:
     return [
         ("planned", True),
         ("controller", bool(seen.controller_pid)),
-        ("processes started", all(r.pid for r in seen.processes)),
-        ("frontend ready", all(r.ready for r in frontends)),
-        ("workers ready", all(r.ready for r in workers)),
+        ("processes", all(r.pid for r in seen.processes)),
+        ("frontend", all(r.ready for r in frontends)),
+        ("workers", all(r.ready for r in workers)),
         ("serving", seen.phase == "ready"),
     ]
 

@@ -9,6 +9,7 @@ from dynctl.deploy.state import ENDED, RunState, load_state
 from dynctl.deploy.status import view_of
 from dynctl.errors import CodecError, UsageError
 from dynctl.launchers import procfs
+from dynctl.launchers.local import LocalLauncher
 from dynctl.protocol.deployment import DeploymentView
 
 
@@ -58,6 +59,8 @@ def pick(name: str | None, *, ended: bool = False) -> RunDir:
 def _runs(place: Home, name: str) -> bool:
     run = place.run_of(name)
     try:
-        return run is not None and view(run).phase not in ENDED
+        if run is None or state(run).phase in ENDED:
+            return False
+        return view(run).phase not in ENDED or bool(LocalLauncher().owned(run.run_id))
     except (CodecError, UsageError):
         return False

@@ -36,7 +36,7 @@ def describe_exit(
         shown = tuple(words.lines[-SHOWN_LINES:]) or tuple(lines[-SHOWN_LINES:])
         return Failure(words.message, shown, told=True, permanent=words.permanent, kind=words.kind)
     if code is None:
-        message = "ended while no controller was there to see how"
+        message = "ended, and only its parent could have seen how"
     elif code < 0:
         message = f"killed by {signal_name(-code)}"
     else:

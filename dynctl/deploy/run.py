@@ -16,7 +16,16 @@ from dynctl.deploy.plan import Plan, PlannedProcess, build_plan
 from dynctl.deploy.ports import holder, listen_error, listening
 from dynctl.deploy.preflight import require_local, require_programs
 from dynctl.deploy.seats import RunContext
-from dynctl.deploy.state import ENDED, RunState, SeatKind, SeatRecord, encode_state, load_state, save_state
+from dynctl.deploy.state import (
+    ENDED,
+    ControllerRecord,
+    RunState,
+    SeatKind,
+    SeatRecord,
+    encode_state,
+    load_state,
+    save_state,
+)
 from dynctl.deploy.stop import CONTROLLER
 from dynctl.errors import CodecError, LaunchError, PortInUse, RecipeError, UsageError
 from dynctl.launchers import procfs
@@ -138,7 +147,7 @@ def adopt(run: RunDir, site: Site) -> Up:
     plan = Plan.from_json(run.plan.read_bytes())
     state.phase = "degraded" if state.ready_once else "starting"
     state.reason = "a new controller is starting"
-    state.controller.incarnation += 1
+    state.controller = ControllerRecord(incarnation=state.controller.incarnation + 1)
     with _disk_of(run):
         save_state(run.state, state)
     handle = start_controller(run, plan, state.controller.incarnation, site.launcher)

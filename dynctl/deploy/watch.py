@@ -106,8 +106,9 @@ def _wait_health(view: DeploymentView, waiter: Waiter, ends: float | None) -> No
 def _late(up: Up, view: DeploymentView | None) -> NotReady:
     found = diagnose(view, "") if view is not None else None
     reason = found.reason if found is not None else "its controller has not started"
-    if found is not None and found.error:
-        reason += f"\n  {found.error}"
+    if found is not None:
+        last = tail(up.run.logs / f"{found.seat}.engine.log", 1) or tail(up.run.logs / f"{found.seat}.log", 1)
+        reason += "".join(f"\n  {line}" for line in ([found.error] if found.error else last))
     kept = "it is left running" if up.adopted else f"its logs: dynctl logs {up.name}"
     return NotReady(f"'{up.name}' was not ready in time: {reason}", where=str(up.run.path), hint=kept)
 
@@ -117,7 +118,7 @@ def _ended(up: Up) -> LaunchError:
     state = load_state(up.run.state)
     where, hint = str(up.run.path), f"its logs: dynctl logs {up.name}"
     if state is not None and state.phase in ENDED:
-        return failure_of(state, where, hint)
+        return failure_of(state, where)
     words = _last_words(up.run, state.controller.incarnation or 1 if state is not None else 1)
     lines = telling_lines(tail(up.run.logs / f"{CONTROLLER}.log", 100), _LINES)
     message = words or "\n".join(["the controller ended", *(f"  {line}" for line in lines)])
@@ -129,12 +130,13 @@ def _last_words(run: RunDir, incarnation: int) -> str:
     return words.message if words is not None else ""
 
 
-def failure_of(state: RunState, where: str, hint: str) -> LaunchError:
+def failure_of(state: RunState, where: str) -> LaunchError:
     """The error that a deployment which ended before it was ready ended with."""
     if state.phase == "stopped":
         return NotReady(f"'{state.name}' was ended before it was ready", where=where)
     failed = next((seat for seat in state.seats if seat.state == "failed"), None)
     lines = [f"  {line}" for line in failed.last_error] if failed is not None else []
-    message = "\n".join([f"'{state.name}' could not be started: {state.reason}", *lines])
+    more = [f"more: dynctl logs {state.name} {failed.id}"] if failed is not None else []
+    message = "\n".join([f"'{state.name}' could not be started: {state.reason}", *lines, *more])
     kind = PortInUse if failed is not None and failed.last_kind == PortInUse.kind else ProcessExited
-    return kind(message, where=where, hint=hint)
+    return kind(message, where=where)
