@@ -16,9 +16,11 @@ from dynctl.errors import (
     NotReady,
     PeerLost,
     PortInUse,
+    Rejected,
     TransportError,
 )
 from dynctl.protocol.registry import Leave
+from dynctl.transport import control
 from dynctl.transport.control import ControlClient, ControlServer, read_body
 from dynctl.transport.keys import Keys
 from dynctl.transport.sockets import Channel, client_socket
@@ -213,3 +215,29 @@ def test_works_under_uvloop() -> None:
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         assert runner.run(main()) == Leave(id="a", incarnation=99)
+
+
+async def test_more_calls_than_the_limit_are_refused(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "_MAX_CALLS", 2)
+    release = asyncio.Event()
+
+    async def wait(op: str, body: msgspec.Raw) -> None:
+        await release.wait()
+
+    _, client = serve(wait)
+    calls = [asyncio.create_task(client.call("wait", None, type(None), 10)) for _ in range(2)]
+    with pytest.raises(Rejected, match="more than 2 calls"):
+        await client.call("wait", None, type(None), 10)
+    release.set()
+    await asyncio.gather(*calls)
+
+
+async def test_handler_that_takes_too_long_is_ended(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "_HANDLER_DEADLINE_S", 0.05)
+
+    async def never(op: str, body: msgspec.Raw) -> None:
+        await asyncio.Event().wait()
+
+    _, client = serve(never)
+    with pytest.raises(DeadlineExceeded, match="wait took longer than 0.05 s"):
+        await client.call("wait", None, type(None), 10)
