@@ -180,7 +180,7 @@ class Client:
                     lambda: UpstreamConnection(self, str(origin)), origin.host, origin.port, ssl=tls
                 )
         except TimeoutError as error:
-            raise DeadlineExceeded(f"no connection in {connect_s:g} s", where=str(origin)) from error
+            raise ConnectFailed(f"no connection in {connect_s:g} s", where=str(origin)) from error
         except OSError as error:
             raise ConnectFailed(f"cannot connect: {error}", where=str(origin)) from error
         self._open[connection] = origin

@@ -20,7 +20,11 @@ _SIZES_KEPT: Final = 4096
 _CR, _LF = 13, 10
 _PLAIN, _IN_LINE, _IN_TRAILERS = 0, 1, 2
 
+# Size lines seen, without CRLF, and the sizes they name.
 _sizes: dict[bytes, int] = {}
+# The same with CRLF, and the bytes of such a chunk, size line and closing CRLF included. Not the last chunk.
+_wholes: dict[bytes, int] = {}
+_whole_of = _wholes.get
 
 
 class FramingError(Exception):
@@ -47,18 +51,22 @@ def chunk_size(line: bytes) -> int:
     size = int(digits, 16)
     if len(line) <= 8 and len(_sizes) < _SIZES_KEPT:
         _sizes[line] = size
+        if size:
+            _wholes[line + b"\r\n"] = len(line) + size + 4
     return size
 
 
 class ChunkReader:
     """Follows chunk boundaries, and nothing else, through a chunked body (RFC 9112, 7.1).
 
-    `_left`: bytes of the chunk being read that are still to come, its closing CRLF included.
+    `_left`: bytes of the chunk being read that are still to come, its closing CRLF included. `_prefix`:
+    length of the last size line with CRLF, as a guess at the next; 0, which fits none, when inside a chunk.
     """
 
-    __slots__ = ("_left", "_pending", "_state", "_trailer_bytes")
+    __slots__ = ("_left", "_pending", "_prefix", "_state", "_trailer_bytes")
 
     def __init__(self) -> None:
+        self._prefix = 4
         self._left = 0
         self._pending = b""
         self._state = _PLAIN
@@ -66,9 +74,13 @@ class ChunkReader:
 
     def feed(self, data: bytes, out: list[bytes] | None = None) -> int:
         """Index just past the last chunk's trailers, or MORE. Raises FramingError."""
+        # One whole chunk, as a token mostly comes. From one chunk end to the next: nothing changes.
+        if _whole_of(data[: self._prefix]) == len(data) and data[-2:] == b"\r\n" and out is None:
+            return MORE
         if self._state:
             return self._resume(data, out)
         size = len(data)
+        prefix = 4
         end = self._left
         start = 0
         while end <= size:
@@ -78,6 +90,7 @@ class ChunkReader:
                 out.append(data[start : end - 2])
             if end == size:
                 self._left = 0
+                self._prefix = prefix
                 return MORE
             eol = data.find(b"\r\n", end)
             if eol < 0:
@@ -86,7 +99,9 @@ class ChunkReader:
             start = eol + 2
             if length == 0:
                 return self._trailers(data, start)
+            prefix = start - end
             end = start + length + 2
+        self._prefix = 0
         left = self._left = end - size
         if left == 1 and size and data[-1] != _CR:
             raise FramingError("a chunk is longer or shorter than its size line says")
@@ -104,7 +119,7 @@ class ChunkReader:
     def _hold(self, rest: bytes, state: int) -> int:
         if len(rest) > LINE_BYTES:
             raise FramingError(f"a chunk line of more than {LINE_BYTES} bytes")
-        self._left = 0
+        self._left = self._prefix = 0
         self._pending = rest
         self._state = state
         return MORE

@@ -5,7 +5,13 @@
 
 Processes: a scripted engine, a load client, and one proxy at a time. Each round measures every proxy once, in
 turn, so that a machine that slows down slows all of them. CPU is utime + stime of the proxy process, from
-/proc/PID/stat, between the first and the last request of a measurement.
+/proc/PID/stat, between the first and the last request of a measurement. "reads" are the client's per token: 1
+where each token arrives by itself when the engine sent it, less where a proxy keeps tokens back.
+
+HAProxy is measured twice. By default it sends a chunked answer with MSG_MORE: the kernel keeps tokens back
+for up to 200 ms and sends them together, which saves CPU and makes the stream stutter. "haproxy" has
+`option http-no-delay`, with which it does the work that a token stream asks for: ratios are to this one.
+"haproxy-held" is the default.
 """
 
 from __future__ import annotations
@@ -45,6 +51,7 @@ defaults
   timeout connect 5s
   timeout client 60s
   timeout server 60s
+  {option}
 frontend in
   bind 127.0.0.1:{port}
   default_backend engine
@@ -56,11 +63,15 @@ backend engine
 ProxyCommand = Callable[[int, int, Path], list[str]]
 
 
-def haproxy_command(port: int, engine: int, folder: Path) -> list[str]:
-    """HAProxy, one thread, as Debian ships it."""
-    config = folder / f"haproxy-{port}.cfg"
-    config.write_text(HAPROXY_CONFIG.format(port=port, engine=engine))
-    return ["/usr/sbin/haproxy", "-db", "-q", "-f", str(config)]
+def haproxy_command(option: str) -> ProxyCommand:
+    """HAProxy, one thread, as Debian ships it, with one more line of configuration."""
+
+    def command(port: int, engine: int, folder: Path) -> list[str]:
+        config = folder / f"haproxy-{port}.cfg"
+        config.write_text(HAPROXY_CONFIG.format(port=port, engine=engine, option=option))
+        return ["/usr/sbin/haproxy", "-db", "-q", "-f", str(config)]
+
+    return command
 
 
 def bare_relay_command(port: int, engine: int, folder: Path) -> list[str]:
@@ -73,7 +84,19 @@ def given_command(template: str) -> ProxyCommand:
     return lambda port, engine, folder: shlex.split(template.format(port=port, engine=engine, folder=folder))
 
 
-PROXIES: dict[str, ProxyCommand] = {"haproxy": haproxy_command, "dynctl.http": bare_relay_command}
+PROXIES: dict[str, ProxyCommand] = {
+    "haproxy": haproxy_command("option http-no-delay"),
+    "haproxy-held": haproxy_command(""),
+    "dynctl.http": bare_relay_command,
+}
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """Seconds a process has spent in user space and in the kernel."""
+
+    user_s: float
+    system_s: float
 
 
 @dataclass(frozen=True)
@@ -81,13 +104,14 @@ class Measurement:
     """One proxy in one round."""
 
     tokens: int
-    cpu_s: float
+    reads: int
+    cpu: Cpu
     wall_s: float
 
     @property
     def us_per_token(self) -> float:
         """CPU microseconds per relayed token."""
-        return self.cpu_s / self.tokens * 1e6
+        return (self.cpu.user_s + self.cpu.system_s) / self.tokens * 1e6
 
 
 async def bare_relay(port: int, engine: int) -> None:
@@ -117,48 +141,46 @@ class Counter:
     def __init__(self) -> None:
         self.tail = b""
         self.events = 0
+        self.reads = 0
 
     def feed(self, data: bytes) -> None:
         """Count."""
+        self.reads += 1
         joined = self.tail + data
         self.events += joined.count(b"data: {")
         self.tail = joined[-6:]
 
 
-async def one_stream(client: Client, origin: Origin, requests: int, path: str) -> int:
-    """Ask `requests` times, one after another; give back the tokens received."""
-    tokens = 0
+async def one_stream(client: Client, origin: Origin, requests: int, counter: Counter) -> None:
+    """Ask `requests` times, one after another."""
     for _ in range(requests):
         stream = await client.open(
             origin,
             "POST",
-            path,
+            "/v1/chat/completions",
             headers=[(b"content-type", b"application/json")],
             body=PROMPT,
             timeouts=Timeouts(first_byte_s=30, stall_s=30),
         )
         if stream.status != 200:
             raise SystemExit(f"the proxy answered {stream.status}: {(await stream.read(10_000))[:300]!r}")
-        counter = Counter()
         await stream.relay(counter)
-        tokens += counter.events
-    return tokens
 
 
 async def load(port: int, streams: int, requests: int) -> None:
-    """The load client: prints how many tokens came."""
+    """The load client: prints how many tokens came, and in how many reads."""
     client = Client()
     origin = Origin("http", "127.0.0.1", port)
-    path = "/v1/chat/completions"
-    counts = await asyncio.gather(*(one_stream(client, origin, requests, path) for _ in range(streams)))
+    counters = [Counter() for _ in range(streams)]
+    await asyncio.gather(*(one_stream(client, origin, requests, counter) for counter in counters))
     await client.close()
-    print(sum(counts), flush=True)
+    print(sum(one.events for one in counters), sum(one.reads for one in counters), flush=True)
 
 
-def cpu_s(pid: int) -> float:
-    """utime + stime of a process, all its threads."""
+def cpu_of(pid: int) -> Cpu:
+    """utime and stime of a process, all its threads."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS_A_SECOND
+    return Cpu(int(fields[11]) / TICKS_A_SECOND, int(fields[12]) / TICKS_A_SECOND)
 
 
 def free_port() -> int:
@@ -182,11 +204,12 @@ def await_port(port: int, process: subprocess.Popen[bytes], deadline_s: float = 
     raise SystemExit(f"nothing listens on port {port} after {deadline_s:g} s")
 
 
-def run_load(port: int, streams: int, requests: int) -> int:
-    """Run the load client in its own process; give back the tokens it received."""
+def run_load(port: int, streams: int, requests: int) -> tuple[int, int]:
+    """Run the load client in its own process; give back the tokens it received, and its reads."""
     argv = [sys.executable, "-m", "tests.perf.relay_cpu", "--as-load", str(port), str(streams), str(requests)]
     done = subprocess.run(argv, cwd=ROOT, check=True, capture_output=True, timeout=600)
-    return int(done.stdout)
+    tokens, reads = done.stdout.split()
+    return int(tokens), int(reads)
 
 
 def measure(command: list[str], port: int, args: argparse.Namespace) -> Measurement:
@@ -195,10 +218,12 @@ def measure(command: list[str], port: int, args: argparse.Namespace) -> Measurem
     try:
         await_port(port, process)
         run_load(port, args.streams, 1)
-        before, began = cpu_s(process.pid), time.monotonic()
-        tokens = run_load(port, args.streams, args.requests)
+        before, began = cpu_of(process.pid), time.monotonic()
+        tokens, reads = run_load(port, args.streams, args.requests)
         wall_s = time.monotonic() - began
-        result = Measurement(tokens, cpu_s(process.pid) - before, wall_s)
+        after = cpu_of(process.pid)
+        spent = Cpu(after.user_s - before.user_s, after.system_s - before.system_s)
+        result = Measurement(tokens, reads, spent, wall_s)
     finally:
         process.terminate()
         process.wait(timeout=10)
@@ -223,13 +248,21 @@ def print_table(results: dict[str, list[Measurement]], args: argparse.Namespace)
         f"\n{args.streams} streams x {args.tokens} tokens x {args.requests} requests, {args.rate:g} tokens/s,"
         f" pace {args.pace}, {args.rounds} rounds, {os.cpu_count()} CPUs, Python {sys.version.split()[0]}"
     )
-    print(f"{'proxy':<16}{'us CPU/token':>14}{'min':>8}{'max':>8}{'CPU %':>8}{'ratio':>8}")
+    print(
+        f"{'proxy':<16}{'us CPU/token':>14}{'min':>8}{'max':>8}"
+        f"{'user':>8}{'kernel':>8}{'reads':>8}{'ratio':>8}"
+    )
     medians = {name: statistics.median(m.us_per_token for m in runs) for name, runs in results.items()}
     for name, runs in results.items():
         each = [m.us_per_token for m in runs]
-        busy = statistics.median(100 * m.cpu_s / m.wall_s for m in runs)
+        user = statistics.median(m.cpu.user_s / m.tokens * 1e6 for m in runs)
+        kernel = statistics.median(m.cpu.system_s / m.tokens * 1e6 for m in runs)
+        reads = statistics.median(m.reads / m.tokens for m in runs)
         ratio = f"{medians[name] / medians['haproxy']:.2f}" if "haproxy" in medians else "-"
-        print(f"{name:<16}{medians[name]:>14.2f}{min(each):>8.2f}{max(each):>8.2f}{busy:>8.1f}{ratio:>8}")
+        print(
+            f"{name:<16}{medians[name]:>14.2f}{min(each):>8.2f}{max(each):>8.2f}{user:>8.2f}{kernel:>8.2f}"
+            f"{reads:>8.2f}{ratio:>8}"
+        )
 
 
 def compare(args: argparse.Namespace) -> None:
