@@ -147,6 +147,9 @@ class Preprocessor:
             await asyncio.get_running_loop().run_in_executor(self._threads, self._load_files)
         except (OSError, ValueError) as error:
             logger.warning("tokenizer.unusable model=%s why=%s", self._card.name, error)
+        except Exception:
+            # The top of a task that every request waits for: an odd model file must not fail them all.
+            logger.exception("tokenizer.unusable model=%s", self._card.name)
 
     def _load_files(self) -> None:
         files = find_model_files(self._card)
@@ -182,7 +185,9 @@ def find_model_files(card: ModelCard) -> ModelFiles:
     The card's own tokenizer and chat template go first. Raises OSError or ValueError for files that cannot
     be read.
     """
-    tokenizer = Path(card.tokenizer or card.path or ".")
+    if not (card.tokenizer or card.path):
+        return ModelFiles(None, "", {})
+    tokenizer = Path(card.tokenizer or card.path)
     tokenizer_dir = (
         tokenizer.parent if tokenizer.is_file() else local_model_dir(str(tokenizer), card.revision)
     )

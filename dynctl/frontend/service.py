@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -144,6 +145,8 @@ async def run(spec: FrontendSpec, incarnation: int) -> None:
     frontend = Frontend(spec, incarnation, ending)
     try:
         port = await frontend.start()
+        # What was imported and built lives as long as the process: no collection needs to walk it.
+        gc.freeze()
         logger.info("frontend.listening host=%s port=%d mode=%s", spec.host, port, spec.router.mode)
         await ending.event.wait()
         logger.info("frontend.stopping superseded=%s", ending.superseded)

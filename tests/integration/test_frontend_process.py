@@ -36,6 +36,14 @@ BLOCK = 4
 TOKENS = list(range(100, 140))
 
 
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
 class Plane:
     """A registry and the sidecars of workers, in this process."""
 
@@ -54,12 +62,9 @@ class Plane:
         self.client = Client()
 
     def spec(self, **fields: Any) -> FrontendSpec:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         return make_spec(
             **{
-                "port": port,
+                "port": free_port(),
                 "registry": self.registry_endpoint,
                 "membership": self.membership,
                 "keys_file": "keys.json",
@@ -314,3 +319,13 @@ async def test_a_superseded_frontend_ends(tmp_path: Path) -> None:
         deployment.registry.set_current("frontend-0", 4)
         assert deployment.process is not None
         assert await asyncio.wait_for(deployment.process.wait(), DEADLINE_S) == 1
+
+
+async def test_a_certificate_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    async with plane(tmp_path) as deployment:
+        await deployment.start(deployment.spec(tls_cert="missing.pem", tls_key="missing.key"))
+        assert deployment.process is not None
+        assert await asyncio.wait_for(deployment.process.wait(), DEADLINE_S * 2) == 1
+        words = read_last_words(tmp_path, "frontend-0", 3)
+        assert words is not None
+        assert "missing.pem" in words.message

@@ -151,6 +151,15 @@ async def test_wrong_types_are_the_clients_fault_not_a_fallback(model_dir: Path)
         await prepare(card, "chat", {**chat("x"), "tools": "x"})
 
 
+async def test_a_model_without_files_or_with_odd_ones_is_routed_without_tokens(model_dir: Path) -> None:
+    assert (await prepare(ModelCard(name="m"), "completions", {"prompt": "x"}))[0] == UNKNOWN
+    (model_dir / "chat_template.jinja").unlink()
+    odd = '{"chat_template": [{"name": "default"}]}'
+    (model_dir / "tokenizer_config.json").write_text(odd)
+    card = ModelCard(name="m", path=str(model_dir))
+    assert (await prepare(card, "chat", chat("x")))[0] == UNKNOWN
+
+
 def test_template_is_found_where_models_keep_it(model_dir: Path, tmp_path: Path) -> None:
     card = ModelCard(name="m", path=str(model_dir))
     assert "m.role" in find_model_files(card).template_source
