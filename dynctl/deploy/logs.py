@@ -45,7 +45,8 @@ def log_files(folder: Path, select: str | None = None) -> list[LogFile]:
 
     Raises UsageError for a selection that fits nothing.
     """
-    files = [LogFile(path.name.removesuffix(".log"), path) for path in sorted(folder.glob("*.log"))]
+    found = (LogFile(path.name.removesuffix(".log"), path) for path in folder.glob("*.log"))
+    files = sorted(found, key=lambda file: file.source)
     if select is None:
         return files
     match = _SEAT.fullmatch(select)
