@@ -129,6 +129,16 @@ async def mocker(*flags: str, ready: bool = True) -> AsyncIterator[MockerProcess
         yield found
     finally:
         await client.close()
-        if process.returncode is None:
-            process.send_signal(signal.SIGKILL)
-            await process.communicate()
+        await _end(process)
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """Ask it to end, so that what it measured of itself is written; then make it end."""
+    if process.returncode is not None:
+        return
+    process.send_signal(signal.SIGTERM)
+    try:
+        await asyncio.wait_for(process.communicate(), 5.0)
+    except TimeoutError:
+        process.kill()
+        await process.communicate()
