@@ -165,7 +165,7 @@ def build_plan(
         placement = place(_needs(recipe, engine), inventory)
     except PlacementError as error:
         raise PlacementError(error.message, where=loaded.where(error.where), hint=error.hint) from error
-    ports = PortAllocator(taken_ports)
+    ports = PortAllocator(taken_ports, run.first_port)
     head = inventory.hosts[0]
     public = _public_port(loaded, head, ports)
     registry, membership = (ports.allocate([head.name]) for _ in range(2))

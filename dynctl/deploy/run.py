@@ -34,6 +34,7 @@ from dynctl.recipe.check import check_recipe
 from dynctl.recipe.load import LoadedRecipe, load_recipe
 from dynctl.recipe.lock import lock_text
 from dynctl.topology.inventory import LOCAL, Inventory, inventory_for
+from dynctl.topology.ports import first_port_of
 from dynctl.transport.keys import Keys
 
 _YOUNG_S = 30.0
@@ -158,7 +159,7 @@ def begin(checked: Checked, site: Site) -> Up:
     """Plan and write a new run, and start its controller."""
     name = checked.loaded.recipe.name
     run_id = new_run_id(name, time.gmtime())
-    context = RunContext(run_id, str(site.home.runs / run_id), site.python)
+    context = RunContext(run_id, str(site.home.runs / run_id), site.python, first_port_of(run_id))
     # One at a time from looking at ports until the run that has them is written down.
     with site.home.locked(_PORTS, deadline_s=LOCK_S):
         plan = plan_run(checked, site, context)

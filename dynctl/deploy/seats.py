@@ -21,17 +21,19 @@ from dynctl.protocol.instances import ModelCard, Role
 from dynctl.protocol.specs import EngineProcess, FrontendSpec, LimitsSpec, RouterSpec, WorkerSpec
 from dynctl.recipe.check import parallel_of
 from dynctl.recipe.schema import Recipe, RoleSection
+from dynctl.topology.ports import FIRST_PORT
 
 KEYS_FILE = "keys.json"
 
 
 @dataclass(frozen=True, slots=True)
 class RunContext:
-    """What differs from run to run: its id, its absolute directory, and the python that runs dynctl."""
+    """What differs from run to run: its id, its absolute directory, the python that runs dynctl, its ports."""
 
     run_id: str
     run_dir: str
     python: str
+    first_port: int = FIRST_PORT
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from zlib import crc32
 
 from dynctl.errors import PlacementError
 
@@ -11,10 +12,20 @@ LAST_PORT = 32767
 """The range lies below the ports that Linux gives to outgoing connections (32768 and up by default)."""
 
 
-class PortAllocator:
-    """Hands out blocks of free ports, lowest first: the same questions get the same answers."""
+def first_port_of(run_id: str) -> int:
+    """Where the ports of a run start: spread over the lower half of the range by the run's id."""
+    return FIRST_PORT + crc32(run_id.encode()) % ((LAST_PORT - FIRST_PORT) // 2) // 50 * 50
 
-    def __init__(self, taken: Iterable[tuple[str, int]] = ()) -> None:
+
+class PortAllocator:
+    """Hands out blocks of free ports, upwards from `first`, then from the range's start.
+
+    The same questions get the same answers. Deployments that do not know of each other (two users of one
+    machine) should start at different places: an engine may bind its port a minute after it was found free.
+    """
+
+    def __init__(self, taken: Iterable[tuple[str, int]] = (), first: int = FIRST_PORT) -> None:
+        self._first = first
         self._taken = set(taken)
         self._given: set[tuple[str, int]] = set()
 
@@ -24,18 +35,24 @@ class PortAllocator:
         Raises PlacementError when there is no such block.
         """
         wanted = tuple(nodes)
-        start = FIRST_PORT
+        found = self._find(wanted, count, self._first) or self._find(wanted, count, FIRST_PORT)
+        if not found:
+            raise PlacementError(
+                f"no {count} consecutive ports are free on {', '.join(wanted)}",
+                hint=f"ports {FIRST_PORT} to {LAST_PORT} are used",
+            )
+        self._give((node, port) for node in wanted for port in range(found, found + count))
+        return found
+
+    def _find(self, nodes: tuple[str, ...], count: int, start: int) -> int:
+        """The first free block at or above `start`; 0 when there is none."""
         while start + count - 1 <= LAST_PORT:
             block = range(start, start + count)
-            clash = max((p for p in block for node in wanted if (node, p) in self._taken), default=0)
+            clash = max((p for p in block for node in nodes if (node, p) in self._taken), default=0)
             if not clash:
-                self._give((node, port) for node in wanted for port in block)
                 return start
             start = clash + 1
-        raise PlacementError(
-            f"no {count} consecutive ports are free on {', '.join(wanted)}",
-            hint=f"ports {FIRST_PORT} to {LAST_PORT} are used",
-        )
+        return 0
 
     def take(self, node: str, port: int) -> bool:
         """Take one port; False when it was taken already."""

@@ -53,7 +53,7 @@ def complete(where: Deployment, tokens: list[int], **more: Any) -> list[int]:
 def aggregated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     cli = Cli(tmp_path_factory.mktemp("home"))
     recipe = deployment.RECIPES / "tiny-vllm-cpu.yaml"
-    with deployment.up(cli, recipe, *options(), "--timeout", "380s", timeout_s=READY_S) as running:
+    with deployment.up(cli, recipe, *options(), "--timeout", "380", timeout_s=READY_S) as running:
         yield running
 
 
@@ -61,7 +61,7 @@ def aggregated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
 def disaggregated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     cli = Cli(tmp_path_factory.mktemp("home"))
     recipe = deployment.RECIPES / "tiny-vllm-cpu-disagg.yaml"
-    with deployment.up(cli, recipe, *options(), "--timeout", "380s", timeout_s=READY_S) as running:
+    with deployment.up(cli, recipe, *options(), "--timeout", "380", timeout_s=READY_S) as running:
         yield running
 
 
@@ -72,7 +72,7 @@ def per_worker(where: Deployment, role: str, name: str, **labels: str) -> list[f
 def test_repeated_prompts_go_to_the_worker_that_holds_them(aggregated: Deployment) -> None:
     rng = random.Random(1)
     assert len(aggregated.workers("aggregated")) == 2
-    prompts = [prompt(rng) for _ in range(4)]
+    prompts = [prompt(rng) for _ in range(12)]
     first = [complete(aggregated, tokens) for tokens in prompts]
     computed = per_worker(aggregated, "aggregated", "vllm:prompt_tokens_total")
     assert all(computed), f"one worker got every prompt, load was not spread: {computed}"

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from dynctl.errors import PlacementError
-from dynctl.topology.ports import FIRST_PORT, LAST_PORT, PortAllocator
+from dynctl.topology.ports import FIRST_PORT, LAST_PORT, PortAllocator, first_port_of
 
 
 def test_blocks_are_consecutive_and_per_node() -> None:
@@ -37,3 +37,14 @@ def test_ports_run_out() -> None:
         ports.allocate(["a"])
     with pytest.raises(PlacementError):
         ports.allocate(["b"], LAST_PORT)
+
+
+def test_deployments_unknown_to_each_other_start_at_different_ports() -> None:
+    firsts = {first_port_of(f"run-{i}") for i in range(40)}
+    assert len(firsts) > 20
+    assert all(FIRST_PORT <= port < LAST_PORT for port in firsts)
+
+
+def test_the_search_wraps_to_the_start_of_the_range() -> None:
+    ports = PortAllocator({("a", p) for p in range(32000, LAST_PORT + 1)}, first=32000)
+    assert ports.allocate(["a"]) == FIRST_PORT
