@@ -126,9 +126,9 @@ class Index:
         return {key: len(slot.held.get(tier, ())) for key, slot in self._slots.items()}
 
     @property
-    def unswept(self) -> int:
-        """Bits of forgotten keys that `sweep` has still to clear."""
-        return sum(len(held) for slot in self._retired for held in slot.held.values())
+    def dirty(self) -> bool:
+        """Whether `sweep` has still bits of forgotten keys to clear."""
+        return bool(self._retired)
 
     def sweep(self, budget: int) -> bool:
         """Clear up to `budget` bits of forgotten keys. Returns whether some are left."""

@@ -127,6 +127,7 @@ class Router:
         self._kv = spec.mode == "kv"
         self._workers: dict[str, _Worker] = {}
         self._candidates: dict[str, list[Candidate]] = {}
+        self._block_sizes: dict[str, int] = {}
         self._followers: dict[SlotKey, _Follower] = {}
         self._tidying: asyncio.Task[None] | None = None
 
@@ -201,9 +202,11 @@ class Router:
         self._workers[instance.id] = _Worker(member, [RankLoad(self._shared) for _ in range(ranks)])
         if instance.events:
             self._links.subscribe(instance.events)
-        if self._kv and instance.events and instance.control and instance.role in _INDEXED:
-            for sync in self._indexer.join(instance.id, instance.incarnation, ranks):
-                self._follow(instance, sync.rank)
+        if instance.role in _INDEXED:
+            self._block_sizes[instance.id] = instance.model.block_size if instance.model else 0
+            if self._kv and _tells_of_its_cache(instance):
+                for sync in self._indexer.join(instance.id, instance.incarnation, ranks):
+                    self._follow(instance, sync.rank)
         self._tidy()
 
     def _drop(self, worker_id: str) -> None:
@@ -216,6 +219,7 @@ class Router:
     def _detach(self, worker_id: str) -> None:
         """End what runs for the known incarnation of a worker. Its tickets end with its loads."""
         worker = self._workers.pop(worker_id)
+        self._block_sizes.pop(worker_id, None)
         for load in worker.loads:
             load.retire()
         instance = worker.member.instance
@@ -234,33 +238,34 @@ class Router:
                     Candidate((worker_id, rank), instance, load) for rank, load in enumerate(worker.loads)
                 )
         self._candidates = candidates
-        sizes = [size for _, size in sorted(self._block_sizes().items())]
-        self.block_size = sizes[0] if sizes else self._given_block_size
+        self._settle_block_size()
 
-    def _block_sizes(self) -> dict[str, int]:
-        """Block sizes in tokens, as known of the indexed workers: by their cards, else by their events."""
-        sizes = {state.worker: state.block_size for state in self._indexer.states() if state.block_size}
-        for worker_id, worker in self._workers.items():
-            instance = worker.member.instance
-            if instance.role in _INDEXED and instance.model is not None and instance.model.block_size:
-                sizes[worker_id] = instance.model.block_size
-        return sizes
+    def _learn_block_size(self, worker_id: str, size: int) -> None:
+        """A worker's events tell its block size in tokens (0 = they do not)."""
+        if size and self._block_sizes.get(worker_id, size) != size:
+            self._block_sizes[worker_id] = size
+            self._settle_block_size()
+
+    def _settle_block_size(self) -> None:
+        """Of the sizes known that of the first worker by name; prompts are hashed in one size only."""
+        sizes = [size for _, size in sorted(self._block_sizes.items()) if size]
+        self.block_size = sizes[0] if sizes else self._given_block_size
 
     def on_kv(self, batch: KvBatch) -> None:
         """Take one message of topic KV_TOPIC."""
         sync = self._indexer.on_batch(batch)
-        if batch.block_size and not self.block_size:
-            self._rebuild()
+        self._learn_block_size(batch.worker, batch.block_size)
+        self._tidy()
         if sync is None:
             return
         logger.warning(
             "index.gap worker=%s rank=%s missing=%s..%s", sync.worker, sync.rank, sync.from_seq, batch.seq - 1
         )
         follower = self._followers.get((sync.worker, sync.rank))
-        if follower is not None:
-            follower.wake.set()
-        else:
+        if follower is None or follower.task.done():
             self._follow(self._workers[sync.worker].member.instance, sync.rank)
+        else:
+            follower.wake.set()
 
     def on_load(self, report: LoadReport) -> None:
         """Take one message of topic LOAD_TOPIC; reports of others than the known incarnations are ignored."""
@@ -295,10 +300,12 @@ class Router:
             for state in self.streams()
             if state.state == "syncing"
         ]
-        for worker_id, size in sorted(self._block_sizes().items()):
-            if size != self.block_size:
+        for worker_id, size in sorted(self._block_sizes.items()) if self._kv else ():
+            if not _tells_of_its_cache(self._workers[worker_id].member.instance):
+                words.append(f"{worker_id}: it publishes no KV events, so none of its cached blocks are seen")
+            elif size not in (0, self.block_size):
                 words.append(
-                    f"{worker_id}: its block size of {size} tokens differs from {self.block_size}, "
+                    f"{worker_id}: its block size is {size} tokens, not {self.block_size}, "
                     "so none of its cached blocks are seen"
                 )
         return words
@@ -306,7 +313,7 @@ class Router:
     def _follow(self, instance: Instance, rank: int) -> None:
         wake = asyncio.Event()
         name = f"router.follow {instance.id} {rank}"
-        task = asyncio.create_task(self._guarded(self._keep_synced(instance, rank, wake)), name=name)
+        task = _start(self._keep_synced(instance, rank, wake), name)
         self._followers[instance.id, rank] = _Follower(task, wake)
 
     async def _keep_synced(self, instance: Instance, rank: int, wake: asyncio.Event) -> None:
@@ -346,8 +353,7 @@ class Router:
             more = self._indexer.load(instance.id, rank)
             await asyncio.sleep(0)
         self._tidy()
-        if reply.block_size and not self.block_size:
-            self._rebuild()
+        self._learn_block_size(instance.id, reply.block_size)
         state = self._indexer.state(instance.id, rank)
         if state is not None and state.state == "syncing":
             return f"the answer goes up to batch {reply.next_seq}, wanted from {state.next_seq} on"
@@ -355,21 +361,14 @@ class Router:
 
     def _tidy(self) -> None:
         """See to it that retired index entries are cleared, in portions."""
-        if self._index.unswept and (self._tidying is None or self._tidying.done()):
-            self._tidying = asyncio.create_task(self._guarded(self._sweep()), name="router.tidy")
+        if self._index.dirty and (self._tidying is None or self._tidying.done()):
+            self._tidying = _start(self._sweep(), "router.tidy")
 
     async def _sweep(self) -> None:
         more = True
         while more:
             more = self._index.sweep(SWEEP_BITS)
             await asyncio.sleep(0)
-
-    async def _guarded(self, work: Coroutine[None, None, None]) -> None:
-        try:
-            await work
-        except Exception:
-            # The top of a task: nobody awaits it, so an error not foreseen would vanish.
-            logger.exception("router.task_failed")
 
     async def close(self) -> None:
         """End all tasks."""
@@ -380,6 +379,24 @@ class Router:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _start(work: Coroutine[None, None, None], name: str) -> asyncio.Task[None]:
+    """A task whose unforeseen end is logged: nobody awaits it, so the error would vanish."""
+    task = asyncio.create_task(work, name=name)
+    task.add_done_callback(_log_failure)
+    return task
+
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    error = None if task.cancelled() else task.exception()
+    if error is not None:
+        logger.error("router.task_failed task=%s", task.get_name(), exc_info=error)
+
+
+def _tells_of_its_cache(instance: Instance) -> bool:
+    """Whether KV events come from it, and it can be asked for those that were missed."""
+    return bool(instance.events and instance.control)
 
 
 async def _wait(event: asyncio.Event, timeout_s: float) -> None:

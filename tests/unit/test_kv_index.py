@@ -47,6 +47,13 @@ def test_removal_in_one_tier_leaves_the_other() -> None:
     assert (index.stats("G1"), index.stats("G2")) == ({A: 0}, {A: 1})
 
 
+def test_removal_of_blocks_held_only_in_part() -> None:
+    index = Index()
+    index.apply(A, Stored([1, 2]))
+    index.apply(A, Removed([2, 3]))
+    assert index.match([1, 2]) == {A: 1}
+
+
 @pytest.mark.parametrize("event", [Removed([1]), Removed([9], "G3"), Cleared()])
 def test_forgetting_what_was_never_held_changes_nothing(event: KvEvent) -> None:
     index = Index()
@@ -67,7 +74,7 @@ def test_slot_is_given_out_again_only_when_clean() -> None:
     index = Index()
     index.apply(A, Stored([1, 2, 3]))
     index.reset(A)
-    assert index.unswept == 3
+    assert index.dirty
     index.apply(B, Stored([9]))
     assert index.match([1]) == {}
     assert index.sweep(2)
@@ -77,7 +84,7 @@ def test_slot_is_given_out_again_only_when_clean() -> None:
     index.apply(A, Stored([7]))
     assert index.match([1]) == index.match([2]) == {}
     assert index.match([7]) == {A: 1}
-    assert index.unswept == 0
+    assert not index.dirty
 
 
 HASHES = st.lists(st.integers(1, 8), max_size=6)
@@ -142,7 +149,6 @@ def test_index_equals_sets_per_worker(
                 assert index.match(prompt, tier=tier) == naive.match(prompt, tier)
             counts = {key: len(tiers[tier]) for key, tiers in naive.held.items() if tiers[tier]}
             assert {key: count for key, count in index.stats(tier).items() if count} == counts
-    index.sweep(10**6)
-    assert index.unswept == 0
+    assert not index.sweep(10**6)
     everything = {h for tiers in naive.held.values() for h in tiers["G1"]}
     assert set(index._masks["G1"]) == everything, "hashes that nobody holds take no memory"
