@@ -66,13 +66,12 @@ class ResponseHead:
 class _Collector:
     """Receives the parser's callbacks for one head."""
 
-    __slots__ = ("bodies", "complete", "headers", "url")
+    __slots__ = ("complete", "headers", "url")
 
     def __init__(self) -> None:
         self.headers: Headers = []
         self.url = b""
         self.complete = 0
-        self.bodies = 0
 
     def on_url(self, url: bytes) -> None:
         self.url += url
@@ -82,9 +81,6 @@ class _Collector:
 
     def on_headers_complete(self) -> None:
         self.complete += 1
-
-    def on_body(self, body: bytes) -> None:
-        self.bodies += 1
 
 
 def _bad(message: str) -> HeadError:
@@ -137,7 +133,7 @@ def parse_request_head(head: bytes) -> RequestHead:
     seen = _Collector()
     parser = httptools.HttpRequestParser(seen)
     _feed(parser, head)
-    if seen.complete != 1 or seen.bodies:
+    if seen.complete != 1:
         raise _bad("malformed HTTP: the header section is not ended by CRLF CRLF")
     version = parser.get_http_version()
     if version not in ("1.0", "1.1"):
@@ -169,7 +165,7 @@ def parse_response_head(head: bytes) -> ResponseHead:
     seen = _Collector()
     parser = httptools.HttpResponseParser(seen)
     _feed(parser, head)
-    if seen.complete != 1 or seen.bodies:
+    if seen.complete != 1:
         raise _bad("malformed HTTP: the header section is not ended by CRLF CRLF")
     length, chunked = _framing(seen.headers)
     return ResponseHead(
