@@ -87,16 +87,23 @@ def attended(started: Up, stopper: Stopper, timeout: float | None, *, detach: bo
     name = started.name
     if started.adopted:
         prose(f"{name}: a new controller takes over what lives")
+    ready = False
     try:
         with screen() as shown:
             wait_ready(started, Waiter(stopper, shown.show), timeout)
+        ready = True
+        announce(started, as_json=as_json)
+        return 0 if detach else follow(started.run, started.controller, stopper)
     except KeyboardInterrupt:
-        prose(f"\nleft {name} starting; {ways_back(name)}")
-        return INTERRUPTED
+        prose(f"\nleft {name} {'running' if ready else 'starting'}; {ways_back(name)}")
+        return 0 if ready else INTERRUPTED
+
+
+def announce(started: Up, *, as_json: bool) -> None:
+    """Say that it is ready, and where."""
     if as_json:
-        json_data({"name": name, "url": started.url, "run_dir": str(started.run.path)})
-    else:
-        data(started.url)
-        prose(f"{name} is ready: {started.url}", style="good")
-        prose(f"try: dynctl chat 'Hello'   end: dynctl down {name}")
-    return 0 if detach else follow(started.run, started.controller, stopper)
+        json_data({"name": started.name, "url": started.url, "run_dir": str(started.run.path)})
+        return
+    data(started.url)
+    prose(f"{started.name} is ready: {started.url}", style="good")
+    prose(f"try: dynctl chat 'Hello'   end: dynctl down {started.name}")

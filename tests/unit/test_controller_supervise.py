@@ -87,6 +87,9 @@ class Bench:
         assert found is not None
         return found
 
+    def phase(self) -> str:
+        return self.state.phase
+
     def ready(self, *ids: str) -> None:
         for seat_id in ids or ("frontend-0", "decode-0"):
             self.tell(Seen(seat_id, self.seat(seat_id).incarnation, False, "http://x", 7))
@@ -112,12 +115,12 @@ def words(message: str = "no memory", kind: str = "launch", **fields: Any) -> La
 def test_all_processes_are_started_at_once_and_make_the_deployment_ready() -> None:
     bench = Bench(begin=False)
     assert bench.tell(Begin()) == [Start("frontend-0", 1), Start("decode-0", 1)]
-    assert bench.state.phase == "starting"
+    assert bench.phase() == "starting"
     bench.ready("frontend-0")
-    assert bench.state.phase == "starting"
+    assert bench.phase() == "starting"
     assert bench.state.reason == "decode-0 is starting"
     bench.ready("decode-0")
-    assert (bench.state.phase, bench.state.reason, bench.state.ready_once) == ("ready", "", True)
+    assert (bench.phase(), bench.state.reason, bench.state.ready_once) == ("ready", "", True)
     assert bench.seat().url == "http://x"
     assert bench.seat().engine_pid == 7
 
@@ -126,13 +129,13 @@ def test_a_crash_after_ready_degrades_and_restarts_with_a_new_incarnation() -> N
     bench = Bench()
     bench.ready()
     assert bench.exit() == [Kill("decode-0", 1)]
-    assert bench.state.phase == "degraded"
+    assert bench.phase() == "degraded"
     assert bench.state.reason == "decode-0 will be restarted: killed by SIGKILL"
     assert bench.after(0.9) == []
     assert bench.after(0.1) == [Kill("decode-0", 1), Start("decode-0", 2)]
     assert bench.state.reason == "decode-0 is starting again: killed by SIGKILL"
     bench.ready("decode-0")
-    assert bench.state.phase == "ready"
+    assert bench.phase() == "ready"
     assert bench.seat().restarts == 1
 
 
@@ -164,10 +167,10 @@ def test_dying_at_start_twice_for_the_same_reason_fails_the_deployment() -> None
     assert bench.seat().state == "failed"
     assert bench.seat().last_error == ["boom"]
     assert Terminate("frontend-0") in got
-    assert bench.state.phase == "stopping"
+    assert bench.phase() == "stopping"
     bench.exit("frontend-0", 0)
     assert bench.finished
-    assert bench.state.phase == "failed"
+    assert bench.phase() == "failed"
     assert bench.state.reason == "decode-0 gave up: out of memory at 0x8a: 7 bytes"
 
 
@@ -209,7 +212,7 @@ def test_giving_up_once_it_has_been_ready_keeps_the_rest_serving() -> None:
     bench.after(1.0)
     bench.exit(code=1, words=words(permanent=True))
     assert bench.seat().state == "failed"
-    assert bench.state.phase == "degraded"
+    assert bench.phase() == "degraded"
     assert bench.state.reason == "decode-0 gave up: no memory"
     assert not bench.supervisor.stopping
 
@@ -247,10 +250,10 @@ def test_a_lost_lease_may_come_back() -> None:
     bench.ready()
     bench.tell(Gone("decode-0", 1))
     assert bench.seat().state == "lost"
-    assert bench.state.phase == "degraded"
+    assert bench.phase() == "degraded"
     bench.after(TIMES.renew_s - 1)
     bench.ready("decode-0")
-    assert bench.state.phase == "ready"
+    assert bench.phase() == "ready"
 
 
 def test_a_process_that_lost_its_lease_for_good_is_killed_and_restarted() -> None:
@@ -301,7 +304,13 @@ def test_a_follower_is_ready_when_it_runs() -> None:
 
 
 def test_a_new_controller_adopts_the_living_and_starts_what_is_missing() -> None:
-    living = {"pid": 5, "start_ticks": 1, "incarnation": 3, "was_ready": True, "ever_ready": True}
+    living: dict[str, Any] = {
+        "pid": 5,
+        "start_ticks": 1,
+        "incarnation": 3,
+        "was_ready": True,
+        "ever_ready": True,
+    }
     bench = Bench(
         seat("frontend-0", "frontend", **living),
         seat("decode-0", **living),
@@ -312,15 +321,21 @@ def test_a_new_controller_adopts_the_living_and_starts_what_is_missing() -> None
     bench.state.ready_once = True
     got = bench.tell(Begin(frozenset({"frontend-0", "decode-0", "decode-1.1"})))
     assert got == [Kill("decode-1", 3), Start("decode-1", 4)]
-    assert bench.state.phase == "degraded"
+    assert bench.phase() == "degraded"
     assert bench.seat("decode-1").restarts == 1
     assert bench.seat("decode-1.1").state == "ready"
     bench.ready("frontend-0", "decode-0", "decode-1")
-    assert bench.state.phase == "ready"
+    assert bench.phase() == "ready"
 
 
 def test_an_adopted_process_that_never_renews_is_ended() -> None:
-    living = {"pid": 5, "start_ticks": 1, "incarnation": 3, "was_ready": True, "ever_ready": True}
+    living: dict[str, Any] = {
+        "pid": 5,
+        "start_ticks": 1,
+        "incarnation": 3,
+        "was_ready": True,
+        "ever_ready": True,
+    }
     bench = Bench(seat("decode-0", **living), begin=False)
     bench.tell(Begin(frozenset({"decode-0"})))
     assert bench.after(TIMES.renew_s) == [Kill("decode-0", 3)]
@@ -337,13 +352,13 @@ def test_down_ends_frontends_before_workers() -> None:
     bench = Bench()
     bench.ready()
     assert bench.tell(Stop(5.0)) == [Terminate("frontend-0")]
-    assert bench.state.phase == "stopping"
+    assert bench.phase() == "stopping"
     assert bench.exit("frontend-0", 0) == [Kill("frontend-0", 1), Terminate("decode-0")]
     assert bench.seat("frontend-0").state == "stopped"
     bench.ready("decode-0")
     assert bench.seat().state == "stopping"
     assert bench.exit("decode-0", 0) == [Kill("decode-0", 1), Finish()]
-    assert bench.state.phase == "stopped"
+    assert bench.phase() == "stopped"
     assert bench.after(99.0) == []
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from dynctl.deploy import stop, watch
+from dynctl.deploy import stop
 from dynctl.deploy.home import Home, RunDir
 from dynctl.deploy.run import Up
 from dynctl.deploy.state import ControllerRecord, RunState, SeatRecord, load_state, save_state
 from dynctl.deploy.stop import Stopper, stop_run
 from dynctl.deploy.watch import Waiter, failure_of, wait_ready
 from dynctl.errors import LaunchError, NotReady, PeerLost, PortInUse, ProcessExited
+from dynctl.launchers import procfs
 from dynctl.launchers.base import Exit, Launch, Owned, ProcessHandle, RunRef
 from dynctl.protocol.deployment import DeploymentView
 from dynctl.protocol.exits import LastWords
@@ -216,7 +217,7 @@ def writes(run: RunDir, phase: str, **seat: object) -> Callable[[], None]:
 
 @pytest.fixture(autouse=True)
 def all_alive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch.procfs, "alive", lambda pid, ticks: pid != 0)
+    monkeypatch.setattr(procfs, "alive", lambda pid, ticks: pid != 0)
 
 
 def test_it_returns_when_ready_and_healthy(run: RunDir) -> None:

@@ -35,22 +35,26 @@ def run(tmp_path: Path) -> RunRef:
     return RunRef(f"test-{os.getpid()}-{tmp_path.name}", tmp_path)
 
 
-@pytest.fixture
-def launcher(run: RunRef) -> Iterator[LocalLauncher]:
-    made = LocalLauncher()
-    started: list[ProcessHandle] = []
-    start = made.start
+class Tracked(LocalLauncher):
+    """Remembers what it started, so that the test can reap it."""
 
-    def tracked(launch: Launch, ref: RunRef) -> ProcessHandle:
-        handle = start(launch, ref)
-        started.append(handle)
+    def __init__(self) -> None:
+        super().__init__()
+        self.started: list[ProcessHandle] = []
+
+    def start(self, launch: Launch, run: RunRef) -> ProcessHandle:
+        handle = super().start(launch, run)
+        self.started.append(handle)
         return handle
 
-    made.start = tracked  # type: ignore[method-assign]
+
+@pytest.fixture
+def launcher(run: RunRef) -> Iterator[LocalLauncher]:
+    made = Tracked()
     yield made
     made.kill(made.owned(run.run_id))
     assert eventually(lambda: not made.owned(run.run_id))
-    made.poll(started)
+    made.poll(made.started)
 
 
 def python(code: str, seat: str = "decode-0", **command: object) -> Launch:
