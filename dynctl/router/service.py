@@ -1,62 +1,33 @@
 """The router of one frontend: who may be chosen, what each holds and has to do, and which one to take.
 
-Owns one task per followed (worker, rank) that asks it for missed KV batches, and one that tidies the index.
-Choosing is synchronous and awaits nothing.
+Choosing is synchronous and awaits nothing; the tasks that keep the index true are in `router.follow`.
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from random import Random
 
-from dynctl.errors import DynctlError, Rejected
+from dynctl.errors import Rejected
 from dynctl.kv.index import Index, SlotKey
 from dynctl.protocol.instances import Instance
-from dynctl.protocol.kv_events import KV_TOPIC, LOAD_TOPIC, KvBatch, KvSync, KvSyncReply, LoadReport
+from dynctl.protocol.kv_events import KV_TOPIC, LOAD_TOPIC, KvBatch, LoadReport
 from dynctl.protocol.registry import Member
 from dynctl.protocol.specs import RouterSpec
 from dynctl.router.active import RankLoad, Ticket
-from dynctl.router.indexer import Indexer, StreamState
+from dynctl.router.follow import DEFAULT_TIMING, Following, SyncCall, SyncTiming
+from dynctl.router.indexer import StreamState
 from dynctl.router.policy import Candidate, RouteRequest, policy
 from dynctl.router.shared import SharedBlocks
 
 __all__ = ["Choice", "RouteRequest", "Router", "SyncTiming", "Ticket", "WorkerLinks"]
 
-logger = logging.getLogger(__name__)
-
-SyncCall = Callable[[Instance, KvSync], Awaitable[KvSyncReply]]
-"""Asks one worker over its control endpoint. May raise DynctlError; is cancelled at the deadline."""
-
 FALLBACK_BLOCK_TOKENS = 16
 """The unit of load, in tokens, while no worker has told its block size."""
 
-SWEEP_BITS = 200
-"""Index entries tidied between two turns of the event loop: about 0.2 ms."""
-
 _INDEXED = ("prefill", "aggregated")
 """Roles whose cached blocks matter: decode alone gets its KV from prefill, whatever it holds."""
-
-
-@dataclass(frozen=True, slots=True)
-class SyncTiming:
-    """Deadline of one call; wait between failed calls (doubling up to a limit); wait before the next look.
-
-    A lost batch shows by the one after it. `settle_s` after the first answer and every `recheck_s` a worker
-    is asked anyway: a subscription may have become live only after the first answer, and the last batch
-    before a pause has none after it.
-    """
-
-    deadline_s: float = 5.0
-    retry_s: float = 0.2
-    retry_limit_s: float = 5.0
-    settle_s: float = 1.0
-    recheck_s: float = 30.0
-
-
-DEFAULT_TIMING = SyncTiming()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +64,6 @@ class _Worker:
     loads: list[RankLoad]
 
 
-@dataclass(frozen=True, slots=True)
-class _Follower:
-    """The task that keeps one (worker, rank) synced; `wake` tells it of a gap."""
-
-    task: asyncio.Task[None]
-    wake: asyncio.Event
-
-
 class Router:
     """Chooses workers for requests. Use from one event loop; `close` ends its tasks.
 
@@ -118,18 +81,15 @@ class Router:
         timing: SyncTiming = DEFAULT_TIMING,
     ) -> None:
         self._links = links
-        self._timing = timing
         self._given_block_size = self.block_size = block_size
         self._index = Index()
-        self._indexer = Indexer(self._index)
+        self._following = Following(self._index, links.sync, self._learn_block_size, timing)
         self._shared = SharedBlocks()
         self._policy = policy(spec, self._index, self._shared, rng or Random())
         self._kv = spec.mode == "kv"
         self._workers: dict[str, _Worker] = {}
         self._candidates: dict[str, list[Candidate]] = {}
         self._block_sizes: dict[str, int] = {}
-        self._followers: dict[SlotKey, _Follower] = {}
-        self._tidying: asyncio.Task[None] | None = None
 
     @property
     def topics(self) -> tuple[bytes, ...]:
@@ -197,7 +157,7 @@ class Router:
             if instance.incarnation == before:
                 known.member = member
                 return
-            self._detach(instance.id)
+            self._drop(instance.id)
         ranks = max(1, instance.dp_size)
         self._workers[instance.id] = _Worker(member, [RankLoad(self._shared) for _ in range(ranks)])
         if instance.events:
@@ -205,28 +165,19 @@ class Router:
         if instance.role in _INDEXED:
             self._block_sizes[instance.id] = instance.model.block_size if instance.model else 0
             if self._kv and _tells_of_its_cache(instance):
-                for sync in self._indexer.join(instance.id, instance.incarnation, ranks):
-                    self._follow(instance, sync.rank)
-        self._tidy()
+                self._following.join(instance, ranks)
 
     def _drop(self, worker_id: str) -> None:
-        """A worker is gone, and all it held with it."""
-        if worker_id in self._workers:
-            self._detach(worker_id)
-            self._indexer.leave(worker_id)
-            self._tidy()
-
-    def _detach(self, worker_id: str) -> None:
-        """End what runs for the known incarnation of a worker. Its tickets end with its loads."""
-        worker = self._workers.pop(worker_id)
-        self._block_sizes.pop(worker_id, None)
+        """The known incarnation of a worker is gone, with all it held. Running tickets stay valid."""
+        worker = self._workers.pop(worker_id, None)
+        if worker is None:
+            return
         for load in worker.loads:
             load.retire()
-        instance = worker.member.instance
-        if instance.events:
-            self._links.unsubscribe(instance.events)
-        for key in [key for key in self._followers if key[0] == worker_id]:
-            self._followers.pop(key).task.cancel()
+        if worker.member.instance.events:
+            self._links.unsubscribe(worker.member.instance.events)
+        self._block_sizes.pop(worker_id, None)
+        self._following.leave(worker_id)
 
     def _rebuild(self) -> None:
         """Work out anew what depends on the membership as a whole."""
@@ -253,19 +204,7 @@ class Router:
 
     def on_kv(self, batch: KvBatch) -> None:
         """Take one message of topic KV_TOPIC."""
-        sync = self._indexer.on_batch(batch)
-        self._learn_block_size(batch.worker, batch.block_size)
-        self._tidy()
-        if sync is None:
-            return
-        logger.warning(
-            "index.gap worker=%s rank=%s missing=%s..%s", sync.worker, sync.rank, sync.from_seq, batch.seq - 1
-        )
-        follower = self._followers.get((sync.worker, sync.rank))
-        if follower is None or follower.task.done():
-            self._follow(self._workers[sync.worker].member.instance, sync.rank)
-        else:
-            follower.wake.set()
+        self._following.on_batch(batch)
 
     def on_load(self, report: LoadReport) -> None:
         """Take one message of topic LOAD_TOPIC; reports of others than the known incarnations are ignored."""
@@ -279,7 +218,7 @@ class Router:
 
     def streams(self) -> list[StreamState]:
         """How well each (worker, rank) that is indexed is followed."""
-        return self._indexer.states()
+        return self._following.states()
 
     def held(self) -> dict[SlotKey, int]:
         """Blocks indexed, by (worker, rank)."""
@@ -310,99 +249,11 @@ class Router:
                 )
         return words
 
-    def _follow(self, instance: Instance, rank: int) -> None:
-        wake = asyncio.Event()
-        name = f"router.follow {instance.id} {rank}"
-        task = _start(self._keep_synced(instance, rank, wake), name)
-        self._followers[instance.id, rank] = _Follower(task, wake)
-
-    async def _keep_synced(self, instance: Instance, rank: int, wake: asyncio.Event) -> None:
-        """Ask for what is missing until nothing is, and again after a gap, until the worker is gone."""
-        timing, index = self._timing, self._indexer
-        pause, delay, failures = timing.settle_s, timing.retry_s, 0
-        while (
-            state := index.state(instance.id, rank)
-        ) is not None and state.incarnation == instance.incarnation:
-            wake.clear()
-            problem = await self._ask(instance, rank, state.next_seq)
-            if problem:
-                failures += 1
-                level = logging.WARNING if failures == 1 else logging.DEBUG
-                logger.log(level, "index.sync_failed worker=%s rank=%s: %s", instance.id, rank, problem)
-                await asyncio.sleep(delay)
-                delay = min(2 * delay, timing.retry_limit_s)
-                continue
-            if failures:
-                logger.info("index.synced worker=%s rank=%s failures=%s", instance.id, rank, failures)
-            delay, failures = timing.retry_s, 0
-            await _wait(wake, pause)
-            pause = timing.recheck_s
-
-    async def _ask(self, instance: Instance, rank: int, from_seq: int) -> str:
-        """One call and its answer taken over. Returns what went wrong, "" = the stream is synced now."""
-        try:
-            async with asyncio.timeout(self._timing.deadline_s):
-                reply = await self._links.sync(instance, KvSync(rank=rank, from_seq=from_seq))
-        except TimeoutError:
-            return f"no answer in {self._timing.deadline_s:g} s"
-        except DynctlError as error:
-            return str(error)
-        self._indexer.on_reply(instance.id, reply)
-        more = True
-        while more:
-            more = self._indexer.load(instance.id, rank)
-            await asyncio.sleep(0)
-        self._tidy()
-        self._learn_block_size(instance.id, reply.block_size)
-        state = self._indexer.state(instance.id, rank)
-        if state is not None and state.state == "syncing":
-            return f"the answer goes up to batch {reply.next_seq}, wanted from {state.next_seq} on"
-        return ""
-
-    def _tidy(self) -> None:
-        """See to it that retired index entries are cleared, in portions."""
-        if self._index.dirty and (self._tidying is None or self._tidying.done()):
-            self._tidying = _start(self._sweep(), "router.tidy")
-
-    async def _sweep(self) -> None:
-        more = True
-        while more:
-            more = self._index.sweep(SWEEP_BITS)
-            await asyncio.sleep(0)
-
     async def close(self) -> None:
         """End all tasks."""
-        tasks = [follower.task for follower in self._followers.values()]
-        if self._tidying is not None:
-            tasks.append(self._tidying)
-        self._followers.clear()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _start(work: Coroutine[None, None, None], name: str) -> asyncio.Task[None]:
-    """A task whose unforeseen end is logged: nobody awaits it, so the error would vanish."""
-    task = asyncio.create_task(work, name=name)
-    task.add_done_callback(_log_failure)
-    return task
-
-
-def _log_failure(task: asyncio.Task[None]) -> None:
-    error = None if task.cancelled() else task.exception()
-    if error is not None:
-        logger.error("router.task_failed task=%s", task.get_name(), exc_info=error)
+        await self._following.close()
 
 
 def _tells_of_its_cache(instance: Instance) -> bool:
     """Whether KV events come from it, and it can be asked for those that were missed."""
     return bool(instance.events and instance.control)
-
-
-async def _wait(event: asyncio.Event, timeout_s: float) -> None:
-    """Until `event` is set, or `timeout_s` have passed."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            await event.wait()
-    except TimeoutError:
-        return

@@ -234,7 +234,7 @@ async def test_gap_is_filled_by_asking_the_worker(caplog: pytest.LogCaptureFixtu
         await synced(router)
         plane.publish(Stored([1]))
         router.on_kv(plane.publish(Stored([2])))
-        assert "index.gap worker=aggregated-0 rank=0 missing=0..0" in caplog.text
+        assert "index.gap worker=aggregated-0 rank=0 expected=0 got=1" in caplog.text
         await synced(router)
         assert overlap(router, [1, 2]) == 2
         assert plane.asked == [("aggregated-0", 0, 0)] * 2
@@ -300,15 +300,18 @@ async def test_lost_last_batch_is_found_without_a_next_one() -> None:
         await until(lambda: router.held().get(("aggregated-0", 0)) == 1)
 
 
-async def test_newer_incarnation_by_its_events_is_forgotten_then_followed_as_a_member() -> None:
+async def test_newer_incarnation_seen_by_its_events_ends_the_older_and_is_followed_as_a_member() -> None:
     plane = Plane()
-    async with routing(plane) as router:
+    timing = SyncTiming(deadline_s=2.0, retry_s=0.001, settle_s=0.005, recheck_s=0.005)
+    async with routing(plane, timing=timing) as router:
         router.members_changed([member()], [])
         await synced(router)
         router.on_kv(plane.publish(Stored([1])))
         plane.batches.clear()
         router.on_kv(plane.publish(Stored([2]), incarnation=2))
         assert overlap(router, [1]) == 0
+        follower = router._following._followers["aggregated-0", 0].task
+        await until(follower.done)
         router.members_changed([member(incarnation=2)], [])
         await synced(router)
         assert overlap(router, [2]) == 1
@@ -373,7 +376,10 @@ async def test_differing_block_sizes_and_missing_events_are_doubts() -> None:
             [member(), member("aggregated-1", model=other), member("aggregated-2", events="", control="")], []
         )
         await synced(router)
-        assert router.doubts() == [
+        told = router.doubts()
+        router.members_changed([], ["aggregated-2"])
+        assert len(router.doubts()) == 1
+        assert told == [
             "aggregated-1: its block size is 64 tokens, not 16, so none of its cached blocks are seen",
             "aggregated-2: it publishes no KV events, so none of its cached blocks are seen",
         ]
