@@ -131,17 +131,16 @@ class Client:
         fresh one. Headers that belong to the connection or to the body's length are set here.
         """
         message = _message(origin, method, path, headers, body)
-        self._sweeper.ensure(timeouts.sweep_interval_s())
         pooled = self._pool.take(origin, self._loop.time())
         if pooled is not None and pooled.usable:
             try:
-                return await pooled.send(message, head_only=method == "HEAD", timeouts=timeouts)
+                return await self._send(pooled, message, method, timeouts)
             except PeerLost:
                 if pooled.answered or self._closed:
                     raise
                 logger.debug("connection.stale origin=%s", origin)
         fresh = await self._connect(origin, timeouts.connect_s)
-        return await fresh.send(message, head_only=method == "HEAD", timeouts=timeouts)
+        return await self._send(fresh, message, method, timeouts)
 
     async def close(self) -> None:
         """Abort what is open; streams still relayed end with PeerLost."""
@@ -169,6 +168,14 @@ class Client:
             self._pool.discard(origin, connection)
 
     # --- inside
+
+    async def _send(
+        self, connection: UpstreamConnection, message: bytes, method: str, timeouts: Timeouts
+    ) -> Stream:
+        if not connection.usable:
+            raise PeerLost("the connection was lost as soon as it was made", where=connection.origin)
+        self._sweeper.ensure(timeouts.sweep_interval_s())
+        return await connection.send(message, head_only=method == "HEAD", timeouts=timeouts)
 
     async def _connect(self, origin: Origin, connect_s: float) -> UpstreamConnection:
         if self._closed:

@@ -69,6 +69,7 @@ class ServerConnection(asyncio.Protocol):
         "_reader",
         "_stage",
         "_transport",
+        "_unsent",
         "deadline",
         "loop",
         "write_paused",
@@ -84,6 +85,7 @@ class ServerConnection(asyncio.Protocol):
         self._peer = ""
         self._read_paused = False
         self._lingering = False
+        self._unsent = 0
         self.write_paused = False
         self.deadline = math.inf
 
@@ -124,7 +126,7 @@ class ServerConnection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self.write_paused = True
-        self.deadline = self.loop.time() + self._owner.limits.idle_timeout_s
+        self._await_flush()
         if self._exchange is not None:
             self._exchange.writing_paused()
 
@@ -168,8 +170,7 @@ class ServerConnection(asyncio.Protocol):
         if self._transport is None:
             return
         if not reset:
-            self._transport.close()
-            self.deadline = self.loop.time() + LINGER_S
+            self.close_idle()
             return
         sock: socket.socket | None = self._transport.get_extra_info("socket")
         if sock is not None:
@@ -189,7 +190,10 @@ class ServerConnection(asyncio.Protocol):
         if transport is None or now < self.deadline:
             return
         if self._lingering or self.write_paused or transport.is_closing():
-            transport.abort()
+            before = self._unsent
+            self._await_flush()
+            if self._unsent >= before:
+                transport.abort()
         elif self._stage == "idle":
             self.close_idle()
         else:
@@ -198,10 +202,10 @@ class ServerConnection(asyncio.Protocol):
             )
 
     def close_idle(self) -> None:
-        """Close a connection that no request is using."""
+        """Close once what was written has been sent; for a connection that no request is using."""
         if self._transport is not None:
             self._transport.close()
-            self.deadline = self.loop.time() + LINGER_S
+            self._await_flush()
 
     def abort(self) -> None:
         """Cut the connection now."""
@@ -209,6 +213,16 @@ class ServerConnection(asyncio.Protocol):
             self._transport.abort()
 
     # --- inside
+
+    def _await_flush(self) -> None:
+        """From now on the client must take something of its answer within each idle time-out.
+
+        With nothing left to send, what remains is to wait for the client to close.
+        """
+        assert self._transport is not None
+        self._unsent = self._transport.get_write_buffer_size()
+        wait_s = self._owner.limits.idle_timeout_s if self._unsent else LINGER_S
+        self.deadline = self.loop.time() + wait_s
 
     def _await_request(self) -> None:
         self._stage = "idle"
@@ -257,7 +271,7 @@ class ServerConnection(asyncio.Protocol):
         """
         assert self._transport is not None
         self._lingering = True
-        self.deadline = self.loop.time() + LINGER_S
+        self._await_flush()
         if self._read_paused:
             self._read_paused = False
             self._pause_reading(False)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Sequence
 from typing import Final, Literal, Protocol
 
 from dynctl.http.framing import LAST_CHUNK, ChunkReader, frame_chunk
 from dynctl.http.heads import Headers, response_head
 from dynctl.http.request import Request
-
-logger = logging.getLogger(__name__)
 
 AnswerFraming = Literal["chunked", "raw"]
 

@@ -7,10 +7,15 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
+from dynctl.http.client import Client, Origin, Timeouts
 from dynctl.http.runtime import run
 from dynctl.http.server import Exchange, Limits, Request, Server, serve
 
 DEADLINE_S = 20.0
+OK = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+TIMEOUTS = Timeouts(connect_s=5, first_byte_s=5, stall_s=5)
+QUICK = Limits(header_timeout_s=0.2, body_timeout_s=0.2, idle_timeout_s=0.2, body_bytes=100)
 GET = b"GET /x HTTP/1.1\r\nHost: h\r\n\r\n"
 Script = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -73,6 +78,15 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.005)
 
 
+async def stream_three(request: Request, exchange: Exchange) -> None:
+    """Answer in three chunks."""
+    exchange.start(200, [(b"content-type", b"t"), (b"connection", b"bogus")], framing="chunked")
+    for piece in (b"one", b"", b"two", b"three"):
+        exchange.write(piece)
+    exchange.end()
+    exchange.end()
+
+
 class Recorder:
     """A handler that keeps the requests it was given and answers each with its path."""
 
@@ -101,16 +115,16 @@ async def scripted(script: Script) -> AsyncGenerator[int, None]:
     """A peer that does to each connection what the script says; gives its port."""
     tasks: set[asyncio.Task[None]] = set()
 
-    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        tasks.add(task)
+    async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             await script(reader, writer)
         except (ConnectionError, asyncio.IncompleteReadError):
             return  # the other side cut the connection, as some tests want
         finally:
             writer.close()
+
+    def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tasks.add(asyncio.create_task(play(reader, writer)))
 
     server = await asyncio.start_server(connected, "127.0.0.1", 0)
     try:
@@ -120,3 +134,38 @@ async def scripted(script: Script) -> AsyncGenerator[int, None]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def here(port: int) -> Origin:
+    return Origin("http", "127.0.0.1", port)
+
+
+@asynccontextmanager
+async def client(
+    *, idle_expiry_s: float = 4.0, max_idle: int = 256, header_bytes: int = 65536, body_bytes: int = 1 << 26
+) -> AsyncGenerator[Client, None]:
+    one = Client(
+        idle_expiry_s=idle_expiry_s, max_idle=max_idle, header_bytes=header_bytes, body_bytes=body_bytes
+    )
+    try:
+        yield one
+    finally:
+        await one.close()
+
+
+def saying(*pieces: bytes, close: bool = False) -> Script:
+    """A peer that answers every request with these bytes, a turn of the loop between each."""
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            head = await reader.readuntil(b"\r\n\r\n")
+            if b"content-length: " in head:
+                await reader.readexactly(int(head.partition(b"content-length: ")[2].split(b"\r\n")[0]))
+            for piece in pieces:
+                writer.write(piece)
+                await writer.drain()
+                await asyncio.sleep(0.002)
+            if close:
+                return
+
+    return script

@@ -1,0 +1,122 @@
+"""A server's life: limits, drain, close, ports, TLS."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import ssl
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from dynctl.errors import LaunchError, PortInUse
+from dynctl.http.runtime import run
+from dynctl.http.server import Exchange, Limits, Request, serve
+from tests.contract.http_wire import GET, Recorder, Wire, on_uvloop, served, stream_three, until
+
+
+@on_uvloop
+async def test_one_connection_too_many_is_told_so() -> None:
+    async with served(Recorder(), Limits(max_connections=1)) as server:
+        first = await Wire.to(server.port)
+        first.send(GET)
+        await first.answer()
+        second = await Wire.to(server.port)
+        assert (await second.answer())[0] == 503
+        assert await second.rest() == b""
+        await second.close()
+        first.send(GET)
+        assert (await first.answer())[0] == 200
+        await first.close()
+
+
+@on_uvloop
+async def test_drain_lets_requests_finish_and_closes_the_rest() -> None:
+    release = asyncio.Event()
+
+    async def handler(request: Request, exchange: Exchange) -> None:
+        await release.wait()
+        exchange.respond(200)
+
+    async with served(handler) as server:
+        idle, busy = await Wire.to(server.port), await Wire.to(server.port)
+        busy.send(GET)
+        await until(lambda: server.inflight == 1)
+        assert await server.drain(0.02) == 1
+        assert await idle.rest() == b""
+        with pytest.raises(OSError, match="Connect"):
+            await Wire.to(server.port)
+        draining = asyncio.create_task(server.drain(10))
+        release.set()
+        status, headers, _ = await busy.answer()
+        assert (status, headers[b"connection"]) == (200, b"close")
+        assert await busy.rest() == b""
+        assert await draining == 0
+        assert await server.drain(0) == 0
+        await idle.close()
+        await busy.close()
+
+
+@on_uvloop
+async def test_close_cancels_handlers_and_cuts_connections() -> None:
+    cancelled: list[bool] = []
+
+    async def handler(request: Request, exchange: Exchange) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.append(True)
+
+    async with served(handler) as server:
+        wire = await Wire.to(server.port)
+        wire.send(GET)
+        await until(lambda: server.inflight == 1)
+        await server.close()
+        assert cancelled == [True]
+        assert await wire.rest() == b""
+        await wire.close()
+
+
+@on_uvloop
+async def test_a_port_in_use_is_named_and_can_be_shared_when_asked() -> None:
+    async with served(Recorder()) as server:
+        with pytest.raises(PortInUse) as caught:
+            await serve(Recorder(), host="127.0.0.1", port=server.port, limits=Limits())
+        assert caught.value.where == f"127.0.0.1:{server.port}"
+    with pytest.raises(LaunchError) as other:
+        await serve(Recorder(), host="192.0.2.1", port=0, limits=Limits())
+    assert other.value.where == "192.0.2.1:0"
+    one = await serve(Recorder(), host="127.0.0.1", port=0, limits=Limits(), reuse_port=True)
+    two = await serve(Recorder(), host="127.0.0.1", port=one.port, limits=Limits(), reuse_port=True)
+    assert one.port == two.port
+    await one.close()
+    await two.close()
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command for a certificate")
+def test_tls(tmp_path: Path) -> None:
+    key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
+    name = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    out = ["-keyout", str(key), "-out", str(cert)]
+    argv = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    subprocess.run([*argv, "-days", "2", *name, *out], check=True, capture_output=True)
+    run(asyncio.wait_for(_tls_scenario(cert, key), 20))
+
+
+async def _tls_scenario(cert: Path, key: Path) -> None:
+    from dynctl.http.client import Client, Origin
+
+    here = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    here.load_cert_chain(cert, key)
+    there = ssl.create_default_context(cafile=str(cert))
+    server = await serve(stream_three, host="127.0.0.1", port=0, limits=Limits(body_bytes=100), tls=here)
+    client = Client(tls=there)
+    origin = Origin.parse(f"https://127.0.0.1:{server.port}")
+    for _ in range(2):
+        response = await client.request(origin, "GET", "/", timeout_s=5)
+        assert response.body == b"onetwothree"
+    too_long = await client.request(origin, "POST", "/", body=b"x" * 101, timeout_s=5)
+    assert too_long.status == 413
+    await client.close()
+    await server.close()
