@@ -132,6 +132,19 @@ class Reader:
         self.seqs.append(seq)
 
 
+async def engine_at(live: str, replay: str) -> EnginePublisher:
+    """An engine's publisher at endpoints that another one in this process has just closed."""
+    async with asyncio.timeout(10):
+        while True:
+            engine = EnginePublisher(EngineEventSource(endpoint=live, replay=replay, topic="kv-events"))
+            try:
+                engine.start()
+            except PortInUse:  # a closed socket gives its port back a moment later
+                await asyncio.sleep(0.01)
+                continue
+            return engine
+
+
 @pytest.fixture
 async def closing() -> AsyncIterator[list[Reader | EnginePublisher]]:
     things: list[Reader | EnginePublisher] = []
@@ -160,9 +173,9 @@ async def test_reader_that_came_first_misses_nothing(closing: list[Reader | Engi
     live, replay = first.start()
     first.close()
     reader = Reader(live, replay, replay_deadline_s=0.3)
-    engine = EnginePublisher(EngineEventSource(endpoint=live, replay=replay, topic="kv-events"))
-    engine.start()
-    closing += [engine, reader]
+    closing.append(reader)
+    engine = await engine_at(live, replay)
+    closing.append(engine)
     for seq in range(50):
         engine.publish(payload(seq))
         await asyncio.sleep(0.002)
@@ -210,13 +223,13 @@ async def test_restarted_publisher_resets_and_is_read_from_its_start(
     engine = EnginePublisher(ANY)
     live, replay = engine.start()
     reader = Reader(live, replay, replay_deadline_s=0.5)
+    closing.append(reader)
     for seq in range(20):
         engine.publish(payload(seq))
     await until(lambda: len(reader.seqs) == 20)
     engine.close()
-    again = EnginePublisher(EngineEventSource(endpoint=live, replay=replay, topic="kv-events"))
-    again.start()
-    closing += [again, reader]
+    again = await engine_at(live, replay)
+    closing.append(again)
     again.publish(payload(0, time=1000.0))
     seq = 1
     while not reader.resets:
