@@ -8,7 +8,7 @@ import json
 import pytest
 
 from dynctl.http.framing import frame_chunk
-from dynctl.http.server import Exchange, Request
+from dynctl.http.server import Exchange, Limits, Request
 from tests.contract.http_wire import GET, QUICK, Recorder, Wire, on_uvloop, served, stream_three, until
 
 SMALL = Limits(body_bytes=100)
