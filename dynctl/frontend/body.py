@@ -51,6 +51,8 @@ class Body:
             raise RequestError("the body must be a JSON object", hint=str(error)) from error
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise RequestError(f"the body is not JSON: {error}") from error
+        except RecursionError as error:
+            raise RequestError("the body is nested too deeply") from error
 
     def has(self, name: str) -> bool:
         """Whether the field is there and not null."""

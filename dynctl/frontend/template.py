@@ -22,6 +22,14 @@ import jinja2.sandbox
 from dynctl.frontend.body import Body, Message, field_value
 
 _TEXT_PARTS = {"text", "input_text", "output_text"}
+_TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+)
 
 
 class Unrenderable(Exception):
@@ -89,6 +97,13 @@ class ChatTemplate:
 
     def render(self, body: Body, messages: Sequence[Message]) -> str:
         """The prompt text. Raises Unrenderable; RequestError for fields of a wrong type."""
+        try:
+            return self._render(body, messages)
+        except RecursionError as error:
+            # Nested as deeply as a body may just be, or JSON in a string that is nested deeper.
+            raise Unrenderable("nested_too_deeply") from error
+
+    def _render(self, body: Body, messages: Sequence[Message]) -> str:
         conversation = [_message(message, self.wraps_parts) for message in messages]
         variables: dict[str, Any] = {
             **self._special_tokens,
@@ -103,7 +118,7 @@ class ChatTemplate:
             variables.setdefault("reasoning_effort", effort)
         try:
             text = self._template.render(variables)
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        except _TEMPLATE_ERRORS as error:
             # A template is the model owner's program: what it raises on odd messages is its word.
             raise Unrenderable("template_error", str(error)) from error
         return _continued(text, conversation) if body.get("continue_final_message", bool) else text

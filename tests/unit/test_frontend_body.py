@@ -99,3 +99,9 @@ def test_prompt_forms() -> None:
         with pytest.raises(RequestError) as caught:
             prompt(Body.parse(wrong))
         assert caught.value.where == "prompt"
+
+
+@pytest.mark.parametrize("opening", [b"[", b'{"a":'])
+def test_a_body_nested_too_deeply_is_a_request_error(opening: bytes) -> None:
+    with pytest.raises(RequestError, match="nested too deeply"):
+        Body.parse(b'{"x":' + opening * 100_000)

@@ -128,3 +128,15 @@ def test_continue_final_message_cuts_what_follows_it() -> None:
     assert render(PARTS, fields, bos_token="") == "[q][so far"
     with pytest.raises(Unrenderable):
         render("nothing of it", fields)
+
+
+def test_tool_call_arguments_nested_too_deeply_are_left_to_the_engine() -> None:
+    call = {"function": {"name": "f", "arguments": "[" * 100_000}}
+    with pytest.raises(Unrenderable) as caught:
+        render(PLAIN, {"messages": [{"role": "assistant", "content": "x", "tool_calls": [call]}]})
+    assert caught.value.reason == "nested_too_deeply"
+
+
+def test_a_template_that_asks_for_what_a_value_lacks() -> None:
+    with pytest.raises(Unrenderable):
+        render("{{ messages | dictsort }}", user("x"))
