@@ -8,6 +8,7 @@ from typing import Literal
 
 from dynctl.errors import DynctlError, EngineFailed, TransportError
 from dynctl.frontend.call import Call
+from dynctl.frontend.refusal import openai_error
 from dynctl.frontend.stream import SSE_HEADERS, Load, Relay, Ways, as_events, is_refusal, output_tokens
 from dynctl.frontend.upstream import Leg, Upstream
 from dynctl.http.client import Response, Stream
@@ -23,6 +24,7 @@ Tell = Callable[[DynctlError], bytes]
 _REFUSAL_BYTES = 1024 * 1024
 
 _ENGINE_ONLY = frozenset((b"server", b"date", b"content-length", b"x-request-id"))
+_OF_A_BODY = frozenset((b"content-type", b"content-encoding", b"content-language", b"etag"))
 
 
 class Answer:
@@ -57,10 +59,14 @@ class Answer:
         self.whole(response, workers)
 
     def whole(self, response: Response, workers: list[str]) -> None:
-        """Give an engine's whole answer to the client, its refusals (4xx) too."""
+        """Give an engine's whole answer to the client, its refusals (4xx) too: these in OpenAI's shape."""
         self._judge(response.status)
-        self._call.account.output_tokens = output_tokens(response.body)
         headers = self._headers(response.headers, workers)
+        if response.status >= 400:
+            headers = [pair for pair in headers if pair[0] not in _OF_A_BODY]
+            self._exchange.respond(response.status, openai_error(response.body), headers=headers)
+            return
+        self._call.account.output_tokens = output_tokens(response.body)
         self._exchange.respond(response.status, response.body, headers=headers)
 
     def finished_by_prefill(self, response: Response, worker: str) -> None:
