@@ -7,7 +7,7 @@ import hmac
 from collections.abc import Iterable
 
 from dynctl.errors import ContextTooLong, ModelNotFound, RequestError, Unauthorized
-from dynctl.frontend.body import Body
+from dynctl.frontend.body import Body, excerpt
 from dynctl.protocol.instances import Instance, ModelCard
 
 
@@ -60,7 +60,7 @@ class Models:
         if name in self.adapters:
             return name
         raise ModelNotFound(
-            f"The model `{name}` does not exist",
+            f"The model `{excerpt(name)}` does not exist",
             where="model",
             hint=f"served here: {', '.join(self.names())}",
         )

@@ -33,6 +33,14 @@ _WORDS: dict[Any, str] = {
 }
 
 
+_EXCERPT_CHARS = 200
+
+
+def excerpt(text: str) -> str:
+    """A client's own words as errors and logs may repeat them: not at any length."""
+    return text if len(text) <= _EXCERPT_CHARS else f"{text[:_EXCERPT_CHARS]}…"
+
+
 class Body:
     """One request body. `original` is what the client sent, byte for byte."""
 

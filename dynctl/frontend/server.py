@@ -12,6 +12,7 @@ import msgspec
 from dynctl.errors import DynctlError, RequestError, TransportError
 from dynctl.frontend.accounts import Accounts
 from dynctl.frontend.admission import ApiKeys, Models
+from dynctl.frontend.body import excerpt
 from dynctl.frontend.call import Call, Endpoint, engine_headers, read_form, request_id
 from dynctl.frontend.pipeline import Pipeline
 from dynctl.http.server import Exchange, Request
@@ -151,7 +152,7 @@ class Routes:
             else:
                 self._model(path.removeprefix("/v1/models/"), exchange)
         else:
-            raise UnknownPath(f"there is nothing at {path}")
+            raise UnknownPath(f"there is nothing at {excerpt(path)}")
 
     async def _serve(self, endpoint: Endpoint, request: Request, exchange: Exchange, id_: bytes) -> None:
         edge = self._edge

@@ -12,6 +12,13 @@ from typing import TextIO
 ENV_FORMAT = "DYNCTL_LOG_FORMAT"
 ENV_LEVEL = "DYNCTL_LOG_LEVEL"
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))} | {
+    0x09: "\\t",
+    0x0A: "\\n",
+    0x0D: "\\r",
+    0x2028: "\\u2028",
+    0x2029: "\\u2029",
+}
 
 
 def timestamp(seconds: float) -> str:
@@ -22,7 +29,10 @@ def timestamp(seconds: float) -> str:
 
 
 class PlainFormatter(logging.Formatter):
-    """`time LEVEL process logger event…`; a traceback follows on lines of its own."""
+    """`time LEVEL process logger event…`; a traceback follows on lines of its own.
+
+    Control characters of the event are shown as escapes: what a client sent can begin no line of its own.
+    """
 
     def __init__(self, process_id: str) -> None:
         super().__init__()
@@ -31,7 +41,8 @@ class PlainFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """One record as text."""
         head = f"{timestamp(record.created)} {record.levelname} {self._process_id} {record.name}"
-        line = f"{head} {record.getMessage()}"
+        event = record.getMessage()
+        line = f"{head} {event if event.isprintable() else event.translate(_CONTROLS)}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 

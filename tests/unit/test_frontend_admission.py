@@ -90,3 +90,9 @@ def test_what_does_not_fit_is_told_with_its_numbers(tokens: int, asked: int | No
         check_context(tokens, asked, 100)
     assert "maximum context length is 100 tokens" in caught.value.message
     assert told in caught.value.message
+
+
+def test_an_unknown_model_of_any_length_is_told_in_a_short_message() -> None:
+    with pytest.raises(ModelNotFound) as caught:
+        Models(ModelCard(name="m")).adapter("x" * 1_000_000)
+    assert len(caught.value.message) < 300
