@@ -60,10 +60,13 @@ class RequestReader:
 
     @property
     def stage(self) -> Stage:
-        """What is being waited for: nothing begun, the rest of a head, or the rest of a body."""
+        """What is being waited for: nothing begun, the rest of a head, or the rest of a body.
+
+        Half a blank line begins nothing: else blank lines, half by half, would put off the deadline for ever.
+        """
         if self._head is not None:
             return "body"
-        return "head" if self._buffer else "idle"
+        return "head" if self._buffer and self._buffer != b"\r" else "idle"
 
     @property
     def buffered(self) -> int:
@@ -154,8 +157,9 @@ class RequestReader:
             end = self._chunks.feed(data, pieces)
         except FramingError as error:
             raise HeadError(400, "malformed_http", f"malformed HTTP: {error}") from error
-        self._pieces += pieces
-        self._body_bytes += sum(map(len, pieces))
+        payload = b"".join(pieces)  # one object for all that came, however small the client's chunks are
+        self._pieces.append(payload)
+        self._body_bytes += len(payload)
         if self._body_bytes > self._limits.body_bytes:
             raise self._too_large()
         if end < 0:

@@ -134,3 +134,24 @@ def test_deadlines_are_looked_at_four_times_within_the_shortest() -> None:
     assert Limits(header_timeout_s=0.4).sweep_interval_s() == pytest.approx(0.1)
     assert Limits().sweep_interval_s() == 1.0
     assert Limits(body_timeout_s=0.0).sweep_interval_s() == 0.01
+
+
+def test_blank_lines_that_come_half_by_half_begin_no_request() -> None:
+    reader = RequestReader(Limits())
+    for half in (b"\r", b"\n", b"\r", b"\n"):
+        reader.feed(half)
+        assert reader.next() is None
+        assert reader.stage == "idle"
+
+
+def test_tiny_chunks_are_kept_as_one_piece_each_time_bytes_come() -> None:
+    reader = RequestReader(Limits())
+    reader.feed(
+        b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n" + frame_chunk(b"ab") * 5000
+    )
+    assert reader.next() is None
+    assert len(reader._pieces) == 1
+    reader.feed(b"0\r\n\r\n")
+    request = reader.next()
+    assert request is not None
+    assert request.body == b"ab" * 5000
