@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 import msgspec
 
@@ -199,6 +200,7 @@ class Routes:
         exchange.respond(200, msgspec.json.encode({"object": "list", "data": data}))
 
     def _model(self, name: str, exchange: Exchange) -> None:
+        name = unquote(name)  # clients escape the slash of a Hugging Face id
         self._edge.models.adapter(name)
         exchange.respond(200, msgspec.json.encode(self._card(name)))
 

@@ -118,6 +118,15 @@ async def test_unknown_model_path_and_method() -> None:
         assert response.status == 405
 
 
+async def test_a_model_id_with_a_slash_is_found_by_clients_that_escape_it() -> None:
+    async with (
+        frontend(make_spec(model=ModelCard(name="org/m")), aggregated=[Engine()]) as front,
+        openai.AsyncOpenAI(base_url=front.url + "/v1", api_key="x", max_retries=0) as client,
+    ):
+        assert (await client.models.retrieve("org/m")).id == "org/m"
+        assert (await front.call("GET", "/v1/models/org/m")).status == 200
+
+
 async def test_engine_administration_cannot_be_reached() -> None:
     engine = Engine()
     async with frontend(make_spec(), aggregated=[engine]) as front:
