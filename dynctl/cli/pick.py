@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 
+from dynctl.deploy.ask import ask_controller
 from dynctl.deploy.home import Home, RunDir
 from dynctl.deploy.state import ENDED, RunState, load_state
 from dynctl.deploy.status import view_of
-from dynctl.errors import CodecError, UsageError
+from dynctl.errors import CodecError, DynctlError, UsageError
 from dynctl.launchers import procfs
 from dynctl.launchers.local import LocalLauncher
 from dynctl.protocol.deployment import DeploymentView
+
+_ANSWER_S = 2.0
 
 
 def home() -> Home:
@@ -21,6 +24,23 @@ def home() -> Home:
 def view(run: RunDir) -> DeploymentView:
     """The deployment as its state file and the living processes say. Raises UsageError without a state."""
     return view_of(state(run), str(run.path), procfs.alive)
+
+
+def ask(run: RunDir) -> tuple[DeploymentView, str]:
+    """The deployment as its controller sees it now, and why the controller could not be asked ("" = it was).
+
+    Without an answer it is what `view` gives.
+    """
+    seen = view(run)
+    if not seen.controller_pid:
+        return seen, ""
+    try:
+        endpoint = state(run).registry
+        return ask_controller(
+            run, endpoint, "controller.status", None, DeploymentView, deadline_s=_ANSWER_S
+        ), ""
+    except DynctlError as error:
+        return seen, str(error)
 
 
 def state(run: RunDir) -> RunState:

@@ -7,7 +7,7 @@ import time
 import msgspec
 
 from dynctl.cli import options
-from dynctl.cli.pick import pick, view
+from dynctl.cli.pick import ask, pick
 from dynctl.cli.render import age, data, json_data, prose, table
 from dynctl.deploy.status import ready_counts
 from dynctl.protocol.deployment import DeploymentView
@@ -22,7 +22,9 @@ def ps(name: options.Name = None, as_json: options.Json = False) -> None:
     node, state, ready, pid, engine_pid, restarts, url and more.
     """
     run = pick(name, ended=True)
-    seen = view(run)
+    seen, silent = ask(run)
+    if silent:
+        prose(f"the controller does not answer, this is what it wrote last: {silent}", style="warning")
     if as_json:
         json_data([msgspec.to_builtins(row) for row in seen.processes])
         return

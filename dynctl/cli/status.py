@@ -7,17 +7,15 @@ from typing import Annotated, Any
 import typer
 
 from dynctl.cli import options
-from dynctl.cli.pick import pick, state, view
+from dynctl.cli.pick import ask, pick
 from dynctl.cli.render import STATE_STYLES, data, json_data, paint
-from dynctl.deploy.ask import ask_controller, ask_health
+from dynctl.deploy.ask import ask_health
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.logs import tail
 from dynctl.deploy.state import ENDED
 from dynctl.deploy.status import Diagnosis, diagnose, ready_counts
-from dynctl.errors import DynctlError
 from dynctl.protocol.deployment import DeploymentView
 
-_ANSWER_S = 2.0
 _LINES = 3
 
 Watch = Annotated[bool, typer.Option("--watch", "-w", help="Stay and show every change; Ctrl-C leaves.")]
@@ -34,28 +32,22 @@ def status(name: options.Name = None, watch: Watch = False, as_json: options.Jso
 
         attend(run)
         return
-    seen = view(run)
-    found = look_closer(run, seen)
+    seen, silent = ask(run)
+    found = look_closer(seen, silent)
     if as_json:
         json_data(as_object(seen, found))
     else:
         data("\n".join(text(run, seen, found)))
 
 
-def look_closer(run: RunDir, seen: DeploymentView) -> Diagnosis:
-    """What is wrong first; asks the controller and the frontend themselves when all else looks well."""
+def look_closer(seen: DeploymentView, silent: str) -> Diagnosis:
+    """What is wrong first; `silent`: why the controller does not answer, "" when it does."""
+    if silent:
+        return Diagnosis("controller", f"the controller does not answer: {silent}", "controller")
     health = ""
     if seen.phase not in ENDED and any(r.role == "frontend" and r.ready for r in seen.processes):
         health = ask_health(seen.url)
-    found = diagnose(seen, health)
-    if found.layer in ("", "health") and seen.controller_pid:
-        try:
-            ask_controller(
-                run, state(run).registry, "controller.status", None, DeploymentView, deadline_s=_ANSWER_S
-            )
-        except DynctlError as error:
-            return Diagnosis("controller", f"the controller does not answer: {error}", "controller")
-    return found
+    return diagnose(seen, health)
 
 
 def as_object(seen: DeploymentView, found: Diagnosis) -> dict[str, Any]:

@@ -57,6 +57,8 @@ logger = logging.getLogger(__name__)
 POLL_S = 0.1
 POLL_STOPPING_S = 0.02
 KILLED_WITHIN_S = 5.0
+SAVE_AGAIN_S = 5.0
+FAILED_DRAIN_S = 1.0
 _SEARCHED_LINES = 200
 _SHOWN_LINES = 10
 
@@ -85,6 +87,7 @@ class Controller:
         self._todo: deque[Instruction] = deque()
         self._wake = asyncio.Event()
         self._saved = b""
+        self._save_at = 0.0
         self._left = False
         self._finished = False
 
@@ -176,7 +179,7 @@ class Controller:
             self._wake.clear()
             self._poll()
             self._feed(Tick())
-            self._save()
+            self._save(again=False)
             await self._carry_out_all()
             if not (self._finished or self._left):
                 await self._pause(POLL_STOPPING_S if self._supervisor.stopping else POLL_S)
@@ -186,7 +189,7 @@ class Controller:
     async def _carry_out_all(self) -> None:
         while self._todo and not self._left:
             await self._carry_out(self._todo.popleft())
-            self._save()
+            self._save(again=False)
 
     async def _pause(self, seconds: float) -> None:
         try:
@@ -247,16 +250,25 @@ class Controller:
         owned = self._parts.launcher.owned(self._parts.run.run_id)
         return [o for o in owned if o.process_id == seat_id and o.incarnation <= incarnation]
 
-    def _save(self) -> bool:
-        """Put the state on disk if it has changed; whether it is there."""
+    def _save(self, *, again: bool = True) -> bool:
+        """Put the state on disk if it has changed; whether it is there.
+
+        `again` false: not so soon after a failure. Before the deployment has ever been ready, a state that
+        cannot be written ends it: nobody could see or find it.
+        """
         encoded = encode_state(self._state)
         if encoded == self._saved:
             return True
+        if not again and time.monotonic() < self._save_at:
+            return False
         try:
             write_atomic(self._parts.run.state, encoded)
         except OSError as error:
-            # A full disk must not end what serves: said in the log, tried again with the next change.
+            # A full disk must not end what serves: said in the log, tried again a little later.
             logger.error("state.unwritable path=%s error=%s", self._parts.run.state, error)
+            self._save_at = time.monotonic() + SAVE_AGAIN_S
+            if not self._state.ready_once and not self._supervisor.stopping:
+                self._feed(Stop(FAILED_DRAIN_S, f"the run directory cannot be written: {error.strerror}"))
             return False
         self._saved = encoded
         return True

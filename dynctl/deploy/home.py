@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dynctl.deploy.disk import disk
-from dynctl.errors import UsageError
+from dynctl.errors import LaunchError, UsageError
 from dynctl.launchers.files import write_atomic
 
 LOCK_S = 10.0
 """For another command on the same name to get out of the way."""
+LEAST_FREE_BYTES = 8 * 1024 * 1024
+"""For plan, state and the first logs: less is a disk that is full."""
 _LOCK_POLL_S = 0.02
 
 
@@ -92,6 +95,13 @@ class Home:
             probe = self.runs / f".probe.{os.getpid()}"
             probe.touch(mode=0o600)
             probe.unlink()
+            free = shutil.disk_usage(self.runs).free
+        if free < LEAST_FREE_BYTES:
+            raise LaunchError(
+                f"too little space for a run: {free // 1024} KiB, not {LEAST_FREE_BYTES // 1024} KiB, are free",
+                where=str(self.runs),
+                hint="free some, or let DYNCTL_HOME name a directory on another disk",
+            )
 
     def names(self) -> list[str]:
         """All deployments ever started, by name."""

@@ -15,6 +15,7 @@ from dynctl.deploy.stop import CONTROLLER, Stopper, stop_run
 from dynctl.errors import LaunchError, NotReady, PortInUse, ProcessExited
 from dynctl.launchers import procfs
 from dynctl.launchers.base import ProcessHandle
+from dynctl.launchers.files import write_atomic
 from dynctl.protocol.deployment import DeploymentView
 from dynctl.protocol.exits import read_last_words
 
@@ -22,6 +23,7 @@ POLL_S = 0.02
 HEALTH_S = 30.0
 _FAILED_DRAIN_S = 1.0
 _LINES = 10
+_PROBE_BYTES = 65536
 
 OnView = Callable[[DeploymentView], None]
 Health = Callable[[str], str]
@@ -119,10 +121,23 @@ def _ended(up: Up) -> LaunchError:
     where, hint = str(up.run.path), f"its logs: dynctl logs {up.name}"
     if state is not None and state.phase in ENDED:
         return failure_of(state, where)
+    if (full := _unwritable(up.run)) is not None:
+        message = f"'{up.name}' could not be started: the run directory cannot be written: {full.strerror}"
+        return LaunchError(message, where=where)
     words = _last_words(up.run, state.controller.incarnation or 1 if state is not None else 1)
     lines = telling_lines(tail(up.run.logs / f"{CONTROLLER}.log", 100), _LINES)
     message = words or "\n".join(["the controller ended", *(f"  {line}" for line in lines)])
     return LaunchError(f"'{up.name}' could not be started: {message}", where=where, hint=hint)
+
+
+def _unwritable(run: RunDir) -> OSError | None:
+    """Why a file of some size cannot be written in the run directory."""
+    try:
+        write_atomic(run.path / "probe", bytes(_PROBE_BYTES))
+        (run.path / "probe").unlink()
+    except OSError as error:
+        return error
+    return None
 
 
 def _last_words(run: RunDir, incarnation: int) -> str:

@@ -10,12 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dynctl.deploy.ports import listening
+from tests.conftest import REQUIRE_ALL
 from tests.deployment import RECIPES, Cli, Deployment, get, owned, up
 
 QUICKSTART = RECIPES / "quickstart.yaml"
@@ -354,3 +356,72 @@ def test_bad_input_starts_nothing(cli: Cli, change: str, code: int, said: str) -
     assert done.returncode == code
     assert said in error_of(done)["message"]
     assert run_ids(cli) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 9 MiB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(folder)]
+    if subprocess.run(mount, check=False, timeout=30).returncode:
+        (pytest.fail if REQUIRE_ALL else pytest.skip)("needs the right to mount a file system")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True, timeout=30)
+
+
+def fill(folder: Path) -> Path:
+    """Leave no byte free; the file that takes it all."""
+    ballast = folder / "ballast"
+    with ballast.open("wb", buffering=0) as file:
+        for size in (65536, 1):
+            while _written(file, size):
+                pass
+    return ballast
+
+
+def _written(file: FileIO, size: int) -> bool:
+    try:
+        return file.write(bytes(size)) > 0
+    except OSError:
+        return False
+
+
+@pytest.mark.root
+def test_a_full_disk_is_one_message(small_disk: Path) -> None:
+    cli = Cli(small_disk / "home")
+    (small_disk / "some").write_bytes(bytes(2 * 1024 * 1024))
+    done = cli.run("up", str(QUICKSTART), "-d", "--json", *FREE_PORT)
+    assert done.returncode == 5
+    assert "too little space for a run" in error_of(done)["message"]
+    assert run_ids(cli) == []
+
+
+@pytest.mark.root
+def test_a_disk_that_fills_up_on_the_way_ends_the_start(small_disk: Path) -> None:
+    cli = Cli(small_disk / "home")
+    process = start_attached(cli, "-d", "--json", "--set", "engine.args.fault-slow-start=3")
+    try:
+        assert eventually(lambda: seats_with_pids(cli) == 3)
+        fill(small_disk)
+        out, said = process.communicate(timeout=60)
+        assert process.returncode == 5, said
+        assert "run directory cannot be written: No space left" in json.loads(out)["error"]["message"]
+        assert nothing_runs(cli)
+    finally:
+        process.kill()
+        (small_disk / "ballast").unlink(missing_ok=True)
+        cli.run("down", "quickstart")
+
+
+@pytest.mark.root
+def test_a_disk_that_fills_up_does_not_end_what_serves(small_disk: Path) -> None:
+    with up(Cli(small_disk / "home"), QUICKSTART, *FREE_PORT) as deployment:
+        ballast = fill(small_disk)
+        os.kill(row(deployment, "aggregated-0")["engine_pid"], signal.SIGKILL)
+        assert eventually(lambda: not row(deployment, "aggregated-0")["ready"])
+        assert chat(deployment)
+        ballast.unlink()
+        assert eventually(lambda: row(deployment, "aggregated-0")["ready"])
