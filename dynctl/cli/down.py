@@ -17,7 +17,10 @@ from dynctl.launchers.local import LocalLauncher
 Timeout = Annotated[
     float,
     typer.Option(
-        "--timeout", metavar="SECONDS", min=0.0, help="For running requests to end; 0 kills at once."
+        "--timeout",
+        metavar="TIME",
+        parser=options.duration,
+        help="For running requests to end, like 90s or 5m; 0 kills at once.",
     ),
 ]
 

@@ -7,6 +7,25 @@ from typing import Annotated
 
 import typer
 
+
+def duration(text: str) -> float:
+    """Seconds of "90", "90s", "5m" or "1h30m", as recipes have them. Raises BadParameter."""
+    # Read when a duration is given: its rules are the recipe's, which no verb loads only to show its help.
+    from dynctl.recipe.units import parse_duration
+
+    try:
+        return parse_duration(_number(text))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _number(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe file (YAML).", show_default=False)]
 Name = Annotated[
     str | None,

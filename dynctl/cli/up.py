@@ -27,9 +27,9 @@ Timeout = Annotated[
     float | None,
     typer.Option(
         "--timeout",
-        metavar="SECONDS",
-        min=0.0,
-        help="Give up and end it when it is not ready by then.",
+        metavar="TIME",
+        parser=options.duration,
+        help="Give up and end it when it is not ready by then, like 90s or 5m.",
         show_default=False,
     ),
 ]

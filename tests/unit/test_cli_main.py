@@ -70,6 +70,16 @@ def test_a_misspelt_verb_is_corrected(capsys: pytest.CaptureFixture[str]) -> Non
     assert "no such option: --frobnicate" in error["message"]
 
 
+@pytest.mark.parametrize("verb", ["up", "down"])
+def test_a_timeout_is_written_as_in_recipes(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("90", "90s", "5m", "1h30m"):
+        assert dispatch([verb, "no-such-thing", "--timeout", text]) in (2, 3)
+        assert "no-such-thing" in capsys.readouterr().err
+    for text in ("-1", "nan", "inf", "5 minutes", ""):
+        assert dispatch([verb, "no-such-thing", f"--timeout={text}"]) == 2
+        assert 'a duration such as "200ms"' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "args", [["ps", "--bogus"], ["up"], ["version", "x"], ["down", "--timeout", "soon"], ["down", "a", "b"]]
 )
