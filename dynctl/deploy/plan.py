@@ -192,9 +192,8 @@ def build_plan(
             depends=("controller",),
         ),
     ]
-    for role, section in recipe.roles.present().items():
-        for index in range(section.replicas):
-            processes += _replica(site, role, index, placement[role, index], ports)
+    for role in recipe.roles.present():
+        processes += _workers(loaded, site, role, placement, ports)
     return Plan(
         name=recipe.name,
         run_id=run.run_id,
@@ -216,6 +215,22 @@ def _needs(recipe: Recipe, engine: Engine) -> list[Need]:
         Need(role, section.replicas, parallel_of(section), gpus=gpus, multi_node=engine.features.multi_node)
         for role, section in recipe.roles.present().items()
     ]
+
+
+def _workers(
+    loaded: LoadedRecipe, site: Site, role: Role, placement: Placement, ports: PortAllocator
+) -> list[PlannedProcess]:
+    """All replicas of a role. Raises PlacementError when ports run out."""
+    made: list[PlannedProcess] = []
+    try:
+        for index in range(site.recipe.roles.present()[role].replicas):
+            made += _replica(site, role, index, placement[role, index], ports)
+    except PlacementError as error:
+        hint = f"{error.hint}; fewer replicas would fit"
+        raise PlacementError(
+            error.message, where=loaded.where(f"roles.{role}.replicas"), hint=hint
+        ) from error
+    return made
 
 
 def _replica(

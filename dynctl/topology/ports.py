@@ -28,6 +28,8 @@ class PortAllocator:
         self._first = first
         self._taken = set(taken)
         self._given: set[tuple[str, int]] = set()
+        self._passed: dict[tuple[tuple[str, ...], int, int], int] = {}
+        """Where the last search with these arguments ended: ports are never given back."""
 
     def allocate(self, nodes: Iterable[str], count: int = 1) -> int:
         """The first of `count` consecutive ports free on all of `nodes`, taken from now on.
@@ -46,13 +48,16 @@ class PortAllocator:
 
     def _find(self, nodes: tuple[str, ...], count: int, start: int) -> int:
         """The first free block at or above `start`; 0 when there is none."""
-        while start + count - 1 <= LAST_PORT:
-            block = range(start, start + count)
+        search = (nodes, count, start)
+        at = self._passed.get(search, start)
+        while at + count - 1 <= LAST_PORT:
+            block = range(at, at + count)
             clash = max((p for p in block for node in nodes if (node, p) in self._taken), default=0)
             if not clash:
-                return start
-            start = clash + 1
-        return 0
+                break
+            at = clash + 1
+        self._passed[search] = at
+        return at if at + count - 1 <= LAST_PORT else 0
 
     def take(self, node: str, port: int) -> bool:
         """Take one port; False when it was taken already."""
@@ -66,5 +71,6 @@ class PortAllocator:
         return tuple(sorted(port for name, port in self._given if name == node))
 
     def _give(self, ports: Iterable[tuple[str, int]]) -> None:
-        self._given.update(ports)
-        self._taken.update(self._given)
+        given = set(ports)
+        self._given |= given
+        self._taken |= given

@@ -110,6 +110,13 @@ def test_too_few_gpus_name_the_role(tmp_path: Path) -> None:
         build_plan(load(tmp_path, "engine.device=gpu"), HERE, (), RUN)
 
 
+def test_more_replicas_than_ports_name_the_field_and_soon(tmp_path: Path) -> None:
+    loaded = load(tmp_path, "roles.decode.replicas=1000000")
+    with pytest.raises(PlacementError, match="fewer replicas") as caught:
+        build_plan(loaded, HERE, (), RUN)
+    assert caught.value.where == "--set roles.decode.replicas=1000000"
+
+
 @pytest.mark.parametrize(
     ("host", "address", "url"),
     [

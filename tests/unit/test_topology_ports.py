@@ -48,3 +48,14 @@ def test_deployments_unknown_to_each_other_start_at_different_ports() -> None:
 def test_the_search_wraps_to_the_start_of_the_range() -> None:
     ports = PortAllocator({("a", p) for p in range(32000, LAST_PORT + 1)}, first=32000)
     assert ports.allocate(["a"]) == FIRST_PORT
+
+
+def test_a_long_search_goes_on_where_the_last_ended_and_finds_the_same() -> None:
+    taken = {("a", FIRST_PORT + i) for i in range(0, 40, 3)}
+    ports = PortAllocator(taken)
+    found = [ports.allocate(["a"], count) for count in (2, 1, 2, 1, 3, 1, 2)]
+    held: set[int] = {port for _, port in taken}
+    for first, count in zip(found, (2, 1, 2, 1, 3, 1, 2), strict=True):
+        free = (p for p in range(FIRST_PORT, LAST_PORT) if held.isdisjoint(range(p, p + count)))
+        assert first == next(free)
+        held.update(range(first, first + count))
