@@ -53,6 +53,9 @@ def apply(document: Document, overrides: Sequence[Override]) -> Document:
             del wheres[known]
         if not override.unset:
             wheres[reached] = override.where
+            for depth in range(1, len(reached)):
+                # Sections that only this change has made: a fault in their name is a fault of the change.
+                wheres.setdefault(reached[:depth], override.where)
     return Document(data, wheres)
 
 

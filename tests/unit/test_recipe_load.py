@@ -269,3 +269,8 @@ def test_lock_loads_as_the_same_recipe(tmp_path: Path) -> None:
     again = load(tmp_path, text)
     assert again.recipe == loaded.recipe
     assert lock_text(again, "1.2").split("\n", 4)[-1].endswith(text.split("\n")[-2] + "\n")
+
+
+def test_an_unknown_section_of_a_flag_is_blamed_on_the_flag(tmp_path: Path) -> None:
+    told = failure(tmp_path, GOOD, "rolse.decode.replicas=2")
+    assert told.startswith("--set rolse.decode.replicas=2: unknown key 'rolse' (did you mean 'roles'?")
