@@ -14,12 +14,13 @@ import pytest
 REQUIRE_ALL = os.environ.get("DYNCTL_TESTS_REQUIRE") == "all"
 
 
-def _root() -> str:
+def _root(mark: pytest.Mark) -> str:
     return "" if os.geteuid() == 0 else "needs root"
 
 
-def _debian() -> str:
-    missing = [p for p in ("haproxy", "openssl", "tmux") if not _on_path(p)]
+def _debian(mark: pytest.Mark) -> str:
+    """`@pytest.mark.debian("openssl")`: the packages, each with a program of its name."""
+    missing = [package for package in mark.args if not _on_path(package)]
     return f"needs Debian packages: {' '.join(missing)}" if missing else ""
 
 
@@ -27,27 +28,33 @@ def _on_path(program: str) -> bool:
     return shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin") is not None
 
 
-def _vllm() -> str:
+def _vllm(mark: pytest.Mark) -> str:
     from tests.engines import environment
 
     return environment.why_not_vllm()
 
 
-def _sglang() -> str:
+def _sglang(mark: pytest.Mark) -> str:
     from tests.engines import environment
 
     return environment.why_not_sglang()
 
 
-NEEDS: dict[str, Callable[[], str]] = {"root": _root, "debian": _debian, "vllm": _vllm, "sglang": _sglang}
+NEEDS: dict[str, Callable[[pytest.Mark], str]] = {
+    "root": _root,
+    "debian": _debian,
+    "vllm": _vllm,
+    "sglang": _sglang,
+}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for marker, need in NEEDS.items():
-        if item.get_closest_marker(marker) is None:
+        mark = item.get_closest_marker(marker)
+        if mark is None:
             continue
-        reason = need()
+        reason = need(mark)
         if reason and REQUIRE_ALL:
             pytest.fail(f"{marker}: {reason}", pytrace=False)
         if reason:

@@ -128,6 +128,23 @@ def test_no_weak_words_are_left() -> None:
     assert not found
 
 
+def test_no_test_is_passed_over_unseen() -> None:
+    """What a test needs is told by a marker: a bare skipif would pass in CI, where every test has to run."""
+    tests = {path: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    bare = "mark." + "skipif"
+    assert not [relative(path) for path, text in tests.items() if bare in text]
+    packages = {
+        package
+        for text in tests.values()
+        for given in re.findall(r"mark\.debian\(([^)]*)\)", text)
+        for package in re.findall(r"\w+", given)
+    }
+    installed = re.search(r'^debian="(.*)"$', (ROOT / ".ci" / "run").read_text(), re.M)
+    assert installed is not None
+    assert packages
+    assert packages <= set(installed[1].split())
+
+
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys; from dynctl.cli import main; sys.argv = ['dynctl', '--help']\n"

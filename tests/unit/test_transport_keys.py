@@ -38,7 +38,7 @@ def test_keys_open_to_others_are_refused(tmp_path: Path, mode: int) -> None:
         Keys.load(path)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+@pytest.mark.root
 def test_keys_of_another_user_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     Keys.generate().save(path)
