@@ -98,7 +98,7 @@ class Home:
             free = shutil.disk_usage(self.runs).free
         if free < LEAST_FREE_BYTES:
             raise LaunchError(
-                f"too little space for a run: {free // 1024} KiB, not {LEAST_FREE_BYTES // 1024} KiB, are free",
+                f"too little space for a run: {free // 1024} of {LEAST_FREE_BYTES // 1024} KiB are free",
                 where=str(self.runs),
                 hint="free some, or let DYNCTL_HOME name a directory on another disk",
             )

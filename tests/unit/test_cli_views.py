@@ -1,0 +1,148 @@
+"""What verbs show: the live view, logs' arguments, chat's stream, health answers."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+
+from dynctl.cli.chat import chunks, error_message
+from dynctl.cli.live import PlainScreen, stages, view_parts
+from dynctl.cli.logs import compiled, last, matching, split_words
+from dynctl.deploy.ask import health_reason
+from dynctl.deploy.logs import Line
+from dynctl.errors import EngineFailed, UsageError
+from dynctl.protocol.deployment import DeploymentView, Phase, ProcessView, SeatState
+
+
+def process(seat: str, state: SeatState = "ready", restarts: int = 0) -> ProcessView:
+    role, _, index = seat.partition("-")
+    return ProcessView(
+        id=seat,
+        role=role,
+        index=int(index),
+        instance=seat,
+        node="n",
+        state=state,
+        ready=state == "ready",
+        pid=7,
+        engine_pid=8,
+        restarts=restarts,
+        url="u",
+        incarnation=1,
+    )
+
+
+def deployment(phase: Phase, reason: str, *rows: ProcessView) -> DeploymentView:
+    return DeploymentView(
+        name="d",
+        run_id="r",
+        run_dir="/r",
+        url="http://h",
+        phase=phase,
+        reason=reason,
+        controller_pid=1,
+        wanted={"prefill": 1, "decode": 1},
+        processes=list(rows),
+    )
+
+
+STARTING = deployment(
+    "starting",
+    "decode-0 is starting",
+    process("frontend-0"),
+    process("prefill-0"),
+    process("decode-0", "starting"),
+)
+DEGRADED = deployment(
+    "degraded", "decode-0 will be restarted: x", process("frontend-0"), process("decode-0", "backoff", 2)
+)
+
+
+def text(seen: DeploymentView | None) -> str:
+    return "".join(part for part, _ in view_parts(seen, 65))
+
+
+def test_the_live_view_shows_stages_counts_url_and_processes() -> None:
+    assert text(None) == "starting the controller"
+    shown = text(STARTING)
+    assert "1/1P 0/1D" in shown
+    assert "http://h" in shown
+    assert "1m05s" in shown
+    assert "✓ frontend   · workers   · serving" in shown
+    assert "decode-0 is starting" not in shown
+    assert "restarts 2" in text(DEGRADED)
+    assert text(DEGRADED).endswith("decode-0 will be restarted: x")
+
+
+def test_stages_follow_one_another() -> None:
+    assert [done for _, done in stages(STARTING)] == [True, True, True, True, False, False]
+
+
+def test_off_a_terminal_only_news_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with PlainScreen() as screen:
+        for seen in (STARTING, STARTING, DEGRADED):
+            screen.show(seen)
+    assert capsys.readouterr().err.splitlines() == [
+        "d: starting, ready 1/1P 0/1D",
+        "d: degraded, ready 0/1P 0/1D: decode-0 will be restarted: x",
+    ]
+
+
+def test_the_words_of_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DYNCTL_HOME", str(tmp_path))
+    (tmp_path / "deployments").mkdir()
+    for name in ("quick", "decode"):
+        (tmp_path / "deployments" / name).symlink_to("../runs/x")
+    assert split_words([]) == (None, None)
+    assert split_words(["quick"]) == ("quick", None)
+    assert split_words(["decode/0"]) == (None, "decode/0")
+    assert split_words(["decode"]) == ("decode", None)
+    assert split_words(["frobnicate"]) == (None, "frobnicate")
+    assert split_words(["quick", "decode"]) == ("quick", "decode")
+    with pytest.raises(UsageError, match="too many"):
+        split_words(["a", "b", "c"])
+
+
+def test_lines_are_filtered_before_they_are_counted() -> None:
+    lines = [Line(0.0, "a", word) for word in ("one", "two", "one more", "three")]
+    found = last(matching(lines, compiled("one")), 1)
+    assert [line.text for line in found] == ["one more"]
+    assert list(last(matching(lines, compiled(None)), None)) == lines
+
+
+def test_a_stream_is_read_to_its_end() -> None:
+    stream = io.BytesIO(b': ping\n\ndata: {"a": 1}\n\ndata: [DONE]\n\ndata: {"b": 2}\n')
+    assert list(chunks(stream, "u")) == [{"a": 1}]
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [(b'data: {"a": 1}\n\n', "broke off"), (b'data: {"error": {"message": "no blocks"}}\n\n', "no blocks")],
+)
+def test_a_stream_that_breaks_is_an_error(raw: bytes, said: str) -> None:
+    with pytest.raises(EngineFailed, match=said):
+        list(chunks(io.BytesIO(raw), "u"))
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [(b'{"error": {"message": "x"}}', "x"), (b'{"error": "y"}', "y"), (b"<html>", "status 502: <html>")],
+)
+def test_error_bodies_of_any_shape(body: bytes, said: str) -> None:
+    assert error_message(body, 502) == said
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b'{"reason": "no worker"}', "no worker"),
+        (b'{"reasons": ["a", "b"]}', "a; b"),
+        (b'{"error": {"message": "draining"}}', "draining"),
+        (b"[]", "/health answers 503"),
+        (b"", "/health answers 503"),
+    ],
+)
+def test_health_answers_of_any_shape(body: bytes, said: str) -> None:
+    assert health_reason(body, 503) == said
