@@ -85,12 +85,6 @@ class DeadlineExceeded(TransportError):
     kind = "deadline_exceeded"
 
 
-class SequenceGap(TransportError):
-    """Numbered messages are missing and could not be replayed."""
-
-    kind = "sequence_gap"
-
-
 class CodecError(TransportError):
     """Bytes that are not the message they should be."""
 

@@ -82,6 +82,3 @@ class MembershipChange(msgspec.Struct, frozen=True, kw_only=True):
     seq: int
     upserts: list[Member] = []
     removed: list[str] = []
-
-
-RegistryCall = Register | Renew | Leave | GetMembers

@@ -50,10 +50,6 @@ class LoadedRecipe:
             dotted = dotted.rpartition(".")[0]
         return places.get(dotted, self.file)
 
-    def provenance(self, dotted: str) -> str:
-        """Where exactly this field's value comes from; "default" when nobody wrote it."""
-        return self._places().get(dotted, "default")
-
     def _places(self) -> dict[str, str]:
         return {".".join(str(k) for k in keys): place for keys, place in self.wheres.items() if keys}
 

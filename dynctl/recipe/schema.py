@@ -14,7 +14,6 @@ from dynctl.engines import catalog
 from dynctl.protocol.instances import Role
 from dynctl.recipe.units import Duration, Size
 
-SCHEMA = "dynctl/v1"
 ROLES: tuple[Role, ...] = ("prefill", "decode", "aggregated", "encode")
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,46}[a-z0-9])?")
 _PERCENTILE = re.compile(r"p\d{1,2}(\.\d+)?")

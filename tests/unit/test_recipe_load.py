@@ -43,8 +43,7 @@ def test_defaults_are_filled_in(tmp_path: Path) -> None:
     assert recipe.frontend.host == "127.0.0.1"
     assert recipe.router.mode == "kv"
     assert recipe.roles.present().keys() == {"aggregated"}
-    assert loaded.provenance("roles.aggregated.replicas") == f"{tmp_path}/r.yaml:7"
-    assert loaded.provenance("frontend.port") == "default"
+    assert loaded.where("roles.aggregated.replicas") == f"{tmp_path}/r.yaml:7"
     assert loaded.where("roles.aggregated.args.block-size") == f"{tmp_path}/r.yaml:6"
     assert loaded.where("frontend.port") == f"{tmp_path}/r.yaml"
 
