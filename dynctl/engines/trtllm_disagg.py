@@ -7,8 +7,6 @@ does not know. Contract: tensorrt_llm/serve/openai_protocol.py, openai_disagg_se
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
 from typing import Literal
 
 from dynctl.engines.base import Handoff, Json
@@ -17,20 +15,15 @@ from dynctl.errors import EngineFailed
 
 PARAMS = "disaggregated_params"
 PROMPT_IDS = "prompt_token_ids"
-REQUEST_ID = "disagg_request_id"
 TRANSFER_TIMEOUT_S = 60.0
 """`kv_transfer_timeout_ms` as dynctl sets it: the context worker gives the blocks up after that."""
 TRANSFER_MARGIN_S = 10.0
-_SMALLEST_ID = 1 << 42
-_LARGEST_ID = (1 << 63) - 1
 _GOES_ON = ("length", "not_finished")
 
 
-@dataclass(frozen=True, slots=True)
 class ContextFirst:
-    """`request_ids`: both legs carry a unique id, known since 1.3 and asked for by its Python transceiver."""
+    """Context, then generation."""
 
-    request_ids: bool = False
     order: Literal["prefill_first", "concurrent"] = "prefill_first"
 
     def splits(self, request: Json) -> bool:
@@ -38,16 +31,14 @@ class ContextFirst:
         return transferable(request)
 
     def link(self, prefill_url: str, bootstrap_port: int, room: int) -> Json:
-        """The id of this try, in the engine's range (2**42 to 2**63 - 1); {} for releases without."""
-        if not self.request_ids:
-            return {}
-        return {REQUEST_ID: _SMALLEST_ID + room % (_LARGEST_ID - _SMALLEST_ID + 1)}
+        """{}: the context's answer names the request for generation."""
+        return {}
 
     def prefill_body(self, request: Json, link: Json) -> Json:
         """The request without streaming; the engine stops after the context by itself."""
         body = {key: value for key, value in request.items() if key not in (PARAMS, "stream_options")}
         body.update(stream=False)
-        body[PARAMS] = {"request_type": "context_only", **link}
+        body[PARAMS] = {"request_type": "context_only"}
         return body
 
     def handoff(self, answer: Json, now_s: float) -> Handoff:
@@ -77,9 +68,3 @@ class ContextFirst:
         body[PARAMS] = {**handoff.params[PARAMS], "request_type": "generation_only"}
         body[PROMPT_IDS if "messages" in body else "prompt"] = handoff.params[PROMPT_IDS]
         return body
-
-
-def contract_for(version: str) -> ContextFirst:
-    """The contract of a release, by what `GET /version` says ("1.2.1"); unreadable = the oldest."""
-    match = re.match(r"(\d+)\.(\d+)", version)
-    return ContextFirst(request_ids=match is not None and (int(match[1]), int(match[2])) >= (1, 3))

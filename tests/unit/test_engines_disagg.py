@@ -11,7 +11,7 @@ import pytest
 from dynctl.engines.base import Handoff, Json
 from dynctl.engines.requests import transferable
 from dynctl.engines.sglang_disagg import BootstrapRoom
-from dynctl.engines.trtllm_disagg import ContextFirst, contract_for
+from dynctl.engines.trtllm_disagg import ContextFirst
 from dynctl.engines.vllm_disagg import LEASE_MARGIN_S, LEASE_S, NixlPull
 from dynctl.errors import EngineFailed
 
@@ -243,22 +243,6 @@ class TestTrtllm:
         handoff = self.contract.handoff(context_answer(), 0.0)
         assert self.contract.decode_body({**CHAT, "n": 3}, handoff, {}) == {**CHAT, "n": 3}
 
-    @pytest.mark.parametrize(
-        ("version", "ids"), [("1.2.1", False), ("1.3.0rc29", True), ("2.0", True), ("", False)]
-    )
-    def test_request_ids_by_release(self, version: str, ids: bool) -> None:
-        assert contract_for(version).request_ids is ids
-
-    @pytest.mark.parametrize("room", [1, 2**42, 2**63 - 1])
-    def test_request_id_is_on_the_context_leg_and_in_range(self, room: int) -> None:
-        contract = contract_for("1.3.0")
-        link = contract.link("http://p:1", 0, room)
-        assert 2**42 <= link["disagg_request_id"] < 2**63
-        assert contract.prefill_body(CHAT, link)["disaggregated_params"] == {
-            "request_type": "context_only",
-            **link,
-        }
-
-    def test_older_releases_get_no_field_they_do_not_know(self) -> None:
+    def test_no_field_is_sent_that_a_release_does_not_know(self) -> None:
         assert self.contract.link("http://p:1", 0, 5) == {}
         assert self.contract.order == "prefill_first"
