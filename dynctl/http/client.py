@@ -73,7 +73,8 @@ class Client:
     """Requests to any number of origins. `close` it at the end.
 
     `max_idle`: idle connections kept per origin; `idle_expiry_s` stays below the servers' own (uvicorn: 5 s).
-    `body_bytes` bounds the whole answers of `request`, `header_bytes` every answer's head.
+    `body_bytes` bounds the whole answers of `request`, `header_bytes` every answer's head. `resend` false:
+    requests must not reach a server twice, so a kept connection that dies unanswered is PeerLost at once.
     """
 
     def __init__(
@@ -84,10 +85,12 @@ class Client:
         header_bytes: int = 64 * 1024,
         body_bytes: int = 64 * 1024 * 1024,
         tls: ssl.SSLContext | None = None,
+        resend: bool = True,
     ) -> None:
         self.header_bytes = header_bytes
         self._body_bytes = body_bytes
         self._tls = tls
+        self._resend = resend
         self._loop = asyncio.get_running_loop()
         self._pool: IdlePool[UpstreamConnection] = IdlePool(max_idle=max_idle, idle_expiry_s=idle_expiry_s)
         self._open: dict[UpstreamConnection, Origin] = {}
@@ -136,7 +139,7 @@ class Client:
             try:
                 return await self._send(pooled, message, method, timeouts)
             except PeerLost:
-                if pooled.answered or self._closed:
+                if pooled.answered or self._closed or not self._resend:
                     raise
                 logger.debug("connection.stale origin=%s", origin)
         fresh = await self._connect(origin, timeouts.connect_s)

@@ -142,10 +142,19 @@ def here(port: int) -> Origin:
 
 @asynccontextmanager
 async def client(
-    *, idle_expiry_s: float = 4.0, max_idle: int = 256, header_bytes: int = 65536, body_bytes: int = 1 << 26
+    *,
+    idle_expiry_s: float = 4.0,
+    max_idle: int = 256,
+    header_bytes: int = 65536,
+    body_bytes: int = 1 << 26,
+    resend: bool = True,
 ) -> AsyncGenerator[Client, None]:
     one = Client(
-        idle_expiry_s=idle_expiry_s, max_idle=max_idle, header_bytes=header_bytes, body_bytes=body_bytes
+        idle_expiry_s=idle_expiry_s,
+        max_idle=max_idle,
+        header_bytes=header_bytes,
+        body_bytes=body_bytes,
+        resend=resend,
     )
     try:
         yield one

@@ -201,6 +201,24 @@ async def test_a_stale_connection_is_replaced_once() -> None:
 
 
 @on_uvloop
+async def test_a_request_that_must_not_be_sent_twice_is_not() -> None:
+    asked = 0
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal asked
+        for answer in (OK + b"Content-Length: 0\r\n\r\n", b""):
+            await reader.readuntil(b"\r\n\r\n")
+            asked += 1
+            writer.write(answer)
+
+    async with scripted(script) as port, client(resend=False) as one:
+        await one.request(here(port), "POST", "/", timeout_s=5)
+        with pytest.raises(PeerLost):
+            await one.request(here(port), "POST", "/", timeout_s=5)
+        assert asked == 2
+
+
+@on_uvloop
 async def test_a_kept_connection_that_dies_amid_its_answer_is_not_tried_again() -> None:
     asked = 0
 
