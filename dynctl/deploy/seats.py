@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import msgspec
@@ -13,12 +13,20 @@ from dynctl.engines.base import (
     Engine,
     EngineEnvironment,
     EngineLaunch,
+    KvPoll,
     KvSource,
     ModelRef,
     Rank,
 )
 from dynctl.protocol.instances import ModelCard, Role
-from dynctl.protocol.specs import EngineProcess, FrontendSpec, LimitsSpec, RouterSpec, WorkerSpec
+from dynctl.protocol.specs import (
+    EngineProcess,
+    FrontendSpec,
+    KvPollSpec,
+    LimitsSpec,
+    RouterSpec,
+    WorkerSpec,
+)
 from dynctl.recipe.check import parallel_of
 from dynctl.recipe.schema import Recipe, RoleSection
 from dynctl.topology.ports import FIRST_PORT
@@ -28,7 +36,7 @@ KEYS_FILE = "keys.json"
 
 @dataclass(frozen=True, slots=True)
 class RunContext:
-    """What differs from run to run: its id, its absolute directory, the python that runs dynctl, its ports."""
+    """What differs from run to run: its id, absolute directory, the python that runs dynctl, ports."""
 
     run_id: str
     run_dir: str
@@ -128,14 +136,25 @@ def worker_command(site: Site, seat: Seat) -> Command:
         follower=follower,
         dp_size=launch.parallel.data,
         bootstrap_port=launch.ports.get("bootstrap", 0),
-        kv_endpoints=list(source.endpoints) if source else [],
-        kv_replay_endpoints=list(source.replay_endpoints) if source else [],
-        kv_topic=source.topic if source else "",
+        **_kv_fields(source),
         start_timeout_s=recipe.engine.start_timeout,
         drain_timeout_s=recipe.engine.drain_timeout,
         stop_timeout_s=recipe.engine.stop_timeout,
     )
     return _with_spec(site, seat.id, "dynctl.worker", spec, engine.files if engine else {})
+
+
+def _kv_fields(source: KvSource | KvPoll | None) -> dict[str, Any]:
+    """Where a sidecar gets its engine's KV events from, as fields of its spec."""
+    if isinstance(source, KvPoll):
+        return {"kv_poll": KvPollSpec(**asdict(source))}
+    if source is None:
+        return {}
+    return {
+        "kv_endpoints": list(source.endpoints),
+        "kv_replay_endpoints": list(source.replay_endpoints),
+        "kv_topic": source.topic,
+    }
 
 
 def engine_launch(

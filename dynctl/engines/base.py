@@ -72,6 +72,32 @@ class KvSource:
 
 
 @dataclass(frozen=True, slots=True)
+class KvPoll:
+    """Where KV events are fetched over the engine's own HTTP, by one reader: an answer empties the queue.
+
+    `block_size` in tokens, of this launch. An answer that takes longer than `timeout_s` counts as lost.
+    """
+
+    path: str
+    block_size: int
+    method: str = "POST"
+    interval_s: float = 0.025
+    timeout_s: float = 10.0
+
+
+class KvReader(Protocol):
+    """Reads one engine's KV events, from its start on: may remember what earlier ones said."""
+
+    def read(self, payload: bytes, now_s: float) -> list[EngineKvBatch]:
+        """A message of the publisher, or an answer to a poll, in dynctl's terms.
+
+        Unknown keys and event types are skipped. Raises CodecError for bytes that are none; what was
+        remembered is not to be relied on then.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
 class EngineLaunch:
     """All that a command line of one replica depends on.
 
@@ -270,14 +296,14 @@ class Engine(Protocol):
         """Whether `name` is shaped like an argument of this engine (checked names, see each engine)."""
         ...
 
-    def kv_source(self, launch: EngineLaunch) -> KvSource | None:
+    def kv_source(self, launch: EngineLaunch) -> KvSource | KvPoll | None:
         """Where KV events come from, or None when this launch has none."""
         ...
 
-    def decode_kv(self, payload: bytes) -> EngineKvBatch:
-        """One payload of the publisher in dynctl's terms. Unknown keys and event types are skipped.
+    def kv_reader(self, block_size: int) -> KvReader:
+        """A new reader of KV events: one per publisher or polled engine, and per start of it.
 
-        Raises CodecError for bytes that are no batch.
+        `block_size` is `KvPoll.block_size`; publishers tell it in each event.
         """
         ...
 

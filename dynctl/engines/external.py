@@ -13,6 +13,7 @@ from dynctl.engines.base import (
     EngineLoad,
     Features,
     Finding,
+    KvReader,
     KvSource,
     ModelFacts,
     Parallel,
@@ -24,7 +25,6 @@ from dynctl.engines.sglang import Sglang
 from dynctl.engines.trtllm import Trtllm
 from dynctl.engines.vllm import Vllm
 from dynctl.protocol.instances import Role
-from dynctl.protocol.kv_events import EngineKvBatch
 
 
 class External:
@@ -66,9 +66,9 @@ class External:
         """What the recipe says."""
         return launch.external_kv
 
-    def decode_kv(self, payload: bytes) -> EngineKvBatch:
+    def kv_reader(self, block_size: int) -> KvReader:
         """The dialect of vLLM and SGLang."""
-        return kv_dialect.decode(payload)
+        return kv_dialect.PayloadReader()
 
     def load(self, metrics: bytes) -> list[EngineLoad]:
         """Whichever engine's metrics are there; [] when none is recognised."""

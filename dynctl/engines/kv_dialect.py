@@ -53,6 +53,14 @@ _REMOVED_FIELDS = ("type", "block_hashes", "medium", "group_idx")
 _ARRAY_FIELDS = {"BlockStored": _STORED_FIELDS, "BlockRemoved": _REMOVED_FIELDS}
 
 
+class PayloadReader:
+    """`decode` as a `KvReader`: each payload speaks for itself."""
+
+    def read(self, payload: bytes, now_s: float) -> list[EngineKvBatch]:
+        """One batch, with the publisher's own time. Raises CodecError."""
+        return [decode(payload)]
+
+
 def decode(payload: bytes) -> EngineKvBatch:
     """One payload as a batch. Event types and media that are not known are skipped, as are unknown keys.
 

@@ -16,6 +16,7 @@ from dynctl.engines.base import (
     EngineLoad,
     Features,
     Finding,
+    KvReader,
     KvSource,
     ModelFacts,
     Parallel,
@@ -26,7 +27,6 @@ from dynctl.engines.base import (
 from dynctl.engines.checks import Setting, argument, check_names, check_pair, error, number
 from dynctl.engines.vllm_disagg import NixlPull
 from dynctl.protocol.instances import Role
-from dynctl.protocol.kv_events import EngineKvBatch
 
 TOPIC = "kv-events"
 BUILTIN = "builtin:"
@@ -145,9 +145,9 @@ class Mocker:
             topic=TOPIC,
         )
 
-    def decode_kv(self, payload: bytes) -> EngineKvBatch:
-        """See `kv_dialect.decode`."""
-        return kv_dialect.decode(payload)
+    def kv_reader(self, block_size: int) -> KvReader:
+        """See `kv_dialect.PayloadReader`."""
+        return kv_dialect.PayloadReader()
 
     def load(self, metrics: bytes) -> list[EngineLoad]:
         """See `vllm_metrics.load`."""

@@ -15,6 +15,7 @@ from dynctl.engines.base import (
     EngineLoad,
     Features,
     Finding,
+    KvReader,
     KvSource,
     ModelFacts,
     Parallel,
@@ -27,7 +28,6 @@ from dynctl.engines.sglang_checks import OWNED, PAGE_SIZE, check_role, check_tra
 from dynctl.engines.sglang_disagg import LINK_FIELDS, BootstrapRoom
 from dynctl.errors import PlacementError
 from dynctl.protocol.instances import Role
-from dynctl.protocol.kv_events import EngineKvBatch
 
 TOPIC = "kv-events"
 TRANSFER_TIMEOUT_S = 120
@@ -108,9 +108,9 @@ class Sglang:
             topic=TOPIC,
         )
 
-    def decode_kv(self, payload: bytes) -> EngineKvBatch:
-        """See `kv_dialect.decode`."""
-        return kv_dialect.decode(payload)
+    def kv_reader(self, block_size: int) -> KvReader:
+        """See `kv_dialect.PayloadReader`."""
+        return kv_dialect.PayloadReader()
 
     def load(self, metrics: bytes) -> list[EngineLoad]:
         """Load by data-parallel rank (label `dp_rank`); its tensor-parallel ranks repeat values."""

@@ -23,21 +23,28 @@ from dynctl.engines.base import (
     EngineLoad,
     Features,
     Finding,
-    KvSource,
+    KvPoll,
+    KvReader,
     ModelFacts,
     Parallel,
     PrefillDecode,
     Readiness,
     RoleSettings,
 )
+from dynctl.engines.checks import number
 from dynctl.engines.trtllm_checks import FLAGS, OWNED, check_role, check_transfer, longest_input
 from dynctl.engines.trtllm_disagg import PARAMS, TRANSFER_TIMEOUT_S, ContextFirst
-from dynctl.errors import CodecError, PlacementError
+from dynctl.engines.trtllm_kv import PollReader
+from dynctl.errors import PlacementError
 from dynctl.protocol.instances import Role
-from dynctl.protocol.kv_events import EngineKvBatch
 
 EVENT_BUFFER = 16384
 """Events the engine keeps between two polls."""
+EVENTS_PATH = "/kv_cache_events"
+POLL_TIMEOUT_S = 60.0
+"""Newer releases answer at once, older ones when 2 s have passed without an event."""
+BLOCK_SIZE = 32
+"""The engine's own default of `tokens_per_block`."""
 _NAME = re.compile(r"^-{0,2}[a-z][a-z0-9_-]*$")
 
 
@@ -81,13 +88,18 @@ class Trtllm:
         """Lower-case letters, digits, underscores (dashes are read as such)."""
         return _NAME.match(name) is not None
 
-    def kv_source(self, launch: EngineLaunch) -> KvSource | None:
-        """None: the engine has no publisher, its events are polled over HTTP (see `trtllm_kv`)."""
-        return None
+    def kv_source(self, launch: EngineLaunch) -> KvPoll | None:
+        """Its HTTP, as it has no publisher; None when the arguments leave it nothing to tell."""
+        given = _settings(launch)["kv_cache_config"]
+        cache = given if isinstance(given, dict) else {}
+        if not (launch.kv_events and cache.get("event_buffer_max_size") and cache.get("enable_block_reuse")):
+            return None
+        size = number(cache.get("tokens_per_block")) or BLOCK_SIZE
+        return KvPoll(path=EVENTS_PATH, block_size=size, timeout_s=POLL_TIMEOUT_S)
 
-    def decode_kv(self, payload: bytes) -> EngineKvBatch:
-        """Raises CodecError always: polled events need `trtllm_kv.PollReader`, which remembers blocks."""
-        raise CodecError("TensorRT-LLM publishes no KV event batches")
+    def kv_reader(self, block_size: int) -> KvReader:
+        """See `trtllm_kv.PollReader`."""
+        return PollReader(block_size)
 
     def load(self, metrics: bytes) -> list[EngineLoad]:
         """See `load`."""
@@ -185,6 +197,11 @@ def _split(args: Mapping[str, ArgValue]) -> tuple[dict[str, ArgValue], dict[str,
 
 
 def _yaml(launch: EngineLaunch) -> str:
+    return json.dumps(_settings(launch), indent=2, sort_keys=True) + "\n"
+
+
+def _settings(launch: EngineLaunch) -> dict[str, Any]:
+    """What the YAML file holds: dynctl's settings, and the recipe's on top."""
     settings: dict[str, Any] = {"enable_iter_perf_stats": True}
     cache: dict[str, Any] = {"enable_block_reuse": True}
     if launch.kv_events:
@@ -204,4 +221,4 @@ def _yaml(launch: EngineLaunch) -> str:
     for name, value in _split(launch.args)[1].items():
         ours = settings.get(name)
         settings[name] = {**ours, **value} if isinstance(ours, dict) and isinstance(value, dict) else value
-    return json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    return settings

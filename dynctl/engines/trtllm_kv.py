@@ -6,6 +6,7 @@ publisher to subscribe to: one reader polls, and a gap in `event_id` means that 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,8 @@ from dynctl.protocol.kv_events import (
     EngineStored,
     Tier,
 )
+
+logger = logging.getLogger(__name__)
 
 _LEVELS: dict[int, Tier] = {0: "G1", 1: "G2"}
 _U64 = (1 << 64) - 1
@@ -40,13 +43,13 @@ class PollReader:
         self._hidden: dict[int, set[int]] = {}
         self._held: dict[int, dict[int, tuple[EngineStored, Tier]]] = {}
 
-    def read(self, body: bytes, now_s: float) -> list[EngineKvBatch]:
+    def read(self, payload: bytes, now_s: float) -> list[EngineKvBatch]:
         """The events of one answer, a batch per attention rank. Raises CodecError when it is none.
 
         A gap in a rank's numbers, or a larger window appearing, empties that rank's index first.
         """
         try:
-            raw = msgspec.json.decode(body)
+            raw = msgspec.json.decode(payload)
             by_rank: dict[int, list[EngineKvEvent]] = {}
             for item in raw:
                 rank = int(item.get("attention_dp_rank") or 0)
@@ -61,7 +64,10 @@ class PollReader:
 
     def _event(self, rank: int, item: Json) -> Iterator[EngineKvEvent]:
         number, window = int(item["event_id"]), int(item.get("window_size") or 0)
-        if number != self._next.get(rank, number) or window > self._window > 0:
+        expected = self._next.get(rank, number)
+        if number != expected:
+            logger.warning("kv_events.gap rank=%d expected=%d got=%d", rank, expected, number)
+        if number != expected or window > self._window > 0:
             self._forget(rank)
             yield EngineCleared()
         self._next[rank] = number + 1

@@ -14,6 +14,7 @@ from dynctl.engines.base import (
     EngineLoad,
     Features,
     Finding,
+    KvReader,
     KvSource,
     ModelFacts,
     Parallel,
@@ -25,7 +26,6 @@ from dynctl.engines.vllm_checks import check_role, check_transfer
 from dynctl.engines.vllm_disagg import NixlPull
 from dynctl.errors import PlacementError
 from dynctl.protocol.instances import Role
-from dynctl.protocol.kv_events import EngineKvBatch
 
 TOPIC = "kv-events"
 DRAIN_S = 30
@@ -145,9 +145,9 @@ class Vllm:
             topic=TOPIC,
         )
 
-    def decode_kv(self, payload: bytes) -> EngineKvBatch:
-        """See `kv_dialect.decode`."""
-        return kv_dialect.decode(payload)
+    def kv_reader(self, block_size: int) -> KvReader:
+        """See `kv_dialect.PayloadReader`."""
+        return kv_dialect.PayloadReader()
 
     def load(self, metrics: bytes) -> list[EngineLoad]:
         """See `vllm_metrics.load`."""

@@ -19,12 +19,23 @@ class EngineProcess(msgspec.Struct, frozen=True, kw_only=True):
     cwd: str = ""
 
 
+class KvPollSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """KV events that are fetched from the engine (see `engines.base.KvPoll`); `path` is below its URL."""
+
+    path: str
+    method: str
+    interval_s: float
+    timeout_s: float
+    block_size: int
+
+
 class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One sidecar. `engine` None = the engine runs elsewhere already (`url` reaches it).
 
     `follower`: the sidecar of a further node of a multi-node replica: it supervises its engine process and
     registers nothing. The incarnation comes by environment DYNCTL_INCARNATION, since it differs per start.
-    `kv_endpoints`/`kv_replay_endpoints`: engine publishers by data-parallel rank; empty = no KV events.
+    `kv_endpoints`/`kv_replay_endpoints`: engine publishers by data-parallel rank; empty = none.
+    `kv_poll`: where KV events are fetched instead. Neither = the engine tells none.
     """
 
     deployment: str
@@ -48,6 +59,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     kv_endpoints: list[str] = []
     kv_replay_endpoints: list[str] = []
     kv_topic: str = ""
+    kv_poll: KvPollSpec | None = None
     start_timeout_s: float = 900.0
     drain_timeout_s: float = 30.0
     stop_timeout_s: float = 10.0

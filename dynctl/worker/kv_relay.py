@@ -1,16 +1,19 @@
 """An engine's KV events, translated and numbered, onto the event plane; and what readers missed of them.
 
-Per data-parallel rank: the engine's own stream comes in order (see `transport.engine_events`), each batch
-that changes something goes out under the next number, the last ones are kept for readers with a gap. When
-engine events are lost for good, a `Cleared` goes out and the index is built anew from what follows.
+Per data-parallel rank: the engine's own stream comes in order (see `transport.engine_events`; `kv_poll` for
+engines that are asked), each batch that changes something goes out under the next number, the last ones are
+kept for readers with a gap. When engine events are lost for good, a `Cleared` goes out and the index is built
+anew from what follows.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from dynctl.engines.base import KvReader
 from dynctl.errors import CodecError
 from dynctl.kv.translate import Translator
 from dynctl.protocol.kv_events import Cleared, EngineKvBatch, KvBatch, KvEvent, KvSync, KvSyncReply
@@ -33,9 +36,22 @@ class RankRelay:
         self._rank = rank
         self._publish = publish
         self._translator = Translator(rank)
+        self._told = 0
         self._next = 0
         self._kept: deque[KvBatch] = deque(maxlen=kept)
         self._quiet = False
+
+    @property
+    def block_size(self) -> int:
+        """In tokens, as events show it; until they do, as the engine says; 0 = not known."""
+        return self._translator.block_size or self._told
+
+    def begin(self, block_size: int, *, again: bool) -> None:
+        """An engine is there. `block_size` as it says itself, 0 = not said. `again`: not the first one."""
+        self._told = block_size
+        if again:
+            self._translator.block_size = 0
+            self.reset("the engine was away")
 
     def feed(self, batch: EngineKvBatch) -> None:
         """The engine's next batch."""
@@ -64,21 +80,14 @@ class RankRelay:
             next_seq=self._next,
             batches=list(self._kept)[from_seq - first :] if kept else [],
             snapshot=None if kept else self._translator.snapshot(),
-            block_size=self._translator.block_size,
+            block_size=self.block_size,
             resets=self.resets,
         )
-
-    def set_block_size(self, block_size: int) -> None:
-        """What the engine says its block size is, before its first event shows it."""
-        if block_size and not self._translator.block_size:
-            self._translator.block_size = block_size
 
     def _send(self, events: list[KvEvent]) -> None:
         if not events:
             return
-        batch = KvBatch(
-            self._worker, self._incarnation, self._rank, self._next, events, self._translator.block_size
-        )
+        batch = KvBatch(self._worker, self._incarnation, self._rank, self._next, events, self.block_size)
         self._next += 1
         self._kept.append(batch)
         self._quiet = False
@@ -86,7 +95,11 @@ class RankRelay:
 
 
 class KvRelay:
-    """All ranks of one engine; survives it: `attach` again when it, or one in its place, is back."""
+    """All ranks of one engine; survives it: `attach` again when it, or one in its place, is back.
+
+    `sources`: publishers by rank. An engine that is polled (`polled`) has none, and one rank, which `take`
+    feeds.
+    """
 
     def __init__(
         self,
@@ -94,35 +107,51 @@ class KvRelay:
         incarnation: int,
         sources: Sequence[EngineEventSource],
         *,
-        decode: Callable[[bytes], EngineKvBatch],
+        polled: bool,
+        new_reader: Callable[[], KvReader],
         publish: Callable[[KvBatch], None],
     ) -> None:
         self._incarnation = incarnation
         self._sources = sources
-        self._decode = decode
+        self._new_reader = new_reader
         self._ranks = [
             RankRelay(worker, incarnation, rank, publish=publish, kept=KEPT_BATCHES)
-            for rank in range(len(sources))
+            for rank in range(1 if polled else len(sources))
         ]
+        self._strangers: set[int] = set()
         self._subscribers: list[EngineSubscriber] = []
         self._attached_before = False
 
     def attach(self, block_size: int) -> None:
         """Listen to the engine, from all it still keeps. `block_size` as it says itself, 0 = not said."""
-        for rank, source in zip(self._ranks, self._sources, strict=True):
-            if self._attached_before:
-                rank.reset("the engine was away")
-            rank.set_block_size(block_size)
-            subscriber = EngineSubscriber(source, self._feeder(rank), rank.reset)
+        for rank in self._ranks:
+            rank.begin(block_size, again=self._attached_before)
+        self._attached_before = True
+        for rank, source in zip(self._ranks, self._sources, strict=False):
+            feed = _Feed(rank, self._new_reader)
+            subscriber = EngineSubscriber(source, feed.batch, feed.reset)
             self._subscribers.append(subscriber)
             subscriber.start()
-        self._attached_before = True
 
     def detach(self) -> None:
         """Stop listening."""
         for subscriber in self._subscribers:
             subscriber.close()
         self._subscribers.clear()
+
+    def take(self, batches: Sequence[EngineKvBatch]) -> None:
+        """Events that were fetched from the engine; left out: ranks that no request can be sent to."""
+        for batch in batches:
+            if 0 <= batch.rank < len(self._ranks):
+                self._ranks[batch.rank].feed(batch)
+            elif batch.rank not in self._strangers:
+                self._strangers.add(batch.rank)
+                logger.warning("kv_events.rank_ignored rank=%d ranks=%d", batch.rank, len(self._ranks))
+
+    def reset(self, reason: str) -> None:
+        """See `RankRelay.reset`, for all ranks."""
+        for rank in self._ranks:
+            rank.reset(reason)
 
     def beat(self) -> None:
         """See `RankRelay.beat`."""
@@ -135,13 +164,24 @@ class KvRelay:
             return KvSyncReply(incarnation=self._incarnation, rank=call.rank, next_seq=0)
         return self._ranks[call.rank].sync(call.from_seq)
 
-    def _feeder(self, rank: RankRelay) -> Callable[[int, bytes], None]:
-        def feed(seq: int, payload: bytes) -> None:
-            try:
-                batch = self._decode(payload)
-            except CodecError as error:
-                rank.reset(f"batch {seq} cannot be read: {error}")
-                return
-            rank.feed(batch)
 
-        return feed
+class _Feed:
+    """What one publisher sends, read and handed to its rank."""
+
+    def __init__(self, rank: RankRelay, new_reader: Callable[[], KvReader]) -> None:
+        self._rank = rank
+        self._new_reader = new_reader
+        self._reader = new_reader()
+
+    def batch(self, seq: int, payload: bytes) -> None:
+        try:
+            batches = self._reader.read(payload, time.time())
+        except CodecError as error:
+            self.reset(f"batch {seq} cannot be read: {error}")
+            return
+        for batch in batches:
+            self._rank.feed(batch)
+
+    def reset(self, reason: str) -> None:
+        self._rank.reset(reason)
+        self._reader = self._new_reader()

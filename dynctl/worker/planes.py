@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from urllib.parse import urlsplit
 
 import msgspec
@@ -22,6 +23,7 @@ from dynctl.transport.control import ControlClient, ControlServer, read_body
 from dynctl.transport.engine_events import EngineEventSource
 from dynctl.transport.event_plane import Publisher
 from dynctl.transport.keys import Keys
+from dynctl.worker.kv_poll import KvPoller
 from dynctl.worker.kv_relay import KvRelay
 from dynctl.worker.load import report_load, report_of
 from dynctl.worker.readiness import Probe, Ready
@@ -51,8 +53,14 @@ class Planes:
         self._publisher = Publisher(keys, f"tcp://{spec.bind_host}:{spec.events_port}")
         self._server = ControlServer(keys, f"tcp://{spec.bind_host}:{spec.control_port}", self._answer)
         self._client = ControlClient(keys, spec.registry)
+        self._new_reader = partial(engine.kv_reader, spec.kv_poll.block_size if spec.kv_poll else 0)
         self._relay = KvRelay(
-            spec.id, incarnation, sources_of(spec), decode=engine.decode_kv, publish=self._publish_kv
+            spec.id,
+            incarnation,
+            sources_of(spec),
+            polled=spec.kv_poll is not None,
+            new_reader=self._new_reader,
+            publish=self._publish_kv,
         )
         self._registrar: Registrar | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -72,6 +80,9 @@ class Planes:
             loop.create_task(report_load(self._probe, self._publish_load), name="load"),
             loop.create_task(self._beat(), name="beat"),
         ]
+        if self._spec.kv_poll is not None:
+            poller = KvPoller(self._probe.origin, self._spec.kv_poll, self._new_reader, self._relay)
+            self._tasks.append(loop.create_task(poller.run(), name="kv_poll"))
         for task in self._tasks:
             task.add_done_callback(_log_failure)
         instance = self._instance(engine)

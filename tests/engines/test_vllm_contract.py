@@ -27,6 +27,7 @@ class Relay:
     """What the sidecar does with an engine's events, kept for looking at."""
 
     def __init__(self) -> None:
+        self.reader = Vllm().kv_reader(0)
         self.translator = Translator(0)
         self.numbers: list[int] = []
         self.removed: list[int] = []
@@ -34,9 +35,10 @@ class Relay:
 
     def on_batch(self, number: int, payload: bytes) -> None:
         self.numbers.append(number)
-        for event in self.translator.feed(Vllm().decode_kv(payload)):
-            if isinstance(event, Removed):
-                self.removed.extend(event.hashes)
+        for batch in self.reader.read(payload, time.time()):
+            for event in self.translator.feed(batch):
+                if isinstance(event, Removed):
+                    self.removed.extend(event.hashes)
 
     def held(self) -> set[int]:
         return {name for stored in self.translator.snapshot() if _on_gpu(stored) for name in stored.hashes}

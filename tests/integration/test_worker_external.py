@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,21 +15,12 @@ import pytest
 
 from dynctl.errors import CodecError, UsageError
 from dynctl.kv.hashing import root_hash, sequence_hashes
-from dynctl.protocol.instances import Instance
 from dynctl.protocol.kv_events import (
-    KV_TOPIC,
-    LOAD_TOPIC,
     Cleared,
-    KvBatch,
-    KvSync,
-    KvSyncReply,
-    LoadReport,
     Stored,
 )
-from dynctl.transport.control import ControlClient
 from dynctl.transport.engine_events import EngineEventSource, EnginePublisher
-from dynctl.transport.event_plane import Subscriber
-from tests.integration.worker_rig import ENGINE, Rig, until
+from tests.integration.worker_rig import ENGINE, Reader, Rig, until
 
 BLOCK = 16
 
@@ -74,39 +64,6 @@ def stored(prompt: int, time: float = 0) -> bytes:
         "lora_name": None,
     }
     return msgspec.msgpack.encode([time or float(prompt), [event], 0])
-
-
-class Reader:
-    """A frontend's end of the event plane."""
-
-    def __init__(self, rig: Rig, instance: Instance) -> None:
-        self.batches: list[KvBatch] = []
-        self.loads: list[LoadReport] = []
-        self._client = ControlClient(rig.keys, instance.control)
-        self._subscriber = Subscriber(rig.keys, self._receive)
-        self._subscriber.connect(instance.events)
-
-    def _receive(self, topic: bytes, body: bytes) -> None:
-        if topic == KV_TOPIC:
-            self.batches.append(msgspec.msgpack.decode(body, type=KvBatch))
-        elif topic == LOAD_TOPIC:
-            self.loads.append(msgspec.msgpack.decode(body, type=LoadReport))
-
-    async def sync(self, from_seq: int, rank: int = 0) -> KvSyncReply:
-        return await self._client.call("kv.sync", KvSync(rank=rank, from_seq=from_seq), KvSyncReply, 5)
-
-    async def sync_until(self, from_seq: int, condition: Callable[[KvSyncReply], bool]) -> KvSyncReply:
-        async with asyncio.timeout(10):
-            while not condition(reply := await self.sync(from_seq)):  # noqa: ASYNC110 - over a socket
-                await asyncio.sleep(0.02)
-        return reply
-
-    async def call(self, op: str, body: msgspec.Struct | None) -> None:
-        await self._client.call(op, body, KvSyncReply, 5)
-
-    def close(self) -> None:
-        self._client.close()
-        self._subscriber.close()
 
 
 async def test_events_and_load_reach_a_reader_and_a_late_one_syncs(rig: Rig) -> None:

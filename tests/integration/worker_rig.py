@@ -17,10 +17,11 @@ import msgspec
 from dynctl.discovery.registry import Registry
 from dynctl.protocol.exits import LastWords, read_last_words
 from dynctl.protocol.instances import Instance, ModelCard
+from dynctl.protocol.kv_events import KV_TOPIC, LOAD_TOPIC, KvBatch, KvSync, KvSyncReply, LoadReport
 from dynctl.protocol.registry import Member
 from dynctl.protocol.specs import EngineProcess, WorkerSpec
-from dynctl.transport.control import ControlServer
-from dynctl.transport.event_plane import Publisher
+from dynctl.transport.control import ControlClient, ControlServer
+from dynctl.transport.event_plane import Publisher, Subscriber
 from dynctl.transport.keys import Keys
 
 ENGINE = Path(__file__).with_name("worker_engine.py")
@@ -142,3 +143,36 @@ class Rig:
         await self._server.close()
         await self.registry.close()
         self._publisher.close()
+
+
+class Reader:
+    """A frontend's end of the event plane."""
+
+    def __init__(self, rig: Rig, instance: Instance) -> None:
+        self.batches: list[KvBatch] = []
+        self.loads: list[LoadReport] = []
+        self._client = ControlClient(rig.keys, instance.control)
+        self._subscriber = Subscriber(rig.keys, self._receive)
+        self._subscriber.connect(instance.events)
+
+    def _receive(self, topic: bytes, body: bytes) -> None:
+        if topic == KV_TOPIC:
+            self.batches.append(msgspec.msgpack.decode(body, type=KvBatch))
+        elif topic == LOAD_TOPIC:
+            self.loads.append(msgspec.msgpack.decode(body, type=LoadReport))
+
+    async def sync(self, from_seq: int, rank: int = 0) -> KvSyncReply:
+        return await self._client.call("kv.sync", KvSync(rank=rank, from_seq=from_seq), KvSyncReply, 5)
+
+    async def sync_until(self, from_seq: int, condition: Callable[[KvSyncReply], bool]) -> KvSyncReply:
+        async with asyncio.timeout(10):
+            while not condition(reply := await self.sync(from_seq)):  # noqa: ASYNC110 - over a socket
+                await asyncio.sleep(0.02)
+        return reply
+
+    async def call(self, op: str, body: msgspec.Struct | None) -> None:
+        await self._client.call(op, body, KvSyncReply, 5)
+
+    def close(self) -> None:
+        self._client.close()
+        self._subscriber.close()

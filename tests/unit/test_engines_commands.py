@@ -17,6 +17,7 @@ from dynctl.engines.base import (
     Engine,
     EngineEnvironment,
     EngineLaunch,
+    KvPoll,
     KvSource,
     ModelRef,
     Parallel,
@@ -163,7 +164,7 @@ class TestVllm:
         assert value(follower.argv, "--data-parallel-start-rank") == "2"
         assert value(follower.argv, "--data-parallel-size-local") == "2"
         source = self.engine.kv_source(spread)
-        assert source is not None
+        assert isinstance(source, KvSource)
         assert source.endpoints == (
             *("tcp://127.0.0.1:7100", "tcp://127.0.0.1:7101"),
             *("tcp://10.0.0.2:7102", "tcp://10.0.0.2:7103"),
@@ -310,10 +311,30 @@ class TestTrtllm:
             self.engine.commands(launch(self.engine, parallel=Parallel(tensor=3), ranks=TWO))
 
     def test_events_are_polled(self) -> None:
-        assert self.engine.kv_source(launch(self.engine)) is None
+        found = self.engine.kv_source(launch(self.engine))
+        assert found == KvPoll(path="/kv_cache_events", block_size=32, timeout_s=60.0)
         assert self.engine.features.kv_events == "http-poll"
+
+    @pytest.mark.parametrize("key", ["kv_cache_config", "kv-cache-config"])
+    @pytest.mark.parametrize("size", [64, "64"])
+    def test_block_size_is_the_recipes(self, key: str, size: int | str) -> None:
+        found = self.engine.kv_source(launch(self.engine, args={key: {"tokens_per_block": size}}))
+        assert isinstance(found, KvPoll)
+        assert found.block_size == 64
+
+    @pytest.mark.parametrize(
+        "cache", [{"event_buffer_max_size": 0}, {"enable_block_reuse": False}, "nothing", None]
+    )
+    def test_engine_that_keeps_no_events_is_not_polled(self, cache: Any) -> None:
+        found = self.engine.kv_source(launch(self.engine, args={"kv_cache_config": cache}))
+        assert (found is None) == (cache is not None)
+        assert self.engine.kv_source(launch(self.engine, kv_events=False)) is None
+
+    def test_each_start_has_a_reader_of_its_own(self) -> None:
+        first, second = (self.engine.kv_reader(4) for _ in range(2))
+        assert first is not second
         with pytest.raises(CodecError):
-            self.engine.decode_kv(b"\x90")
+            first.read(b"\x90", 0.0)
 
 
 class TestExternal:
@@ -332,9 +353,9 @@ class TestExternal:
         assert self.engine.kv_source(launch(self.engine)) is None
 
     def test_sound_events_of_both_dialects_are_read(self) -> None:
-        assert self.engine.decode_kv(msgspec.msgpack.encode([1.0, [], 2])).rank == 2
-        assert catalog.get("vllm").decode_kv(msgspec.msgpack.encode([1.0, [], 2])).rank == 2
-        assert catalog.get("sglang").decode_kv(msgspec.msgpack.encode([1.0, [], 2])).rank == 2
+        for name in ("external", "vllm", "sglang", "mocker"):
+            (batch,) = catalog.get(name).kv_reader(0).read(msgspec.msgpack.encode([1.0, [], 2]), 9.0)
+            assert (batch.rank, batch.timestamp) == (2, 1.0)
 
     def test_fields_of_all_engines_are_kept_from_clients(self) -> None:
         assert {"kv_transfer_params", "bootstrap_room", "disaggregated_params"} <= self.engine.client_fields

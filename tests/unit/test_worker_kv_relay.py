@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dynctl.protocol.kv_events import Cleared, EngineKvBatch, EngineStored, KvBatch, Stored
-from dynctl.worker.kv_relay import RankRelay
+import pytest
+
+from dynctl.errors import CodecError
+from dynctl.protocol.kv_events import Cleared, EngineKvBatch, EngineStored, KvBatch, KvSync, Stored
+from dynctl.worker.kv_relay import KvRelay, RankRelay
 
 
 def stored(name: int) -> EngineKvBatch:
@@ -71,10 +74,63 @@ def test_beat_repeats_the_last_batch_only_when_quiet() -> None:
     assert sent == [sent[0], sent[0]]
 
 
-def test_block_size_told_before_the_first_event_stays() -> None:
+@pytest.mark.parametrize("told", [2, 4, 8])
+def test_block_size_is_as_told_until_events_show_it(told: int) -> None:
     sent: list[KvBatch] = []
     rank = relay(sent)
-    rank.set_block_size(0)
-    rank.set_block_size(4)
-    rank.set_block_size(8)
-    assert rank.sync(0).block_size == 4
+    rank.begin(told, again=False)
+    assert rank.sync(0).block_size == told
+    rank.feed(stored(1))
+    assert rank.sync(0).block_size == sent[0].block_size == 4
+    assert len(stored_in(sent[0].events[0])) == 1
+
+
+def test_engine_that_comes_back_with_smaller_blocks_is_believed() -> None:
+    sent: list[KvBatch] = []
+    rank = relay(sent)
+    rank.begin(4, again=False)
+    rank.feed(stored(1))
+    rank.begin(0, again=True)
+    event = EngineStored(block_hashes=[9], parent=None, token_ids=[1, 2], block_size=2)
+    rank.feed(EngineKvBatch(timestamp=1.0, rank=0, events=[event]))
+    assert sent[1].events == [Cleared()]
+    assert len(stored_in(sent[2].events[0])) == 1
+    assert rank.sync(0).block_size == 2
+
+
+class Dialect:
+    """A reader whose payload is the name of a block; b"" is none."""
+
+    def read(self, payload: bytes, now_s: float) -> list[EngineKvBatch]:
+        if not payload:
+            raise CodecError("nothing")
+        return [stored(payload[0])]
+
+
+def whole(sent: list[KvBatch], *, polled: bool) -> KvRelay:
+    return KvRelay("w", 3, [], polled=polled, new_reader=Dialect, publish=sent.append)
+
+
+def test_polled_engine_has_one_rank_and_others_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    sent: list[KvBatch] = []
+    made = whole(sent, polled=True)
+    made.attach(0)
+    elsewhere = EngineKvBatch(timestamp=1.0, rank=1, events=stored(2).events)
+    made.take([stored(1), elsewhere])
+    made.take([elsewhere])
+    assert [(batch.rank, batch.seq) for batch in sent] == [(0, 0)]
+    assert caplog.text.count("rank_ignored") == 1
+    made.reset("lost")
+    assert sent[1].events == [Cleared()]
+    assert made.sync(KvSync(rank=0, from_seq=2)).resets == 1
+
+
+def test_engine_without_events_has_no_rank() -> None:
+    sent: list[KvBatch] = []
+    made = whole(sent, polled=False)
+    made.attach(16)
+    made.detach()
+    made.attach(16)
+    made.beat()
+    assert sent == []
+    assert made.sync(KvSync(rank=0, from_seq=0)).next_seq == 0
