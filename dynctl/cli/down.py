@@ -10,32 +10,33 @@ from dynctl.cli import options
 from dynctl.cli.pick import home, pick
 from dynctl.cli.render import json_data, prose
 from dynctl.deploy.home import LOCK_S
-from dynctl.deploy.state import load_state
+from dynctl.deploy.state import drain_of, readable_state
 from dynctl.deploy.stop import Stopper, stop_run
 from dynctl.launchers.local import LocalLauncher
 
 Timeout = Annotated[
-    float,
+    float | None,
     typer.Option(
         "--timeout",
         metavar="TIME",
         parser=options.duration,
-        help="For running requests to end, like 90s or 5m; 0 kills at once.",
+        help="For running requests to end, like 20s; default and most: the recipe's drain_timeout. 0 kills.",
     ),
 ]
 
 
-def down(name: options.Name = None, timeout: Timeout = 30.0, as_json: options.Json = False) -> None:
+def down(name: options.Name = None, timeout: Timeout = None, as_json: options.Json = False) -> None:
     """Drain and end a deployment.
 
     Frontends stop accepting and finish what they have, then workers do, then whatever is left is killed. Its
     run directory stays: logs, status and events work on.
     """
     run = pick(name)
-    state = load_state(run.state)
+    state = readable_state(run.state)
+    drain_s = drain_of(state) if timeout is None else timeout
     called = state.name if state is not None else (name or run.run_id)
     with home().locked(called, deadline_s=LOCK_S):
-        ended = stop_run(run, Stopper(LocalLauncher()), timeout)
+        ended = stop_run(run, Stopper(LocalLauncher()), drain_s)
     if as_json:
         json_data({"name": called, "run_dir": str(run.path), "processes_ended": ended})
     elif ended:

@@ -28,7 +28,7 @@ from dynctl.controller.moves import (
     Tick,
 )
 from dynctl.controller.verdict import Failure, describe_exit, gives_up, signature
-from dynctl.deploy.state import RunState, SeatKind, SeatRecord
+from dynctl.deploy.state import RunState, SeatKind, SeatRecord, stop_margin_of
 from dynctl.protocol.deployment import Phase
 
 
@@ -43,8 +43,6 @@ class Times:
     """Beyond the process's own time-out, which should come first and knows more."""
     renew_s: float = 20.0
     """For a process whose lease ran out, or that a new controller has found, to register again."""
-    stop_margin_s: float = 12.0
-    """For an engine to exit once its requests are done."""
     kill_s: float = 10.0
     failed_drain_s: float = 1.0
     """For what runs already when the deployment fails to start: nobody has used it yet."""
@@ -246,7 +244,7 @@ class Supervisor:
     def _stop(self, event: Stop, now: float) -> None:
         if self._stopping is not None:
             # Asked again: only ever sooner.
-            limit = now + event.drain_s + (self._times.stop_margin_s if event.drain_s else 0.0)
+            limit = now + self._way_down(event.drain_s)
             self._stopping.deadline = min(self._stopping.deadline, limit)
             self._stopping.drain_s = min(self._stopping.drain_s, event.drain_s)
             return
@@ -264,12 +262,16 @@ class Supervisor:
         stopping = self._stopping
         assert stopping is not None
         stopping.stage = stage
-        wait = stopping.drain_s + self._times.stop_margin_s if stopping.drain_s else 0.0
+        wait = self._way_down(stopping.drain_s)
         stopping.deadline = now + wait
         for seat in self._alive(stage):
             seat.state = "stopping"
             if wait:
                 self._out.append(Terminate(seat.id))
+
+    def _way_down(self, drain_s: float) -> float:
+        """Seconds for one kind of processes to drain and exit; 0 = they are killed at once."""
+        return drain_s + stop_margin_of(self.state) if drain_s else 0.0
 
     def _go_down(self, stopping: _Stopping, now: float) -> None:
         if self._finished:

@@ -24,10 +24,11 @@ from dynctl.deploy.state import (
     SeatRecord,
     encode_state,
     load_state,
+    readable_state,
     save_state,
 )
 from dynctl.deploy.stop import CONTROLLER
-from dynctl.errors import CodecError, LaunchError, PortInUse, RecipeError, UsageError
+from dynctl.errors import LaunchError, PortInUse, RecipeError, UsageError
 from dynctl.launchers import procfs
 from dynctl.launchers.base import Launch, Launcher, ProcessHandle, RunRef
 from dynctl.recipe.check import check_recipe
@@ -120,7 +121,7 @@ def claim(checked: Checked, site: Site) -> RunDir | None:
     ways = f"dynctl status {name} shows it, dynctl down {name} ends it"
     if any(o.process_id == CONTROLLER for o in owned):
         raise UsageError(f"'{name}' is running already", where=str(run.path), hint=ways)
-    state = _state_or_none(run)
+    state = readable_state(run.state)
     if state is None or state.phase in ENDED or not same_recipe(run, lock_text(checked.loaded, site.version)):
         raise UsageError(
             f"processes of an earlier '{name}' still run, from another recipe", where=str(run.path), hint=ways
@@ -203,7 +204,7 @@ def reserved_ports(home: Home) -> set[int]:
     found: set[int] = set()
     for name in home.names():
         run = home.run_of(name)
-        state = _state_or_none(run) if run else None
+        state = readable_state(run.state) if run else None
         if run is None or state is None or not _may_live(state, time.time()):
             continue
         plan = Plan.from_json(run.plan.read_bytes())
@@ -254,6 +255,8 @@ class _SpecHead(msgspec.Struct):
     """What the state needs of a process's spec."""
 
     start_timeout_s: float = _START_S
+    drain_timeout_s: float = 30.0
+    stop_timeout_s: float = 0.0
     follower: bool = False
 
 
@@ -267,6 +270,8 @@ def _seat(process: PlannedProcess, kind: SeatKind) -> SeatRecord:
         index=process.index,
         node=process.node,
         start_timeout_s=spec.start_timeout_s,
+        drain_timeout_s=spec.drain_timeout_s,
+        stop_timeout_s=spec.stop_timeout_s,
         follower=spec.follower,
     )
 
@@ -276,13 +281,6 @@ def start_controller(run: RunDir, plan: Plan, incarnation: int, launcher: Launch
     process = plan.process(CONTROLLER)
     launch = Launch(CONTROLLER, incarnation, process.command, process.node)
     return launcher.start(launch, RunRef(run.run_id, run.path))
-
-
-def _state_or_none(run: RunDir) -> RunState | None:
-    try:
-        return load_state(run.state)
-    except CodecError:
-        return None
 
 
 @contextmanager

@@ -6,6 +6,7 @@ change. Whoever reads it must still ask whether a pid is alive: see `deploy.stat
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Literal
 
@@ -15,8 +16,13 @@ from dynctl.errors import CodecError
 from dynctl.launchers.files import write_atomic
 from dynctl.protocol.deployment import Phase, SeatState
 
+logger = logging.getLogger(__name__)
+
 STATE_VERSION = 1
 ENDED: tuple[Phase, ...] = ("stopped", "failed")
+LEAST_STOP_MARGIN_S = 12.0
+"""For engines to exit once their requests are done, whatever the recipe says."""
+_SIDECAR_S = 2.0
 
 SeatKind = Literal["worker", "frontend"]
 
@@ -27,6 +33,7 @@ class SeatRecord(msgspec.Struct, kw_only=True):
     `start_ticks` tells its pid from a later process with the same pid. `follower`: the sidecar of a further
     node of a replica, which registers nothing. `started_at` is Unix time in seconds. `ever_ready`: some
     incarnation of it has been ready; `was_ready`: this one has. `last_kind` is the kind of its last error.
+    `drain_timeout_s` is the time its spec gives requests to end, `stop_timeout_s` then its engine to exit.
     """
 
     id: str
@@ -35,6 +42,8 @@ class SeatRecord(msgspec.Struct, kw_only=True):
     index: int
     node: str
     start_timeout_s: float
+    drain_timeout_s: float = 30.0
+    stop_timeout_s: float = 0.0
     follower: bool = False
     state: SeatState = "waiting"
     incarnation: int = 0
@@ -88,6 +97,17 @@ class RunState(msgspec.Struct, kw_only=True):
         return next((s for s in self.seats if s.id == seat_id), None)
 
 
+def drain_of(state: RunState | None) -> float:
+    """How long requests may take to end when nobody says otherwise, in seconds."""
+    return max((seat.drain_timeout_s for seat in state.seats), default=0.0) if state else 30.0
+
+
+def stop_margin_of(state: RunState | None) -> float:
+    """How long the slowest engine may take to exit once its requests are done, and its sidecar after it."""
+    slowest = max((seat.stop_timeout_s for seat in state.seats), default=0.0) if state else 0.0
+    return max(LEAST_STOP_MARGIN_S, slowest + _SIDECAR_S)
+
+
 def encode_state(state: RunState) -> bytes:
     """The stored form: JSON for people too."""
     return msgspec.json.format(msgspec.json.encode(state), indent=1)
@@ -113,3 +133,12 @@ def load_state(path: Path) -> RunState | None:
     if state.version != STATE_VERSION:
         raise CodecError(f"state version {state.version} is not {STATE_VERSION}", where=str(path))
     return state
+
+
+def readable_state(path: Path) -> RunState | None:
+    """What is on disk; None when there is nothing that can be read: what lives can be ended all the same."""
+    try:
+        return load_state(path)
+    except CodecError as error:
+        logger.warning("state.unreadable error=%s", error)
+        return None

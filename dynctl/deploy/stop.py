@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from dynctl.deploy.ask import ask_controller
 from dynctl.deploy.events import append_event
 from dynctl.deploy.home import RunDir
-from dynctl.deploy.state import ENDED, RunState, load_state, save_state
-from dynctl.errors import CodecError, DynctlError, LaunchError
+from dynctl.deploy.state import ENDED, RunState, readable_state, save_state, stop_margin_of
+from dynctl.errors import DynctlError, LaunchError
 from dynctl.launchers.base import Launcher, Owned, heads
 from dynctl.protocol.deployment import DownCall, DownReply
 
@@ -23,8 +23,6 @@ logger = logging.getLogger(__name__)
 
 CONTROLLER = "controller"
 _ANSWER_S = 5.0
-_MARGIN_S = 12.0
-"""For engines to exit once their requests are done; as the controller's own."""
 _KILL_S = 10.0
 _POLL_S = 0.02
 
@@ -44,26 +42,18 @@ def stop_run(run: RunDir, stopper: Stopper, drain_s: float) -> int:
     Running requests have `drain_s` to end, first at the frontends, then at the workers.
     """
     owned = stopper.launcher.owned(run.run_id)
-    state = _read(run)
+    state = readable_state(run.state)
     if any(o.process_id == CONTROLLER for o in owned) and state is not None:
         _let_controller(run, state, stopper, drain_s)
     _end(run, stopper, [CONTROLLER], signal.SIGKILL, _KILL_S)
     left = stopper.launcher.owned(run.run_id)
     frontends = [o.process_id for o in left if o.process_id.startswith("frontend-")]
-    wait_s = drain_s + _MARGIN_S if drain_s else 0.0
+    wait_s = drain_s + stop_margin_of(state) if drain_s else 0.0
     _end(run, stopper, frontends, signal.SIGTERM, wait_s)
     _end(run, stopper, None, signal.SIGTERM, wait_s)
     _kill_all(run, stopper)
     _record(run)
     return len(owned)
-
-
-def _read(run: RunDir) -> RunState | None:
-    try:
-        return load_state(run.state)
-    except CodecError as error:
-        logger.warning("state.unreadable error=%s", error)
-        return None
 
 
 def _let_controller(run: RunDir, state: RunState, stopper: Stopper, drain_s: float) -> None:
@@ -80,7 +70,7 @@ def _let_controller(run: RunDir, state: RunState, stopper: Stopper, drain_s: flo
     except DynctlError as error:
         logger.info("controller.silent error=%s", error)
         return
-    wait_s = 2 * (drain_s + _MARGIN_S) + _KILL_S if drain_s else _KILL_S
+    wait_s = 2 * (drain_s + stop_margin_of(state)) + _KILL_S if drain_s else _KILL_S
     _wait(run, stopper, [CONTROLLER], wait_s)
 
 
@@ -120,7 +110,7 @@ def _kill_all(run: RunDir, stopper: Stopper) -> None:
 
 def _record(run: RunDir) -> None:
     """Write down that the run is over, unless its controller has. Nothing lives that would still write."""
-    state = _read(run)
+    state = readable_state(run.state)
     if state is None or state.phase in ENDED:
         return
     state.phase, state.reason = "stopped", ""

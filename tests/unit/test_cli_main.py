@@ -14,6 +14,7 @@ from dynctl import errors
 from dynctl.cli import invoke
 from dynctl.cli.main import EXIT_CODES, GROUPS, VERBS, dispatch, help_text, main, wants_colour
 from dynctl.cli.render import age, paint, table
+from dynctl.deploy.home import Home
 from dynctl.errors import DynctlError, PortInUse
 
 
@@ -210,6 +211,14 @@ def test_without_deployments_every_verb_says_so(capsys: pytest.CaptureFixture[st
     assert dispatch(["ls"]) == 0
     assert dispatch(["ls", "--json"]) == 0
     assert capsys.readouterr().out == "[]\n"
+
+
+def test_down_works_on_a_run_whose_state_cannot_be_read(capsys: pytest.CaptureFixture[str]) -> None:
+    home = Home(Path(os.environ["DYNCTL_HOME"]))
+    home.prepare()
+    home.point("torn", home.create_run("torn-1", {"state.json": "{"}))
+    assert dispatch(["down", "torn", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["processes_ended"] == 0
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

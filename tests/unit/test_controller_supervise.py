@@ -22,7 +22,7 @@ from dynctl.controller.moves import (
     Tick,
 )
 from dynctl.controller.supervise import Supervisor, Times
-from dynctl.deploy.state import RunState, SeatKind, SeatRecord
+from dynctl.deploy.state import LEAST_STOP_MARGIN_S, RunState, SeatKind, SeatRecord
 from dynctl.protocol.exits import LastWords
 
 TIMES = Times()
@@ -362,11 +362,19 @@ def test_down_ends_frontends_before_workers() -> None:
     assert bench.after(99.0) == []
 
 
+def test_down_gives_an_engine_the_time_to_exit_that_its_recipe_says() -> None:
+    bench = Bench(seat("decode-0", stop_timeout_s=60.0))
+    bench.ready("decode-0")
+    assert bench.tell(Stop(5.0)) == [Terminate("decode-0")]
+    assert bench.after(5.0 + 60.0) == []
+    assert bench.after(5.0) == [Kill("decode-0", 1)]
+
+
 def test_down_kills_what_does_not_end_in_time() -> None:
     bench = Bench()
     bench.ready()
     bench.tell(Stop(5.0))
-    assert bench.after(5.0 + TIMES.stop_margin_s - 0.1) == []
+    assert bench.after(5.0 + LEAST_STOP_MARGIN_S - 0.1) == []
     assert bench.after(0.1) == [Kill("frontend-0", 1), Kill("decode-0", 1)]
     bench.exit("frontend-0")
     bench.exit("decode-0")
@@ -386,7 +394,7 @@ def test_a_second_down_only_makes_it_sooner() -> None:
     bench.tell(Stop(30.0))
     assert bench.tell(Stop(60.0)) == []
     assert bench.tell(Stop(1.0)) == []
-    assert bench.after(1.0 + TIMES.stop_margin_s) == [Kill("frontend-0", 1), Kill("decode-0", 1)]
+    assert bench.after(1.0 + LEAST_STOP_MARGIN_S) == [Kill("frontend-0", 1), Kill("decode-0", 1)]
 
 
 def test_down_twice_with_nothing_left_to_wait_kills_at_once() -> None:

@@ -11,7 +11,7 @@ import pytest
 from dynctl.deploy import stop
 from dynctl.deploy.home import Home, RunDir
 from dynctl.deploy.run import Up
-from dynctl.deploy.state import ControllerRecord, RunState, SeatRecord, load_state, save_state
+from dynctl.deploy.state import ControllerRecord, RunState, SeatRecord, drain_of, load_state, save_state
 from dynctl.deploy.stop import Stopper, stop_run
 from dynctl.deploy.watch import Waiter, failure_of, wait_ready
 from dynctl.errors import LaunchError, NotReady, PeerLost, PortInUse, ProcessExited
@@ -119,6 +119,18 @@ def test_what_does_not_end_in_time_is_killed(run: RunDir) -> None:
     stop_run(run, processes.stopper(), 5.0)
     assert processes.now >= 5.0
     assert processes.told == [("decode-0", signal.SIGTERM), ("decode-0", signal.SIGKILL)]
+
+
+def test_an_engine_has_the_time_to_exit_that_its_recipe_says(run: RunDir) -> None:
+    save_state(run.state, some_state(stop_timeout_s=60.0))
+    processes = Processes("decode-0", deaf=("decode-0",))
+    stop_run(run, processes.stopper(), 5.0)
+    assert processes.now >= 65.0
+
+
+def test_requests_have_the_time_to_end_that_the_recipe_says() -> None:
+    assert drain_of(some_state(drain_timeout_s=300.0)) == 300.0
+    assert drain_of(None) == 30.0
 
 
 def test_with_no_time_to_drain_all_are_killed_at_once(run: RunDir) -> None:
