@@ -32,12 +32,16 @@ from dynctl.protocol.instances import Role
 TOPIC = "kv-events"
 TRANSFER_TIMEOUT_S = 120
 """How long either leg waits for the other; the engine's 300 s keep KV blocks too long when a leg is lost."""
+HEARTBEAT_S = 2
+"""How often decode looks after prefill's bootstrap server, at the least: gone twice, it is forgotten.
+
+One that is back on its port before that is taken for the old one, and requests fail after the time-out above.
+"""
 _DIST_PORTS = 7
 """The engine uses its dist-init port and the six above it, and one more per data-parallel rank."""
 
 _COUNTS = {"sglang:num_running_reqs": "running", "sglang:num_queue_reqs": "waiting"}
 _USAGE = "sglang:token_usage"
-_CAPACITY = "sglang:max_total_num_tokens"
 _NAME = re.compile(r"^-{0,2}[a-z0-9][a-z0-9_-]*$")
 
 
@@ -65,12 +69,8 @@ class Sglang:
     def commands(self, launch: EngineLaunch) -> tuple[Command, ...]:
         """The same command on each node, told apart by `--node-rank`."""
         nodes = len(launch.ranks)
-        if nodes > 1 and launch.parallel.gpus % nodes:
-            raise PlacementError(
-                f"sglang cannot spread {launch.parallel.gpus} ranks evenly over {nodes} nodes",
-                where=f"{launch.role}-{launch.index}",
-                hint="choose sizes whose product is a multiple of the nodes a replica needs",
-            )
+        if nodes > 1:
+            _check_spread(launch, nodes)
         python_form = bool(launch.environment.python)
         base = program(launch.environment, "sglang", ("sglang.launch_server",))
         start = base if python_form else (*base, "serve")
@@ -93,18 +93,16 @@ class Sglang:
         return _NAME.match(name) is not None
 
     def kv_source(self, launch: EngineLaunch) -> KvSource | None:
-        """One publisher per data-parallel rank. Decode workers have none: they keep no prefix cache."""
+        """One publisher per data-parallel rank, all on the head: only a replica of one rank spans nodes.
+
+        Decode workers have none: they keep no prefix cache.
+        """
         if not _publishes(launch):
             return None
-        local = launch.parallel.data // len(launch.ranks) or 1
-        addresses = [
-            "127.0.0.1" if rank < local else launch.ranks[rank // local].address
-            for rank in range(launch.parallel.data)
-        ]
-        first, replay = launch.ports["kv_events"], launch.ports["kv_replay"]
+        first, replay, ranks = launch.ports["kv_events"], launch.ports["kv_replay"], launch.parallel.data
         return KvSource(
-            endpoints=tuple(f"tcp://{host}:{first + rank}" for rank, host in enumerate(addresses)),
-            replay_endpoints=tuple(f"tcp://{host}:{replay + rank}" for rank, host in enumerate(addresses)),
+            endpoints=tuple(f"tcp://127.0.0.1:{first + rank}" for rank in range(ranks)),
+            replay_endpoints=tuple(f"tcp://127.0.0.1:{replay + rank}" for rank in range(ranks)),
             topic=TOPIC,
         )
 
@@ -146,6 +144,23 @@ def load(metrics: bytes) -> list[EngineLoad]:
         for rank, found in sorted(counts.items())
         if "running" in found
     ]
+
+
+def _check_spread(launch: EngineLaunch, nodes: int) -> None:
+    """What the engine asserts of several nodes (arg_groups/validation_hook.py). Raises PlacementError."""
+    sizes, where = launch.parallel, f"{launch.role}-{launch.index}"
+    if sizes.data > 1:
+        raise PlacementError(
+            f"sglang refuses data-parallel ranks over {nodes} nodes",
+            where=where,
+            hint="give the role more replicas, or sizes of which all ranks fit one node",
+        )
+    if sizes.gpus % nodes:
+        raise PlacementError(
+            f"sglang cannot spread {sizes.gpus} ranks evenly over {nodes} nodes",
+            where=where,
+            hint="choose sizes whose product is a multiple of the nodes a replica needs",
+        )
 
 
 def _model_flags(launch: EngineLaunch, number: int) -> list[str]:
@@ -209,4 +224,5 @@ def _environment(launch: EngineLaunch, number: int) -> dict[str, str]:
     if launch.disaggregated:
         env["SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT"] = str(TRANSFER_TIMEOUT_S)
         env["SGLANG_DISAGGREGATION_WAITING_TIMEOUT"] = str(TRANSFER_TIMEOUT_S)
+        env["SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL"] = str(HEARTBEAT_S)
     return {**env, **launch.env, **devices(rank.gpus), "SGLANG_HOST_IP": rank.address}

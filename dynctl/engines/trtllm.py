@@ -45,6 +45,8 @@ POLL_TIMEOUT_S = 60.0
 """Newer releases answer at once, older ones when 2 s have passed without an event."""
 BLOCK_SIZE = 32
 """The engine's own default of `tokens_per_block`."""
+_OF_EVERY_RANK = ("CUDA_VISIBLE_DEVICES", "DYNCTL_INCARNATION", "DYNCTL_PROCESS", "DYNCTL_RUN")
+"""What MPI has to take along to the other nodes beside the recipe's: their GPUs, and whose they are."""
 _NAME = re.compile(r"^-{0,2}[a-z][a-z0-9_-]*$")
 
 
@@ -76,8 +78,8 @@ class Trtllm:
         serve = program(launch.environment, "trtllm-serve", ("tensorrt_llm.commands.serve",))
         argv = (*_mpi(launch), *serve, launch.model.path, *_flags(launch, path))
         head = launch.ranks[0]
-        visible = devices(head.gpus) if len(launch.ranks) == 1 else {}
-        return (Command(argv=argv, env={**launch.env, **visible}, files={path: _yaml(launch)}),)
+        env = {**launch.env, **devices(head.gpus)}
+        return (Command(argv=argv, env=env, files={path: _yaml(launch)}),)
 
     def check(self, roles: Sequence[RoleSettings], facts: ModelFacts | None) -> list[Finding]:
         """Refusals of the engine and of its KV transceiver."""
@@ -158,7 +160,10 @@ def _count(stats: Mapping[str, Any], name: str) -> int:
 
 
 def _mpi(launch: EngineLaunch) -> tuple[str, ...]:
-    """The launcher of a replica over several nodes: as many ranks per node as it has GPUs there."""
+    """The launcher of a replica over several nodes: as many ranks per node as it has GPUs there.
+
+    It gives all of them the same environment, so their GPUs must have the same indices on each node.
+    """
     if len(launch.ranks) == 1:
         return ()
     per_node = {len(rank.gpus) for rank in launch.ranks}
@@ -168,8 +173,14 @@ def _mpi(launch: EngineLaunch) -> tuple[str, ...]:
             where=f"{launch.role}-{launch.index}",
             hint="choose sizes whose product is a multiple of the nodes a replica needs",
         )
+    if len({rank.gpus for rank in launch.ranks}) != 1:
+        raise PlacementError(
+            f"trtllm needs GPUs of the same indices on each of the {len(launch.ranks)} nodes of a replica",
+            where=f"{launch.role}-{launch.index}",
+            hint="give the replica whole nodes, or list them in the inventory so that they fill up alike",
+        )
     hosts = ",".join(f"{rank.address}:{len(rank.gpus)}" for rank in launch.ranks)
-    environment = [part for name in sorted(launch.env) for part in ("-x", name)]
+    environment = [part for name in sorted({*launch.env, *_OF_EVERY_RANK}) for part in ("-x", name)]
     world = str(launch.parallel.gpus)
     return ("mpirun", "-n", world, "--host", hosts, *environment, "trtllm-llmapi-launch")
 

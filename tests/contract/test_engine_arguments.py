@@ -45,7 +45,7 @@ def launches(engine: str, args: dict[str, ArgValue]) -> list[EngineLaunch]:
         one("aggregated", Parallel()),
         one("aggregated", Parallel(tensor=2, pipeline=2), model=FULL, args=args),
         one("aggregated", Parallel(tensor=8, expert=8), nodes=2),
-        one("aggregated", Parallel(data=4, tensor=2), nodes=2),
+        one("aggregated", Parallel(data=4, tensor=2), nodes=2 if engine == "vllm" else 1),
         one("prefill", Parallel(tensor=4)),
         one("decode", Parallel(data=2), kv_events=False),
     ]

@@ -223,16 +223,25 @@ class TestSglang:
         assert command.argv[:4] == ("/p", "-m", "sglang.launch_server", "--model-path")
 
     def test_nodes_meet_at_the_head(self) -> None:
-        sizes = Parallel(tensor=2, data=2, expert=2)
+        sizes = Parallel(tensor=4, expert=2)
         spread = launch(self.engine, parallel=sizes, ranks=TWO)
-        assert self.engine.port_needs("aggregated", sizes, disaggregated=False)["dist_init"] == 9
+        assert self.engine.port_needs("aggregated", sizes, disaggregated=False)["dist_init"] == 8
         for number, command in enumerate(self.engine.commands(spread)):
             assert value(command.argv, "--node-rank") == str(number)
             assert value(command.argv, "--dist-init-addr") == "10.0.0.1:7300"
             assert value(command.argv, "--host") == TWO[number].address
-            assert value(command.argv, "--dp-size") == value(command.argv, "--ep-size") == "2"
+            assert value(command.argv, "--ep-size") == "2"
         with pytest.raises(PlacementError, match="evenly"):
             self.engine.commands(launch(self.engine, parallel=Parallel(tensor=3), ranks=TWO))
+
+    def test_data_parallel_ranks_over_nodes_are_refused_as_the_engine_does(self) -> None:
+        sizes = Parallel(tensor=2, data=2)
+        with pytest.raises(PlacementError, match="data-parallel ranks over 2 nodes"):
+            self.engine.commands(launch(self.engine, parallel=sizes, ranks=TWO))
+        one = launch(self.engine, parallel=sizes)
+        source = self.engine.kv_source(one)
+        assert isinstance(source, KvSource)
+        assert source.endpoints == ("tcp://127.0.0.1:7100", "tcp://127.0.0.1:7101")
 
     def test_prefill_has_a_bootstrap_server(self) -> None:
         (command,) = self.engine.commands(launch(self.engine, "prefill", disaggregated=True))
@@ -240,6 +249,11 @@ class TestSglang:
         assert value(command.argv, "--disaggregation-transfer-backend") == "nixl"
         assert value(command.argv, "--disaggregation-bootstrap-port") == "7300"
         assert command.env["SGLANG_DISAGGREGATION_WAITING_TIMEOUT"] == "120"
+
+    def test_decode_forgets_a_prefill_that_is_gone_before_it_can_be_back(self) -> None:
+        """One back on its port before that is taken for the old one: every request would fail for minutes."""
+        (command,) = self.engine.commands(launch(self.engine, "decode", disaggregated=True))
+        assert command.env["SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL"] == "2"
 
     def test_decode_has_events_only_with_a_prefix_cache(self) -> None:
         plain = launch(self.engine, "decode", disaggregated=True)
@@ -300,11 +314,21 @@ class TestTrtllm:
     def test_nodes_are_one_mpi_world_started_on_the_head(self) -> None:
         spread = launch(self.engine, parallel=Parallel(tensor=4), ranks=TWO, env={"B": "1", "A": "2"})
         (command,) = self.engine.commands(spread)
-        assert command.argv[:11] == (
+        assert command.argv[:9] == (
             *("mpirun", "-n", "4", "--host", "10.0.0.1:2,10.0.0.2:2", "-x", "A", "-x", "B"),
-            *("trtllm-llmapi-launch", "trtllm-serve"),
         )
-        assert "CUDA_VISIBLE_DEVICES" not in command.env
+        start = command.argv.index("trtllm-llmapi-launch")
+        assert command.argv[start + 1] == "trtllm-serve"
+
+    def test_ranks_on_other_nodes_see_their_gpus_only_and_carry_the_run(self) -> None:
+        second = tuple(replace(rank, gpus=(2, 3)) for rank in TWO)
+        (command,) = self.engine.commands(launch(self.engine, parallel=Parallel(tensor=4), ranks=second))
+        assert command.env["CUDA_VISIBLE_DEVICES"] == "2,3"
+        taken_along = {command.argv[at + 1] for at, word in enumerate(command.argv) if word == "-x"}
+        assert taken_along >= {"CUDA_VISIBLE_DEVICES", "DYNCTL_RUN", "DYNCTL_PROCESS", "DYNCTL_INCARNATION"}
+        apart = (TWO[0], replace(TWO[1], gpus=(2, 3)))
+        with pytest.raises(PlacementError, match="same indices"):
+            self.engine.commands(launch(self.engine, parallel=Parallel(tensor=4), ranks=apart))
 
     def test_uneven_nodes_are_refused(self) -> None:
         with pytest.raises(PlacementError, match="same number of GPUs"):
