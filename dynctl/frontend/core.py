@@ -14,7 +14,8 @@ from typing import Any
 from dynctl.engines import catalog
 from dynctl.frontend.accounts import Accounts
 from dynctl.frontend.admission import ApiKeys, Models
-from dynctl.frontend.pipeline import Parts, Pipeline, flow_for
+from dynctl.frontend.disagg import flow_for
+from dynctl.frontend.pipeline import Parts, Pipeline
 from dynctl.frontend.preprocess import Preprocessor
 from dynctl.frontend.server import Edge, Routes, tell
 from dynctl.frontend.upstream import Upstream

@@ -17,10 +17,10 @@ from typing import Any
 import msgspec
 
 from dynctl.engines.base import Handoff, PrefillDecode
-from dynctl.errors import EngineFailed
+from dynctl.errors import EngineFailed, LaunchError
 from dynctl.frontend.answer import Answer
 from dynctl.frontend.body import encode
-from dynctl.frontend.pipeline import Attempt, Flow
+from dynctl.frontend.pipeline import Attempt, Flow, single_leg
 from dynctl.frontend.retry import AttemptFailed
 from dynctl.frontend.upstream import Leg
 from dynctl.http.client import Response
@@ -30,7 +30,18 @@ from dynctl.router.service import Choice
 _ROOMS_BITS = 48
 
 
-def flow_for(contract: PrefillDecode) -> Flow:
+def flow_for(roles: frozenset[str], contract: PrefillDecode | None) -> Flow:
+    """How prompts are served with these roles. Raises LaunchError when the backend cannot split them."""
+    if "prefill" not in roles:
+        return single_leg("aggregated")
+    if contract is None:
+        raise LaunchError(
+            "this backend has no prefill/decode contract", where="roles", hint="use the role `aggregated`"
+        )
+    return _split_flow(contract)
+
+
+def _split_flow(contract: PrefillDecode) -> Flow:
     """The flow of an engine's prefill/decode contract. A request it cannot split goes to decode alone."""
     split: Flow = _Concurrent(contract) if contract.order == "concurrent" else _PrefillFirst(contract)
 

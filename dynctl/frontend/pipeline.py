@@ -20,8 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from random import Random
 
-from dynctl.engines.base import PrefillDecode
-from dynctl.errors import DeadlineExceeded, DynctlError, LaunchError, Rejected
+from dynctl.errors import DeadlineExceeded, DynctlError, Rejected
 from dynctl.frontend.admission import Models, check_context
 from dynctl.frontend.answer import Answer, Tell
 from dynctl.frontend.call import Call
@@ -191,19 +190,6 @@ def single_leg(role: Role) -> Flow:
             choice.ticket.finish()
 
     return flow
-
-
-def flow_for(roles: frozenset[str], contract: PrefillDecode | None) -> Flow:
-    """How prompts are served with these roles. Raises LaunchError when the backend cannot split them."""
-    if "prefill" not in roles:
-        return single_leg("aggregated")
-    if contract is None:
-        raise LaunchError(
-            "this backend has no prefill/decode contract", where="roles", hint="use the role `aggregated`"
-        )
-    from dynctl.frontend import disagg
-
-    return disagg.flow_for(contract)
 
 
 _ERROR_TYPES = {

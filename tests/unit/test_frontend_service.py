@@ -15,7 +15,8 @@ from dynctl.errors import (
 )
 from dynctl.frontend.__main__ import read_spec
 from dynctl.frontend.accounts import Accounts
-from dynctl.frontend.pipeline import error_type_of, flow_for
+from dynctl.frontend.disagg import flow_for
+from dynctl.frontend.pipeline import error_type_of
 from dynctl.frontend.server import STATUSES, tell
 from dynctl.observability.metrics import Metrics
 
