@@ -49,6 +49,20 @@ def test_every_exit_code_is_of_an_error_there_is() -> None:
     assert set(EXIT_CODES) <= set(kinds(errors.DynctlError))
 
 
+def test_an_error_kind_without_an_exit_code_is_one_that_no_verb_ends_with() -> None:
+    """A connection that was refused ended with 1 instead of 8 as long as its kind was missing."""
+    code_1 = {
+        "error": "the root: a fault of dynctl's own, or trouble with a file",
+        "codec": "a file that cannot be read as what it should be",
+        "superseded": "sidecars and frontends have it, as their own exit code",
+        "profile": "the mocker has it",
+    }
+    kinds_of_tree = [
+        kind for kind in kinds(errors.DynctlError) if kind not in ("unknown_path", "method_not_allowed")
+    ]
+    assert set(kinds_of_tree) - set(EXIT_CODES) == set(code_1)
+
+
 @pytest.mark.parametrize("args", [[], ["--help"], ["-h"], ["help"]])
 def test_help(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert dispatch(args) == 0
