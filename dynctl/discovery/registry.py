@@ -11,6 +11,7 @@ import msgspec
 
 from dynctl.discovery.lease import Changes, LeaseTable
 from dynctl.errors import DiscoveryError
+from dynctl.protocol.instances import PROTOCOL_VERSION
 from dynctl.protocol.registry import (
     MEMBERSHIP,
     LeaseReply,
@@ -83,7 +84,7 @@ class Registry:
         self._publish(changes)
 
     async def handle(self, op: str, body: msgspec.Raw) -> msgspec.Struct:
-        """Answer one call. Raises CodecError, or DiscoveryError for an op that is none."""
+        """Answer one call. Raises CodecError; DiscoveryError for an op that is none, or another protocol."""
         match op:
             case "registry.register":
                 return self._register(read_body(body, Register))
@@ -105,6 +106,13 @@ class Registry:
         return reply
 
     def _register(self, call: Register) -> LeaseReply:
+        given = call.instance.protocol
+        if given != PROTOCOL_VERSION:
+            raise DiscoveryError(
+                f"{call.instance.id} speaks protocol {given}, this controller {PROTOCOL_VERSION}",
+                where=call.instance.node,
+                hint="the same version of dynctl on all machines",
+            )
         reply, changes = self._table.register(call.instance, call.state, self._clock())
         self._publish(changes)
         if changes or reply.outcome != "ok":

@@ -12,7 +12,7 @@ from dynctl.discovery.client import Registrar, Watcher
 from dynctl.discovery.registry import Registry
 from dynctl.errors import CodecError, DiscoveryError
 from dynctl.protocol.instances import Instance
-from dynctl.protocol.registry import LeaseReply, Member
+from dynctl.protocol.registry import LeaseReply, Member, Register
 from dynctl.transport.control import ControlClient, ControlServer
 from dynctl.transport.event_plane import Publisher
 from dynctl.transport.keys import Keys
@@ -211,6 +211,14 @@ async def test_unknown_op_and_wrong_body_are_errors(house: House) -> None:
         await client.call("registry.nonsense", None, LeaseReply, 5)
     with pytest.raises(CodecError, match="not a Renew"):
         await client.call("registry.renew", None, LeaseReply, 5)
+
+
+async def test_a_process_of_another_protocol_is_refused_with_a_word(house: House) -> None:
+    controller = house.controller()
+    other = msgspec.structs.replace(instance(), protocol=99)
+    with pytest.raises(DiscoveryError, match="decode-0 speaks protocol 99"):
+        await house.client().call("registry.register", Register(instance=other), LeaseReply, 5)
+    assert controller.ids() == []
 
 
 async def test_broken_listener_stops_neither_side(house: House, caplog: pytest.LogCaptureFixture) -> None:
