@@ -124,6 +124,7 @@ class Answer:
             await stream.relay(relay)
         finally:
             exchange.on_pause = exchange.on_resume = None
+            relay.count_tokens()
         refusal = self._refusal()
         if refusal is not None:
             raise upstream.failed(leg, refusal)

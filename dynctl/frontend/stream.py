@@ -25,9 +25,11 @@ SSE_HEADERS = [
 ]
 _DATA = b"data: "
 _EVENT_END = b"\n\n"
+_DONE = b"data: [DONE]"
 _FIRST_EVENT_BYTES = 16 * 1024
 _BROKEN = re.compile(rb'data: ?\{\s*"error"|data: ?\{\s*"object": ?"error"')
 _ABORTED = re.compile(rb'"finish_reason": ?"abort"')
+_OPENING = re.compile(rb'"role": ?"assistant", ?"content": ?""')
 _USAGE = re.compile(rb'"completion_tokens": ?(\d+)')
 
 
@@ -116,7 +118,7 @@ class Relay:
         held, self._held = self._held, b""
         self._last_s = time.monotonic()
         self._account.ttft.observe(self._last_s - self._account.started_s)
-        self.events = held.count(_DATA)
+        self.events = held.count(_DATA) - len(_OPENING.findall(held))
         self._tail = held
         self._exchange.write(held)
 
@@ -124,22 +126,23 @@ class Relay:
         """The engine's answer has ended as it should: end ours."""
         if not self._last_s:
             self._begin()
-        self._count_tokens()
+        self.count_tokens()
         self._exchange.end()
 
     def break_off(self, error_event: bytes) -> None:
         """The engine is lost: tell the client so by a last event, where the framing still allows one."""
-        self._count_tokens()
         if self._tail.endswith(b"\n\n\r\n"):
             self._exchange.write(frame_chunk(_DATA + error_event + _EVENT_END) + LAST_CHUNK)
             self._exchange.end()
         else:
             self._exchange.abort()
 
-    def _count_tokens(self) -> None:
-        usage = _USAGE.findall(self._before + self._tail)
-        # Without usage: one event a token, but for the closing [DONE].
-        self._account.output_tokens = int(usage[-1]) if usage else max(0, self.events - 1)
+    def count_tokens(self) -> None:
+        """Put what has come so far down to the account: however the stream ends, tokens were made."""
+        last = self._before + self._tail
+        usage = _USAGE.findall(last)
+        # Without usage: one event a token, but for a chat's opening and the closing [DONE].
+        self._account.output_tokens = int(usage[-1]) if usage else self.events - last.count(_DONE)
 
 
 def _excerpt(data: bytes) -> str:

@@ -152,6 +152,24 @@ def test_only_an_empty_abort_is_a_refusal() -> None:
     assert not is_refusal(b'{"finish_reason":"abort"}')
 
 
+def test_a_chats_opening_is_no_token() -> None:
+    test = Setup()
+    opening = event({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
+    for data in (opening + event({}), event({}), frame_chunk(b"data: [DONE]\n\n"), LAST_CHUNK):
+        test.relay.feed(data)
+    test.relay.complete()
+    assert test.account.output_tokens == 2
+
+
+def test_tokens_of_a_stream_that_the_client_left_are_counted() -> None:
+    test = Setup()
+    for data in (event({}), event({}), event({})):
+        test.relay.feed(data)
+    test.relay.count_tokens()
+    test.account.close("cancelled")
+    assert 'output_tokens_total{model="m"} 3.0' in test.metrics.render().decode()
+
+
 def test_output_tokens_of_a_whole_answer() -> None:
     assert output_tokens(b'{"usage":{"completion_tokens": 12}}') == 12
     assert output_tokens(b"{}") == 0
