@@ -30,7 +30,8 @@ from dynctl.transport.event_plane import Publisher
 from dynctl.transport.keys import Keys
 from tests.perf import relay_cpu
 
-MODEL = ModelCard(name="tiny", path=str(Path(dynctl.mocker.__file__).parent / "assets" / "tiny"), block_size=16)
+ASSETS = Path(dynctl.mocker.__file__).parent / "assets" / "tiny"
+MODEL = ModelCard(name="tiny", path=str(ASSETS), block_size=16)
 ANY_PORT = "tcp://127.0.0.1:0"
 
 
