@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dynctl.cli import options
-from dynctl.cli.render import data, json_data, table
-from dynctl.recipe.shipped import shipped_recipes
+from dynctl.cli.render import data, json_data, prose, table
+from dynctl.recipe.shipped import shipped_recipes, shipped_scripts
 from dynctl.recipe.source import read_document
 
 
 def recipes(json_: options.Json = False) -> None:
     """The recipes that come with dynctl.
 
-    Each can be named as shown by every verb that takes a recipe: dynctl up quickstart
+    Each can be named as shown by every verb that takes a recipe: dynctl up quickstart. Standard error tells
+    where the sbatch scripts are.
     """
     rows = []
     for path in shipped_recipes():
@@ -27,3 +28,5 @@ def recipes(json_: options.Json = False) -> None:
                 [[r["recipe"], r["backend"], r["description"]] for r in rows],
             )
         )
+        for script in shipped_scripts():
+            prose(f"for Slurm: sbatch {script} RECIPE")

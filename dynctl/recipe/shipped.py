@@ -1,4 +1,4 @@
-"""The recipes that come with dynctl: beside the package in a checkout, inside it in a wheel."""
+"""The recipes and sbatch scripts that come along: beside the package in a checkout, inside it in a wheel."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
-def directory() -> Path | None:
-    """Where the shipped recipes are, None in a broken installation."""
-    for place in (_PACKAGE / "_data" / "recipes", _PACKAGE.parent / "recipes"):
+def directory(kind: str = "recipes") -> Path | None:
+    """Where the shipped "recipes" or "slurm" scripts are, None in a broken installation."""
+    for place in (_PACKAGE / "_data" / kind, _PACKAGE.parent / kind):
         if place.is_dir():
             return place
     return None
@@ -19,6 +19,12 @@ def shipped_recipes() -> list[Path]:
     """All shipped recipes, by name."""
     place = directory()
     return sorted(place.glob("*.yaml")) if place else []
+
+
+def shipped_scripts() -> list[Path]:
+    """All shipped sbatch scripts, by name."""
+    place = directory("slurm")
+    return sorted(place.glob("*.sbatch")) if place else []
 
 
 def find_recipe(path: Path) -> Path:

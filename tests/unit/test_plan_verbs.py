@@ -103,6 +103,15 @@ def test_recipes_lists_the_shipped_ones(capsys: pytest.CaptureFixture[str]) -> N
     assert "recipes/quickstart.yaml" in capsys.readouterr().out
 
 
+def test_sbatch_scripts_are_found_where_dynctl_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert dispatch(["recipes"]) == 0
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if "serve.sbatch" in line]
+    assert Path(told.split()[-2]).is_file()
+
+
 def test_shipped_recipes_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("quickstart", "quickstart.yaml", "recipes/quickstart.yaml"):
