@@ -8,6 +8,7 @@ from dynctl.deploy.ask import ask_controller
 from dynctl.deploy.home import Home, RunDir
 from dynctl.deploy.state import ENDED, RunState, load_state
 from dynctl.deploy.status import view_of
+from dynctl.deploy.stop import CONTROLLER
 from dynctl.errors import CodecError, DynctlError, UsageError
 from dynctl.launchers import procfs
 from dynctl.launchers.local import LocalLauncher
@@ -23,7 +24,16 @@ def home() -> Home:
 
 def view(run: RunDir) -> DeploymentView:
     """The deployment as its state file and the living processes say. Raises UsageError without a state."""
-    return view_of(state(run), str(run.path), procfs.alive)
+    found = state(run)
+    if found.phase not in ENDED and not found.controller.pid:
+        # It has been started but not yet written itself down: not a deployment that has ended.
+        for owned in LocalLauncher().owned(run.run_id):
+            if owned.process_id == CONTROLLER:
+                found.controller.pid, found.controller.start_ticks = (
+                    owned.handle.pid,
+                    owned.handle.start_ticks,
+                )
+    return view_of(found, str(run.path), procfs.alive)
 
 
 def ask(run: RunDir) -> tuple[DeploymentView, str]:
@@ -64,7 +74,7 @@ def pick(name: str | None, *, ended: bool = False) -> RunDir:
             listed = f"there are: {', '.join(names)}" if names else "there are none; dynctl up starts one"
             raise UsageError(f"no deployment '{name}'", hint=listed)
         return run
-    running = [n for n in names if _runs(place, n)]
+    running = running_names()
     if len(running) == 1:
         names = running
     elif running:
@@ -74,6 +84,12 @@ def pick(name: str | None, *, ended: bool = False) -> RunDir:
         raise UsageError("no deployment runs", hint=listed)
     runs = [run for n in names if (run := place.run_of(n)) is not None]
     return max(runs, key=lambda run: run.path.stat().st_mtime)
+
+
+def running_names() -> list[str]:
+    """All deployments that run."""
+    place = home()
+    return [name for name in place.names() if _runs(place, name)]
 
 
 def _runs(place: Home, name: str) -> bool:

@@ -1,0 +1,71 @@
+"""Which deployment is meant, and whether it runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dynctl.cli.pick import pick, running_names, view
+from dynctl.deploy.home import Home, RunDir
+from dynctl.deploy.state import ControllerRecord, RunState, encode_state
+from dynctl.errors import UsageError
+from dynctl.launchers.base import ENV_PROCESS, ENV_RUN
+
+RUN_ID = f"young-{os.getpid()}"
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    """A run that has just been written: nothing of it has written itself down."""
+    monkeypatch.setenv("DYNCTL_HOME", str(tmp_path))
+    home = Home(tmp_path)
+    home.prepare()
+    state = RunState(
+        name="young",
+        run_id=RUN_ID,
+        url="http://127.0.0.1:1",
+        registry="tcp://127.0.0.1:2",
+        backend="mocker",
+        model="tiny",
+        roles={"aggregated": 1},
+        created_at=0.0,
+        seats=[],
+        controller=ControllerRecord(incarnation=1),
+        phase="starting",
+    )
+    made = home.create_run(RUN_ID, {"state.json": encode_state(state).decode()})
+    home.point("young", made)
+    return made
+
+
+@pytest.fixture
+def controller(run: RunDir) -> Iterator[int]:
+    """A process that is the controller of the run as far as anybody can see."""
+    env = {**os.environ, ENV_RUN: run.run_id, ENV_PROCESS: "controller"}
+    program = "import sys; print(flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        yield child.pid
+        child.kill()
+
+
+def test_a_controller_that_has_not_written_itself_down_runs(run: RunDir, controller: int) -> None:
+    seen = view(run)
+    assert (seen.phase, seen.controller_pid) == ("starting", controller)
+    assert running_names() == ["young"]
+    assert pick(None) == run
+
+
+def test_a_run_whose_controller_never_came_has_ended(run: RunDir) -> None:
+    assert view(run).phase == "stopped"
+    assert running_names() == []
+    with pytest.raises(UsageError, match="no deployment runs"):
+        pick(None)
