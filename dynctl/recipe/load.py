@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dynctl.errors import RecipeError
 from dynctl.recipe import override
 from dynctl.recipe.model_files import ModelFiles, hub_directory, is_hub_id, is_path, read_facts, tokenizer_in
-from dynctl.recipe.problems import Problem, as_error
+from dynctl.recipe.problems import Problem, as_error, did_you_mean
 from dynctl.recipe.schema import Recipe, RoleSection
-from dynctl.recipe.shipped import find_recipe
+from dynctl.recipe.shipped import find_recipe, shipped_recipes
 from dynctl.recipe.source import Document, Keys, read_document
 from dynctl.recipe.validate import validate, where_of
 
@@ -68,7 +69,7 @@ def load_recipe(
     environ = os.environ if environ is None else environ
     file = find_recipe(Path(path))
     changes = override.collect(environ, sets, unsets)
-    document = override.apply(read_document(file), changes)
+    document = override.apply(_read(file), changes)
     made = validate(Recipe, document)
     if isinstance(made, list):
         raise as_error(made, str(file))
@@ -77,6 +78,17 @@ def load_recipe(
     if resolver.problems:
         raise as_error(resolver.problems, str(file))
     return LoadedRecipe(recipe, str(file), model, document.wheres, tuple(c.where for c in changes))
+
+
+def _read(file: Path) -> Document:
+    try:
+        return read_document(file)
+    except RecipeError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        names = did_you_mean(file.stem, [shipped.stem for shipped in shipped_recipes()])
+        hint = f"a file, or one that comes along: {names}"
+        raise RecipeError(error.message, where=error.where, hint=hint) from error
 
 
 def _counted(section: RoleSection) -> RoleSection:

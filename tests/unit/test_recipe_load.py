@@ -273,3 +273,10 @@ def test_lock_loads_as_the_same_recipe(tmp_path: Path) -> None:
 def test_an_unknown_section_of_a_flag_is_blamed_on_the_flag(tmp_path: Path) -> None:
     told = failure(tmp_path, GOOD, "rolse.decode.replicas=2")
     assert told.startswith("--set rolse.decode.replicas=2: unknown key 'rolse' (did you mean 'roles'?")
+
+
+def test_a_misspelt_recipe_is_told_those_that_come_along() -> None:
+    with pytest.raises(RecipeError, match="no such file") as caught:
+        load_recipe("quikstart", environ={})
+    assert caught.value.where == "quikstart"
+    assert "did you mean 'quickstart'" in caught.value.hint
