@@ -67,7 +67,11 @@ def _run(verb: str, target: str, summary: str, args: list[str]) -> int:
     usage_error: type[Exception] = typer.BadParameter.__mro__[1]
     command = command_of(verb, target, summary)
     try:
-        code = command.main(args, prog_name=f"dynctl {verb}", standalone_mode=False)
+        # Not command.main, which ends the process itself with 1 when the reader of our output has gone.
+        with command.make_context(f"dynctl {verb}", list(args)) as context:
+            code = command.invoke(context)
+    except typer.Exit as done:
+        return done.exit_code
     except typer.Abort:
         return INTERRUPTED
     except usage_error as error:
