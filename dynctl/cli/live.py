@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
 from dynctl.cli.pick import state
-from dynctl.cli.render import STATE_STYLES, age, prose
+from dynctl.cli.render import STATE_STYLES, age, program, prose
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.status import ready_counts
 from dynctl.deploy.stop import Stopper
@@ -177,4 +177,4 @@ def follow(run: RunDir, controller: ProcessHandle, stopper: Stopper) -> int:
 
 def ways_back(name: str) -> str:
     """How to see and to end a deployment that was left."""
-    return f"dynctl status {name} --watch comes back, dynctl down {name} ends it"
+    return f"{program()} status {name} --watch comes back, {program()} down {name} ends it"

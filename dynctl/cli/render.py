@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import Any, Literal, TextIO
@@ -70,6 +72,16 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, state_column
 
     head = paint("  ".join(h.ljust(w) for h, w in zip(headers, widths, strict=True)).rstrip(), "dim")
     return "\n".join([head, *(line(row) for row in rows)])
+
+
+def program() -> str:
+    """How to call this dynctl again: "dynctl" when the shell finds this one, else as it was called."""
+    called, found = sys.argv[0], shutil.which("dynctl")
+    if os.path.basename(called) != "dynctl" or (
+        found and os.path.realpath(found) == os.path.realpath(called)
+    ):
+        return "dynctl"
+    return shlex.quote(called)
 
 
 def age(seconds: float) -> str:

@@ -12,8 +12,8 @@ import typer
 from dynctl.cli import options
 from dynctl.cli.live import follow, screen, ways_back
 from dynctl.cli.main import INTERRUPTED
-from dynctl.cli.pick import home
-from dynctl.cli.render import data, json_data, prose
+from dynctl.cli.pick import home, running_names
+from dynctl.cli.render import data, json_data, program, prose
 from dynctl.deploy.plan import build_plan
 from dynctl.deploy.run import Checked, Site, Up, UpRequest, check, start
 from dynctl.deploy.seats import RunContext
@@ -106,4 +106,5 @@ def announce(started: Up, *, as_json: bool) -> None:
         return
     data(started.url)
     prose(f"{started.name} is ready: {started.url}", style="good")
-    prose(f"try: dynctl chat 'Hello'   end: dynctl down {started.name}")
+    which = "" if running_names() == [started.name] else f" --name {started.name}"
+    prose(f"try: {program()} chat{which} 'Hello'   end: {program()} down {started.name}")

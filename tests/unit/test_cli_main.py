@@ -13,7 +13,7 @@ import pytest
 from dynctl import errors
 from dynctl.cli import invoke
 from dynctl.cli.main import EXIT_CODES, GROUPS, VERBS, dispatch, help_text, main, wants_colour
-from dynctl.cli.render import age, paint, table
+from dynctl.cli.render import age, paint, program, table
 from dynctl.deploy.home import Home
 from dynctl.errors import DynctlError, PortInUse
 
@@ -187,6 +187,31 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, check=True)
     assert done.stderr == ""
     assert done.stdout.splitlines()[-1] in ("0", "141")
+
+
+@pytest.mark.parametrize("verb", ["ls --json", "schema", "up --help"])
+def test_a_reader_that_was_never_there_ends_with_the_documented_code(verb: str) -> None:
+    closed = f"exec 3> >(exec true); wait $!; {sys.executable} -m dynctl.cli.main {verb} >&3; echo $? >&2"
+    done = subprocess.run(["bash", "-c", closed], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stderr == "141\n"
+
+
+def test_the_way_back_is_what_the_shell_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("here", "elsewhere"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "dynctl").write_text("#!/bin/sh\n")
+        (tmp_path / folder / "dynctl").chmod(0o755)
+    called = str(tmp_path / "here" / "dynctl")
+    monkeypatch.setattr(sys, "argv", [called, "up"])
+    for path, said in (
+        ("", called),
+        (str(tmp_path / "elsewhere"), called),
+        (str(tmp_path / "here"), "dynctl"),
+    ):
+        monkeypatch.setenv("PATH", path)
+        assert program() == said
+    monkeypatch.setattr(sys, "argv", ["/x/dynctl/cli/main.py", "up"])
+    assert program() == "dynctl"
 
 
 def test_colour_only_where_it_is_wanted() -> None:
