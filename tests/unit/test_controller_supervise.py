@@ -348,6 +348,16 @@ def test_an_adopted_process_that_was_still_starting_keeps_its_time() -> None:
     assert bench.after(110.0) == [Kill("decode-0", 1)]
 
 
+def test_a_new_controller_gives_a_seat_its_tries_anew() -> None:
+    """Else a seat that gave up once under the former controller would be given up at its first failure."""
+    said = words("no memory")
+    first = Bench()
+    first.exit(code=1, words=said)
+    again = Bench(first.seat("frontend-0"), first.seat())
+    again.exit(code=1, words=said)
+    assert again.seat().state == "backoff"
+
+
 def test_down_ends_frontends_before_workers() -> None:
     bench = Bench()
     bench.ready()
