@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 MASK = "***"
-_SECRET_NAME = re.compile(r"(API_?KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL)(_|$)", re.IGNORECASE)
+_SECRET_NAME = re.compile(
+    r"((API|ACCESS|PRIVATE)_?KEY|SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIALS?)(_|$)", re.IGNORECASE
+)
 _SECRET_FLAG = re.compile(r"^--?(admin-)?(api[-_]key|hf[-_]token|password)(=|$)", re.IGNORECASE)
 
 

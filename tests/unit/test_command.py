@@ -14,7 +14,9 @@ def test_render_round_trips_through_a_shell_parser() -> None:
     assert tuple(shlex.split(Command(argv).render())) == argv
 
 
-@pytest.mark.parametrize("name", ["API_KEY", "HF_TOKEN", "DYNCTL_API_KEY", "aws_secret", "DB_PASSWORD"])
+@pytest.mark.parametrize(
+    "name", ["API_KEY", "HF_TOKEN", "DYNCTL_API_KEY", "aws_secret", "DB_PASSWORD", "S3_ACCESS_KEY"]
+)
 def test_secret_environment_is_masked_when_shown(name: str) -> None:
     command = Command(("p",), env={name: "hunter2", "PATH_LIKE": "x"})
     assert command.shown_env() == {"PATH_LIKE": "x", name: MASK} or command.shown_env()[name] == MASK
