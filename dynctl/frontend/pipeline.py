@@ -157,7 +157,13 @@ class Pipeline:
         preprocessor, kind = self._parts.preprocessor, call.endpoint.kind
         if preprocessor is None or kind == "other":
             return UNKNOWN
-        return await preprocessor.prepare(kind, call.body, self._parts.router.block_size, call.adapter)
+        return await preprocessor.prepare(
+            kind,
+            call.body,
+            self._parts.router.block_size,
+            call.adapter,
+            context=self._parts.models.max_model_len,
+        )
 
     async def _before_next(self, attempt: Attempt, failure: AttemptFailed) -> None:
         """Wait a little, or raise the failure's cause when enough has been tried.

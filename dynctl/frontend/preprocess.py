@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from dynctl.errors import ContextTooLong
 from dynctl.frontend.body import Body, messages, prompt
 from dynctl.kv.hashing import root_hash, sequence_hashes
 from dynctl.observability.metrics import Metrics
@@ -32,6 +33,13 @@ logger = logging.getLogger(__name__)
 
 Kind = Literal["chat", "completions"]
 THREAD_CHARS = 16_384
+_SUSPECT_CHARS = 8
+_SLICE_CHARS = 65_536
+_SLICE_SLACK = 64
+"""A text of more than `_SUSPECT_CHARS` characters for each token of the context is counted in slices first,
+so that megabytes which cannot fit cost no more than what shows it. A cut may add some tokens: fewer than
+`_SLICE_SLACK`.
+"""
 _PROMPT_CHANGERS = ("chat_template", "truncate_prompt_tokens", "prompt_embeds", "add_special_tokens")
 """Fields that make the engine's prompt differ from what is computed here."""
 
@@ -87,8 +95,14 @@ class Preprocessor:
         """Give the threads back without waiting for them."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def prepare(self, kind: Kind, body: Body, block_size: int, adapter: str = "") -> PromptFacts:
-        """Tokens and hashes of the prompt. Raises RequestError for fields that are wrong in themselves."""
+    async def prepare(
+        self, kind: Kind, body: Body, block_size: int, adapter: str = "", *, context: int = 0
+    ) -> PromptFacts:
+        """Tokens and hashes of the prompt. Raises RequestError for fields that are wrong in themselves.
+
+        Raises ContextTooLong, as early as it can be known, for a text far beyond `context` tokens (0: no
+        limit known). A prompt that is a little too long is given back, without hashes: the caller judges.
+        """
         try:
             changed = next((name for name in _PROMPT_CHANGERS if body.has(name)), None)
             if changed is not None:
@@ -96,21 +110,22 @@ class Preprocessor:
             await asyncio.shield(self.warm())
             root = root_hash(adapter, body.get("cache_salt", str) or "")
             if len(body.original) <= THREAD_CHARS:
-                return self._prepare(kind, body, block_size, root)
+                return self._prepare(kind, body, block_size, root, context)
             return await asyncio.get_running_loop().run_in_executor(
-                self._threads, self._prepare, kind, body, block_size, root
+                self._threads, self._prepare, kind, body, block_size, root, context
             )
         except NotTokenised as why:
             self._metrics.counter("tokenize_fallbacks_total", reason=why.reason).inc()
             return UNKNOWN
 
-    def _prepare(self, kind: Kind, body: Body, block_size: int, root: int) -> PromptFacts:
-        tokens = self._chat_tokens(body) if kind == "chat" else self._completion_tokens(body)
-        if block_size <= 0:
+    def _prepare(self, kind: Kind, body: Body, block_size: int, root: int, context: int) -> PromptFacts:
+        chat = kind == "chat"
+        tokens = self._chat_tokens(body, context) if chat else self._completion_tokens(body, context)
+        if block_size <= 0 or len(tokens) > context > 0:
             return PromptFacts(tokens=len(tokens))
         return PromptFacts(tokens=len(tokens), hashes=sequence_hashes(tokens, block_size, root))
 
-    def _chat_tokens(self, body: Body) -> Sequence[int]:
+    def _chat_tokens(self, body: Body, context: int) -> Sequence[int]:
         from dynctl.frontend.template import Unrenderable
 
         if self._template is None:
@@ -122,23 +137,26 @@ class Preprocessor:
             logger.debug("prompt.unrenderable why=%s", error)
             raise NotTokenised(error.reason) from error
         self._template_seconds.observe(time.perf_counter() - started)
-        return self._encode(text, add_special_tokens=False)
+        return self._encode(text, context, add_special_tokens=False)
 
-    def _completion_tokens(self, body: Body) -> Sequence[int]:
+    def _completion_tokens(self, body: Body, context: int) -> Sequence[int]:
         given = prompt(body)
         if isinstance(given, list) and len(given) == 1 and not isinstance(given[0], int):
             given = given[0] if isinstance(given[0], str) else list(given[0])
         if isinstance(given, str):
-            return self._encode(given, add_special_tokens=True)
+            return self._encode(given, context, add_special_tokens=True)
         if not given or not all(isinstance(token, int) for token in given):
             raise NotTokenised("batch" if given else "prompt_missing")
         return [token for token in given if isinstance(token, int)]
 
-    def _encode(self, text: str, *, add_special_tokens: bool) -> Sequence[int]:
-        if self._tokenizer is None:
+    def _encode(self, text: str, context: int, *, add_special_tokens: bool) -> Sequence[int]:
+        tokenizer = self._tokenizer
+        if tokenizer is None:
             raise NotTokenised("tokenizer_missing")
         started = time.perf_counter()
-        ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        if context and len(text) > _SUSPECT_CHARS * context:
+            _refuse_far_too_long(tokenizer, text, context)
+        ids = _ids(tokenizer, text, add_special_tokens)
         self._tokenize_seconds.observe(time.perf_counter() - started)
         return ids
 
@@ -177,6 +195,26 @@ class Preprocessor:
             self._template = ChatTemplate(files.template_source, files.special_tokens)
         except Unrenderable as error:
             logger.warning("chat_template.unusable model=%s why=%s", self._card.name, error)
+
+
+def _ids(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> Sequence[int]:
+    """Of the library's calls the one that lets other threads run meanwhile: `encode` would stop them all."""
+    ids: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+    return ids
+
+
+def _refuse_far_too_long(tokenizer: Tokenizer, text: str, context: int) -> None:
+    """Raises ContextTooLong as soon as the slices so far are more than fits, whatever the cuts have added."""
+    count = 0
+    for number, start in enumerate(range(0, len(text), _SLICE_CHARS), 1):
+        count += len(_ids(tokenizer, text[start : start + _SLICE_CHARS], False))
+        least = count - _SLICE_SLACK * number
+        if least > context:
+            raise ContextTooLong(
+                f"This model's maximum context length is {context} tokens. However, your messages "
+                f"resulted in more than {least} tokens. Please reduce the length of the messages.",
+                where="messages",
+            )
 
 
 def find_model_files(card: ModelCard) -> ModelFiles:

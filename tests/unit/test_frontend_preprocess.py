@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
-from dynctl.errors import RequestError
+from dynctl.engines.mocker import assets_dir
+from dynctl.errors import ContextTooLong, RequestError
 from dynctl.frontend.body import Body
 from dynctl.frontend.preprocess import (
     THREAD_CHARS,
@@ -200,3 +202,45 @@ def test_downloaded_models_are_found_in_the_cache(tmp_path: Path, monkeypatch: p
     assert find_model_files(card).tokenizer_json == snapshot / "tokenizer.json"
     assert find_model_files(ModelCard(name="m", path="org/name", revision="abc")).tokenizer_json is not None
     assert find_model_files(ModelCard(name="m", path="org/name", revision="def")).tokenizer_json is None
+
+
+async def test_a_text_far_beyond_the_context_is_refused_by_its_first_slices(model_dir: Path) -> None:
+    preprocessor = Preprocessor(ModelCard(name="m", path=str(model_dir)), Metrics())
+    body = Body.parse(msgspec.json.encode(chat("hello " * 100_000)))
+    with pytest.raises(ContextTooLong) as caught:
+        await preprocessor.prepare("chat", body, 2, context=500)
+    preprocessor.close()
+    told = caught.value.message
+    assert "maximum context length is 500 tokens" in told
+    assert int(told.partition("more than ")[2].split()[0]) < 20_000
+
+
+async def test_a_text_of_many_characters_and_few_tokens_is_not_refused(model_dir: Path) -> None:
+    preprocessor = Preprocessor(ModelCard(name="m", path=str(model_dir)), Metrics())
+    body = Body.parse(msgspec.json.encode(chat("x" * 200_000)))
+    facts = await preprocessor.prepare("chat", body, 2, context=50)
+    preprocessor.close()
+    assert facts.tokens == 2
+
+
+async def test_a_prompt_beyond_the_context_is_counted_and_not_hashed(model_dir: Path) -> None:
+    preprocessor = Preprocessor(ModelCard(name="m", path=str(model_dir)), Metrics())
+    body = Body.parse(msgspec.json.encode({"prompt": [3] * 1000}))
+    assert await preprocessor.prepare("completions", body, 2, context=999) == PromptFacts(tokens=1000)
+    facts = await preprocessor.prepare("completions", body, 2, context=1000)
+    preprocessor.close()
+    assert facts.hashes is not None
+
+
+async def test_other_requests_go_on_while_a_long_prompt_is_tokenised() -> None:
+    preprocessor = Preprocessor(ModelCard(name="m", path=str(assets_dir())), Metrics())
+    await preprocessor.warm()
+    body = Body.parse(msgspec.json.encode(chat("hello " * 200_000)))
+    task = asyncio.create_task(preprocessor.prepare("chat", body, 16))
+    turns = 0
+    while not task.done():
+        turns += 1
+        await asyncio.sleep(0.001)
+    preprocessor.close()
+    assert (await task).tokens > 200_000
+    assert turns > 20
