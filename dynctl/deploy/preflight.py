@@ -11,6 +11,9 @@ from dynctl.errors import RecipeError
 from dynctl.recipe.load import LoadedRecipe
 from dynctl.topology.inventory import LOCAL, Inventory
 
+_LONGEST_FIRST_LINE = 256
+"""As long as Linux reads it."""
+
 
 def require_local(loaded: LoadedRecipe, inventory: Inventory) -> None:
     """Refuse what cannot be started yet: other targets, other machines. Raises RecipeError."""
@@ -41,13 +44,41 @@ def require_programs(plan: Plan, loaded: LoadedRecipe, environ: Mapping[str, str
             continue
         program = process.command.argv[0]
         path = process.command.env.get("PATH") or environ.get("PATH") or os.defpath
-        if shutil.which(program, path=path) is None:
+        found = shutil.which(program, path=path)
+        if found is None:
             raise _missing(program, path, loaded)
+        interpreter = interpreter_of(found)
+        if interpreter and not os.path.exists(interpreter):
+            raise _dangling(found, interpreter, loaded)
+
+
+def interpreter_of(program: str) -> str:
+    """What the first line of a script says runs it; "" for other programs and unreadable ones."""
+    try:
+        with open(program, "rb") as file:
+            first = file.readline(_LONGEST_FIRST_LINE)
+    except OSError:
+        return ""  # it may be run without being read, and the kernel will say if it may not
+    words = os.fsdecode(first[2:]).split(maxsplit=1) if first.startswith(b"#!") else []
+    return words[0] if words and os.path.isabs(words[0]) else ""
+
+
+def _dangling(program: str, interpreter: str, loaded: LoadedRecipe) -> RecipeError:
+    field = _given_engine(loaded)
+    return RecipeError(
+        f"engine program cannot run: {program} is for {interpreter}, which is not there",
+        where=loaded.where(f"engine.{field}" if field else "backend"),
+        hint="a virtual environment that was moved must be made anew",
+    )
+
+
+def _given_engine(loaded: LoadedRecipe) -> str:
+    engine = loaded.recipe.engine
+    return next((name for name in ("container", "python", "venv") if getattr(engine, name)), "")
 
 
 def _missing(program: str, path: str, loaded: LoadedRecipe) -> RecipeError:
-    engine = loaded.recipe.engine
-    given = next((name for name in ("container", "python", "venv") if getattr(engine, name)), "")
+    given = _given_engine(loaded)
     where = loaded.where(f"engine.{given}" if given else "backend")
     if os.path.isabs(program):
         message = f"engine program missing: {program} is not there or may not be run"

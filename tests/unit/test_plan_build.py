@@ -158,3 +158,18 @@ def test_missing_program_of_a_venv_names_the_venv(tmp_path: Path) -> None:
         require_programs(plan, loaded, {})
     remote = load(tmp_path, "target=ssh", f"engine.venv={tmp_path}/venv")
     require_programs(build_plan(remote, HERE, (), RUN), remote, {})
+
+
+def test_a_moved_venv_is_told_before_anything_is_started(tmp_path: Path) -> None:
+    program = tmp_path / "venv" / "bin" / "vllm"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/old/place/venv/bin/python3 -u\n")
+    program.chmod(0o755)
+    loaded = load(tmp_path, f"engine.venv={tmp_path}/venv")
+    plan = build_plan(loaded, HERE, (), RUN)
+    with pytest.raises(RecipeError, match="is for /old/place/venv/bin/python3, which is not there") as caught:
+        require_programs(plan, loaded, {})
+    assert caught.value.where == f"--set engine.venv={tmp_path}/venv"
+    for first in (b"#!/bin/sh\n", b"#! /usr/bin/env python\n", b"#!\n", b"#!python\n", b"\x7fELF\xff\n", b""):
+        program.write_bytes(first)
+        require_programs(plan, loaded, {})
