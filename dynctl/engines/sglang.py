@@ -204,10 +204,12 @@ def _kv_flags(launch: EngineLaunch) -> list[str]:
         if launch.role == "prefill":
             argv += ["--disaggregation-bootstrap-port", str(launch.ports["bootstrap"])]
     if _publishes(launch):
+        # For the sidecar alone: events hold the tokens of all prompts.
         events = {
             "publisher": "zmq",
-            "endpoint": f"tcp://*:{launch.ports['kv_events']}",
-            "replay_endpoint": f"tcp://*:{launch.ports['kv_replay']}",
+            "bind": True,
+            "endpoint": f"tcp://127.0.0.1:{launch.ports['kv_events']}",
+            "replay_endpoint": f"tcp://127.0.0.1:{launch.ports['kv_replay']}",
             "topic": TOPIC,
         }
         argv += ["--kv-events-config", to_json(events)]

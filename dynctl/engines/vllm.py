@@ -222,11 +222,14 @@ def _kv_flags(launch: EngineLaunch) -> list[str]:
         role = "kv_producer" if launch.role == "prefill" else "kv_consumer"
         argv += ["--kv-transfer-config", to_json({"kv_connector": "NixlConnector", "kv_role": role})]
     if launch.kv_events:
+        # The engine binds its publisher to a wildcard or connects it, but its replay socket, which gives out
+        # the tokens of all prompts it keeps, to any address: that of the sidecar unless a rank is elsewhere.
+        here = len(launch.ranks) == 1 or launch.parallel.data == 1
         events = {
             "enable_kv_cache_events": True,
             "publisher": "zmq",
             "endpoint": f"tcp://*:{launch.ports['kv_events']}",
-            "replay_endpoint": f"tcp://*:{launch.ports['kv_replay']}",
+            "replay_endpoint": f"tcp://{'127.0.0.1' if here else '*'}:{launch.ports['kv_replay']}",
             "topic": TOPIC,
         }
         argv += ["--kv-events-config", to_json(events)]

@@ -132,7 +132,7 @@ class TestVllm:
         assert value(command.argv, "--port") == "7000"
         assert command.env == {"CUDA_VISIBLE_DEVICES": "0,1", "VLLM_HOST_IP": "10.0.0.1"}
         events = json.loads(value(command.argv, "--kv-events-config"))
-        assert (events["endpoint"], events["replay_endpoint"]) == ("tcp://*:7100", "tcp://*:7200")
+        assert (events["endpoint"], events["replay_endpoint"]) == ("tcp://*:7100", "tcp://127.0.0.1:7200")
         assert "--kv-transfer-config" not in command.argv
 
     def test_recipe_may_choose_the_shutdown_timeout(self) -> None:
@@ -169,6 +169,8 @@ class TestVllm:
             *("tcp://127.0.0.1:7100", "tcp://127.0.0.1:7101"),
             *("tcp://10.0.0.2:7102", "tcp://10.0.0.2:7103"),
         )
+        # The sidecar on the head asks the ranks of the other node too.
+        assert '"replay_endpoint":"tcp://*:7200"' in value(follower.argv, "--kv-events-config")
 
     def test_data_parallel_on_one_node_takes_a_port_per_rank(self) -> None:
         apart = launch(self.engine, "decode", parallel=Parallel(data=2), disaggregated=True)
@@ -221,6 +223,14 @@ class TestSglang:
         environment = EngineEnvironment(python="/p")
         (command,) = self.engine.commands(launch(self.engine, environment=environment))
         assert command.argv[:4] == ("/p", "-m", "sglang.launch_server", "--model-path")
+
+    def test_events_are_for_the_sidecar_beside_it_alone(self) -> None:
+        """They hold the tokens of all prompts; the engine would bind a wildcard by itself."""
+        (command,) = self.engine.commands(launch(self.engine))
+        events = json.loads(value(command.argv, "--kv-events-config"))
+        assert events["bind"] is True
+        assert events["endpoint"] == "tcp://127.0.0.1:7100"
+        assert events["replay_endpoint"] == "tcp://127.0.0.1:7200"
 
     def test_nodes_meet_at_the_head(self) -> None:
         sizes = Parallel(tensor=4, expert=2)
