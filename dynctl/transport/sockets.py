@@ -35,7 +35,8 @@ _ZAP_DOMAIN = b"dynctl"
 class Channel:
     """One socket on the running loop: `on_message` gets each message's frames, many per wake-up.
 
-    `on_wake`, if given, is called after each round of receiving: the place to retry what could not be sent.
+    `on_wake`, if given, is called after a round of receiving when the socket can send: the place to retry
+    what could not be sent.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Channel:
         else:
             self._schedule()
         if self._on_wake is not None and not self._closed:
-            self._on_wake()
+            self._wake(self._on_wake)
 
     def close(self) -> None:
         """Stop receiving and close the socket; what was not sent yet is dropped."""
@@ -94,6 +95,14 @@ class Channel:
             self._closed = True
             self._loop.remove_reader(self._fd)
             self._socket.close(linger=0)
+
+    def _wake(self, on_wake: Callable[[], None]) -> None:
+        """Only when a message would be taken: a failed try asks for the next look, and that would never end."""
+        events = int(self._socket.getsockopt(zmq.EVENTS))
+        if events & zmq.POLLIN:  # looking may have swallowed its edge
+            self._schedule()
+        if events & zmq.POLLOUT:
+            on_wake()
 
     def _schedule(self) -> None:
         if not self._scheduled and not self._closed:

@@ -83,6 +83,24 @@ async def test_call_without_a_server_says_no_connection() -> None:
     client.close()
 
 
+async def test_call_without_a_server_does_not_spin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers wait for a dead controller for hours: each try to send asked for the next, at a core's cost."""
+    tries = 0
+    send = Channel.send
+
+    def counted(self: Channel, frames: list[bytes]) -> bool:
+        nonlocal tries
+        tries += 1
+        return send(self, frames)
+
+    monkeypatch.setattr(Channel, "send", counted)
+    client = ControlClient(Keys.generate(), "tcp://127.0.0.1:9")
+    with pytest.raises(TransportError):
+        await client.call("echo", None, Leave, 0.3)
+    client.close()
+    assert 0 < tries < 20
+
+
 async def test_server_that_dies_fails_the_calls_it_had(serve: Serve) -> None:
     entered = asyncio.Event()
 
