@@ -23,6 +23,7 @@ STATE_STYLES: dict[str, Style] = {
     "backoff": "warning",
     "degraded": "warning",
     "draining": "warning",
+    "silent": "error",
     "stopping": "warning",
     "lost": "error",
     "failed": "error",

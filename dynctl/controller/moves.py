@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dynctl.protocol.exits import LastWords
+from dynctl.protocol.registry import InstanceState
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class Seen:
 
     id: str
     incarnation: int
-    draining: bool
+    state: InstanceState
     url: str
     engine_pid: int
 

@@ -144,8 +144,9 @@ class Controller:
                 self._feed(Gone(seat_id, seat.incarnation))
         for member in changes.upserts:
             instance = member.instance
-            draining = member.state == "draining"
-            self._feed(Seen(instance.id, instance.incarnation, draining, instance.url, instance.engine_pid))
+            self._feed(
+                Seen(instance.id, instance.incarnation, member.state, instance.url, instance.engine_pid)
+            )
         self._wake.set()
 
     async def _answer(self, op: str, body: msgspec.Raw) -> msgspec.Struct | None:

@@ -155,10 +155,10 @@ class Supervisor:
         if seat is None or seat.state in ("stopping", "stopped", "failed"):
             return
         seat.url, seat.engine_pid = event.url, event.engine_pid
-        if event.draining:
-            if seat.state != "draining":
-                seat.state = "draining"
-                self._note("process.draining", seat)
+        if event.state != "ready":
+            if seat.state != event.state:
+                seat.state = event.state
+                self._note(f"process.{event.state}", seat)
         elif seat.state != "ready":
             self._mark_ready(seat, now)
 
@@ -324,7 +324,7 @@ class Supervisor:
         self._out.append(Note(event, {"id": seat.id, "incarnation": seat.incarnation, **kept}))
 
 
-_URGENCY = {"failed": 0, "lost": 1, "backoff": 2, "draining": 3, "starting": 4}
+_URGENCY = {"failed": 0, "lost": 1, "silent": 2, "backoff": 3, "draining": 4, "starting": 5}
 
 
 def _reason(seat: SeatRecord) -> str:

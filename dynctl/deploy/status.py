@@ -117,7 +117,7 @@ def diagnose(view: DeploymentView, health: str) -> Diagnosis:
     return Diagnosis()
 
 
-_ORDER = {"failed": 0, "lost": 1, "backoff": 2, "draining": 3, "starting": 4}
+_ORDER = {"failed": 0, "lost": 1, "silent": 2, "backoff": 3, "draining": 4, "starting": 5}
 
 
 def _sentence(row: ProcessView) -> str:

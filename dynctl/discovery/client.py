@@ -38,6 +38,7 @@ _FIRST_PERIOD_S = 1.0
 _SYNC_PERIOD_S = 1.0
 _RETRY_S = 0.25
 _DEADLINE_S = 2.0
+_AWAY_DEADLINE_S = 0.2
 
 
 class Registrar:
@@ -56,6 +57,7 @@ class Registrar:
         self._on_superseded = on_superseded
         self._period_s = _FIRST_PERIOD_S
         self._known = False
+        self._heard = True
         self._over = False
         self._task: asyncio.Task[None] | None = None
         self._first = asyncio.Event()
@@ -76,14 +78,14 @@ class Registrar:
     async def set_state(self, state: InstanceState, deadline_s: float = _DEADLINE_S) -> bool:
         """Tell the registry now; True when it has heard. Each renewal repeats it in any case."""
         self._state = state
-        return await self._say(deadline_s)
+        return await self._say(self._patience_s(deadline_s))
 
     async def leave(self, reason: str, deadline_s: float = _DEADLINE_S) -> None:
         """Give the lease back and stop; a registry that does not answer lets it expire."""
         await self.close()
         call = Leave(id=self._instance.id, incarnation=self._instance.incarnation, reason=reason)
         try:
-            await self._client.call("registry.leave", call, LeaseReply, deadline_s)
+            await self._client.call("registry.leave", call, LeaseReply, self._patience_s(deadline_s))
         except DynctlError as error:
             logger.info("lease.leave_unheard id=%s error=%s", self._instance.id, error)
 
@@ -103,6 +105,10 @@ class Registrar:
             due = max(due + self._period_s, loop.time())
             await asyncio.sleep(due - loop.time())
 
+    def _patience_s(self, deadline_s: float) -> float:
+        """A registry that was away a moment ago is not waited for: nobody is the wiser for it."""
+        return deadline_s if self._heard else min(deadline_s, _AWAY_DEADLINE_S)
+
     async def _say(self, deadline_s: float) -> bool:
         """Renew, or register when the lease is not known; True when the registry has heard."""
         try:
@@ -114,7 +120,9 @@ class Registrar:
         except DynctlError as error:
             log = logger.debug if isinstance(error, TransportError) else logger.warning
             log("lease.unheard id=%s error=%s", self._instance.id, error)
+            self._heard = False
             return False
+        self._heard = True
         if outcome == "superseded" and not self._over:
             self._over = True
             logger.warning(

@@ -10,7 +10,7 @@ Phase = Literal["starting", "ready", "degraded", "stopping", "stopped", "failed"
 """starting → ready ⇄ degraded → stopping → stopped; failed = it could not start, or was ended for that."""
 
 SeatState = Literal[
-    "waiting", "starting", "ready", "draining", "lost", "backoff", "stopping", "stopped", "failed"
+    "waiting", "starting", "ready", "draining", "silent", "lost", "backoff", "stopping", "stopped", "failed"
 ]
 """Of one process. `lost`: alive, but its lease ran out; `failed`: given up, it would fail the same again."""
 

@@ -14,7 +14,8 @@ from dynctl.protocol.instances import Instance
 
 MEMBERSHIP = b"members"
 
-InstanceState = Literal["ready", "draining"]
+InstanceState = Literal["ready", "draining", "silent"]
+"""Only "ready" is given new requests. "silent": the engine has not answered for a while, but lives."""
 
 
 class Register(msgspec.Struct, frozen=True, kw_only=True, tag="register"):

@@ -114,7 +114,7 @@ class Router:
         if ready:
             message = f"no further worker of role {request.role} to try: all {len(ready)} failed this request"
         elif there:
-            message = f"no worker of role {request.role} is ready: all {len(there)} are draining"
+            message = f"no worker of role {request.role} is ready: all {len(there)} are {_states(there)}"
         else:
             message = f"no worker of role {request.role} is registered"
         return Rejected(message, hint="try again later")
@@ -128,9 +128,8 @@ class Router:
         reasons = []
         for role, wanted in roles_needed.items():
             there = self._of_role(role)
-            draining = sum(member.state == "draining" for member in there)
-            if wanted > 0 and len(there) == draining:
-                also = f" ({draining} draining)" if draining else ""
+            if wanted > 0 and not any(member.state == "ready" for member in there):
+                also = f" ({len(there)} {_states(there)})" if there else ""
                 reasons.append(f"{role}: 0 of {wanted} ready{also}")
         return reasons
 
@@ -257,3 +256,8 @@ class Router:
 def _tells_of_its_cache(instance: Instance) -> bool:
     """Whether KV events come from it, and it can be asked for those that were missed."""
     return bool(instance.events and instance.control)
+
+
+def _states(members: Iterable[Member]) -> str:
+    """The states there are among `members`, in words."""
+    return " or ".join(sorted({member.state for member in members}))

@@ -97,7 +97,7 @@ class Channel:
             self._socket.close(linger=0)
 
     def _wake(self, on_wake: Callable[[], None]) -> None:
-        """Only when a message would be taken: a failed try asks for the next look, and that would never end."""
+        """Only when a message would be taken: a failed try asks for the next look, without end."""
         events = int(self._socket.getsockopt(zmq.EVENTS))
         if events & zmq.POLLIN:  # looking may have swallowed its edge
             self._schedule()

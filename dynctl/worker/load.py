@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from dynctl.engines.base import EngineLoad
 from dynctl.errors import TransportError
@@ -14,6 +14,8 @@ from dynctl.worker.readiness import Probe
 logger = logging.getLogger(__name__)
 
 _PERIOD_S = 1.0
+SILENT_AFTER_S = 12.0
+"""A busy engine's HTTP server may be late by seconds; one that says nothing for so long gets no requests."""
 
 
 def report_of(worker: str, incarnation: int, load: EngineLoad) -> LoadReport:
@@ -32,20 +34,38 @@ def report_of(worker: str, incarnation: int, load: EngineLoad) -> LoadReport:
     )
 
 
-async def report_load(probe: Probe, publish: Callable[[EngineLoad], None]) -> None:
-    """Ask and publish until cancelled. An engine that does not answer is logged once per silence."""
+async def report_load(
+    probe: Probe,
+    publish: Callable[[EngineLoad], None],
+    on_silent: Callable[[bool], Awaitable[object]],
+    *,
+    silent_after_s: float = SILENT_AFTER_S,
+) -> None:
+    """Ask and publish until cancelled. An engine that does not answer is logged once per silence.
+
+    `on_silent(True)` is awaited when nothing was heard for `silent_after_s` (its process may be stopped or
+    stuck), `on_silent(False)` when it answers again.
+    """
     loop = asyncio.get_running_loop()
-    silent = False
-    due = loop.time()
+    heard = due = loop.time()
+    missed = told = False
     while True:
         try:
-            for load in await probe.load():
-                publish(load)
-            silent = False
+            loads = await probe.load()
         except TransportError as error:
-            if not silent:
+            if not missed:
                 logger.warning("load.unheard error=%s", error)
-            silent = True
+            missed = True
+            if not told and loop.time() - heard >= silent_after_s:
+                told = True
+                await on_silent(True)
+        else:
+            for load in loads:
+                publish(load)
+            missed, heard = False, loop.time()
+            if told:
+                told = False
+                await on_silent(False)
         due = max(due + _PERIOD_S, loop.time())
         await asyncio.sleep(due - loop.time())
 

@@ -63,6 +63,7 @@ class Planes:
             publish=self._publish_kv,
         )
         self._registrar: Registrar | None = None
+        self._draining = False
         self._tasks: list[asyncio.Task[None]] = []
         self._events = self._control = ""
 
@@ -77,7 +78,7 @@ class Planes:
         self._relay.attach(engine.ready.info.block_size)
         loop = asyncio.get_running_loop()
         self._tasks = [
-            loop.create_task(report_load(self._probe, self._publish_load), name="load"),
+            loop.create_task(report_load(self._probe, self._publish_load, self._silent), name="load"),
             loop.create_task(self._beat(), name="beat"),
         ]
         if self._spec.kv_poll is not None:
@@ -91,7 +92,14 @@ class Planes:
 
     async def drain(self) -> bool:
         """Have no new requests sent here; True when the registry has heard."""
+        self._draining = True
         return self._registrar is not None and await self._registrar.set_state("draining")
+
+    async def _silent(self, silent: bool) -> None:
+        """No new requests while the engine does not answer."""
+        logger.warning("engine.%s id=%s", "silent" if silent else "answers_again", self._spec.id)
+        if self._registrar is not None and not self._draining:
+            await self._registrar.set_state("silent" if silent else "ready")
 
     async def detach(self, reason: str) -> None:
         """The engine has ended, or is to be ended: give the lease back, stop relaying."""

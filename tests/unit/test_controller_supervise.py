@@ -92,7 +92,7 @@ class Bench:
 
     def ready(self, *ids: str) -> None:
         for seat_id in ids or ("frontend-0", "decode-0"):
-            self.tell(Seen(seat_id, self.seat(seat_id).incarnation, False, "http://x", 7))
+            self.tell(Seen(seat_id, self.seat(seat_id).incarnation, "ready", "http://x", 7))
 
     def exit(
         self,
@@ -270,7 +270,7 @@ def test_a_drain_asked_for_from_outside_is_shown_and_ends_in_a_restart() -> None
     bench = Bench()
     bench.ready()
     for _ in range(2):
-        bench.tell(Seen("decode-0", 1, True, "http://x", 7))
+        bench.tell(Seen("decode-0", 1, "draining", "http://x", 7))
     assert bench.noted().count("process.draining") == 1
     assert bench.seat().state == "draining"
     bench.tell(Gone("decode-0", 1))
@@ -286,7 +286,7 @@ def test_news_of_a_superseded_incarnation_change_nothing() -> None:
     bench.after(1.0)
     assert bench.seat().incarnation == 2
     for event in (
-        Seen("decode-0", 1, False, "http://old", 1),
+        Seen("decode-0", 1, "ready", "http://old", 1),
         Gone("decode-0", 1),
         Exited("decode-0", 1, 0),
         Started("decode-0", 1, 5, 5, 5, 0.0),
@@ -295,7 +295,7 @@ def test_news_of_a_superseded_incarnation_change_nothing() -> None:
         assert bench.tell(event) == []
     assert bench.seat().state == "starting"
     assert bench.seat().url == ""
-    assert bench.tell(Seen("decode-9", 1, False, "", 0)) == []
+    assert bench.tell(Seen("decode-9", 1, "ready", "", 0)) == []
 
 
 def test_a_follower_is_ready_when_it_runs() -> None:
@@ -434,3 +434,13 @@ def test_a_start_that_hangs_while_frontends_drain_is_left_to_the_way_down() -> N
     bench.tell(Stop(1000.0))
     assert bench.after(500.0) == []
     assert bench.exit("frontend-0", 0) == [Kill("frontend-0", 1), Terminate("decode-0")]
+
+
+def test_an_engine_that_stops_answering_shows_and_comes_back() -> None:
+    bench = Bench()
+    bench.ready()
+    bench.tell(Seen("decode-0", 1, "silent", "http://x", 7))
+    assert bench.seat().state == "silent"
+    assert bench.noted().count("process.silent") == 1
+    bench.tell(Seen("decode-0", 1, "ready", "http://x", 7))
+    assert bench.seat().state == "ready"
