@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from dynctl.cli.main import EXIT_CODES, INTERRUPTED
+from dynctl.cli.exits import EXIT_CODES, INTERRUPTED
 from dynctl.errors import DynctlError, UsageError
 
 ENDED = "--"

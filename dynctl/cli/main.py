@@ -2,21 +2,6 @@
 
 `dynctl --help` is printed from the table below, without typer, rich or anything else heavy. A verb is a
 function with typer annotations; it returns None or an exit code, and raises `DynctlError` for a failure.
-
-Exit codes:
-
-    0    done
-    1    an error not listed below (with DYNCTL_DEBUG=1 its traceback is shown)
-    2    called wrongly: unknown verb or option, unknown deployment, a name that is taken
-    3    the recipe or inventory is wrong
-    4    the recipe does not fit the nodes, GPUs or ports
-    5    a process could not be started, or did not live
-    6    not ready before the deadline
-    7    a port is in use
-    8    the controller or a service could not be reached
-    9    the service answered with an error
-    130  interrupted
-    141  the reader of standard output went away
 """
 
 from __future__ import annotations
@@ -24,30 +9,8 @@ from __future__ import annotations
 import os
 import sys
 
-EXIT_CODES = {
-    "usage": 2,
-    "recipe": 3,
-    "placement": 4,
-    "launch": 5,
-    "process_exited": 5,
-    "not_ready": 6,
-    "port_in_use": 7,
-    "transport": 8,
-    "peer_lost": 8,
-    "connect_failed": 8,
-    "deadline_exceeded": 8,
-    "discovery": 8,
-    "request": 9,
-    "model_not_found": 9,
-    "unauthorized": 9,
-    "rejected": 9,
-    "context_length_exceeded": 9,
-    "engine_failed": 9,
-}
-"""`DynctlError.kind` → exit code; any other kind is 1."""
-
-INTERRUPTED = 130
-PIPE_CLOSED = 141
+from dynctl.cli.exits import INTERRUPTED, PIPE_CLOSED
+from dynctl.cli.terminal import wants_colour
 
 VERBS: dict[str, tuple[str, str]] = {
     "up": ("dynctl.cli.up:up", "Start what a recipe says and serve it"),
@@ -106,11 +69,6 @@ def dispatch(args: list[str]) -> int:
     from dynctl.cli.invoke import invoke
 
     return invoke(verb, VERBS[verb][0], VERBS[verb][1], rest)
-
-
-def wants_colour(terminal: bool, environ: os._Environ[str] | dict[str, str]) -> bool:
-    """Colour only on a terminal, and never with NO_COLOR set to something (https://no-color.org)."""
-    return terminal and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
 
 
 def help_text(*, colour: bool) -> str:

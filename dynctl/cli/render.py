@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Literal, TextIO
 
-from dynctl.cli.main import wants_colour
+from dynctl.cli.terminal import wants_colour
 
 Style = Literal["", "error", "warning", "good", "dim", "bold"]
 

@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from dynctl.cli import options
+from dynctl.cli.exits import INTERRUPTED
 from dynctl.cli.live import follow, screen, ways_back
-from dynctl.cli.main import INTERRUPTED
 from dynctl.cli.pick import home, running_names
 from dynctl.cli.render import data, json_data, program, prose
 from dynctl.deploy.plan import build_plan

@@ -12,8 +12,10 @@ import pytest
 
 from dynctl import errors
 from dynctl.cli import invoke
-from dynctl.cli.main import EXIT_CODES, GROUPS, VERBS, dispatch, help_text, main, wants_colour
+from dynctl.cli.exits import EXIT_CODES
+from dynctl.cli.main import GROUPS, VERBS, dispatch, help_text, main
 from dynctl.cli.render import age, paint, program, table
+from dynctl.cli.terminal import wants_colour
 from dynctl.deploy.home import Home
 from dynctl.errors import DynctlError, PortInUse
 
