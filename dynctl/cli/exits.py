@@ -1,6 +1,5 @@
 """What a verb's exit code means: the one table, and which error gives which.
 
-
     0    done
     1    an error not listed below (with DYNCTL_DEBUG=1 its traceback is shown)
     2    called wrongly: unknown verb or option, unknown deployment, a name that is taken
