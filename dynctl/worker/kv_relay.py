@@ -3,7 +3,7 @@
 Per data-parallel rank: the engine's own stream comes in order (see `transport.engine_events`; `kv_poll` for
 engines that are asked), each batch that changes something goes out under the next number, the last ones are
 kept for readers with a gap. When engine events are lost for good, a `Cleared` goes out and the index is built
-anew from what follows.
+anew from what follows. Blocks that cannot be taken over are logged once a streak: see `SkippedLog`.
 """
 
 from __future__ import annotations
@@ -12,16 +12,50 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from dynctl.engines.base import KvReader
 from dynctl.errors import CodecError
-from dynctl.kv.translate import Translator
+from dynctl.kv.translate import Skipped, Translator
 from dynctl.protocol.kv_events import Cleared, EngineKvBatch, KvBatch, KvEvent, KvSync, KvSyncReply
 from dynctl.transport.engine_events import EngineEventSource, EngineSubscriber
 
 logger = logging.getLogger(__name__)
 
 KEPT_BATCHES = 4096
+
+
+class SkippedLog:
+    """Says once a streak that blocks are being skipped, and how many it were when the streak is over.
+
+    A streak lasts while each look finds more that were lost or cannot be read. Partial ones are told of once:
+    engines announce them in normal operation.
+    """
+
+    def __init__(self, worker: str, rank: int) -> None:
+        self._who = (worker, rank)
+        self._seen = Skipped()
+        self._streak = False
+
+    def look(self, now: Skipped) -> None:
+        """Called now and then with the counters as they are."""
+        before, self._seen = self._seen, replace(now)
+        was, self._streak = self._streak, _lost(now) > _lost(before)
+        if self._streak and not was:
+            self._log(logging.WARNING, "kv_events.skipped")
+        elif was and not self._streak:
+            self._log(logging.INFO, "kv_events.skipped_no_more")
+        elif now.partial and not before.partial:
+            self._log(logging.INFO, "kv_events.skipped")
+
+    def _log(self, level: int, event: str) -> None:
+        text = "%s worker=%s rank=%d unknown_parent=%d malformed=%d partial=%d"
+        seen = self._seen
+        logger.log(level, text, event, *self._who, seen.unknown_parent, seen.malformed, seen.partial)
+
+
+def _lost(skipped: Skipped) -> int:
+    return skipped.unknown_parent + skipped.malformed
 
 
 class RankRelay:
@@ -36,6 +70,7 @@ class RankRelay:
         self._rank = rank
         self._publish = publish
         self._translator = Translator(rank)
+        self._skipped = SkippedLog(worker, rank)
         self._told = 0
         self._next = 0
         self._kept: deque[KvBatch] = deque(maxlen=kept)
@@ -65,7 +100,11 @@ class RankRelay:
         self._send([Cleared()])
 
     def beat(self) -> None:
-        """Called now and then: repeats the last batch after a quiet time, so that losing it shows."""
+        """Called now and then: repeats the last batch after a quiet time, so that losing it shows.
+
+        And logs what was skipped.
+        """
+        self._skipped.look(self._translator.skipped)
         if self._quiet and self._kept:
             self._publish(self._kept[-1])
         self._quiet = True

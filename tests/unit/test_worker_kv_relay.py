@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
 from dynctl.errors import CodecError
@@ -134,3 +136,54 @@ def test_engine_without_events_has_no_rank() -> None:
     made.beat()
     assert sent == []
     assert made.sync(KvSync(rank=0, from_seq=0)).next_seq == 0
+
+
+def orphan(name: int) -> EngineKvBatch:
+    event = EngineStored(block_hashes=[name], parent=10_000, token_ids=[name] * 4, block_size=4)
+    return EngineKvBatch(timestamp=0.0, rank=0, events=[event])
+
+
+def tail(name: int) -> EngineKvBatch:
+    event = EngineStored(block_hashes=[name], parent=None, token_ids=[name] * 2, block_size=2)
+    return EngineKvBatch(timestamp=0.0, rank=0, events=[event])
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:
+    found = [(r.levelno, r.getMessage()) for r in caplog.records]
+    caplog.clear()
+    return found
+
+
+def test_skipped_blocks_are_a_warning_once_a_streak(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "dynctl.worker.kv_relay")
+    rank = relay([])
+    rank.feed(stored(1))
+    rank.beat()
+    assert said(caplog) == []
+    for name in (2, 3, 4):
+        rank.feed(orphan(name))
+        rank.feed(orphan(name))
+        rank.beat()
+    counts = "worker=w rank=0 unknown_parent={} malformed=0 partial=0"
+    assert said(caplog) == [(logging.WARNING, "kv_events.skipped " + counts.format(2))]
+    rank.beat()
+    rank.beat()
+    assert said(caplog) == [(logging.INFO, "kv_events.skipped_no_more " + counts.format(6))]
+    rank.feed(orphan(5))
+    rank.beat()
+    assert said(caplog) == [(logging.WARNING, "kv_events.skipped " + counts.format(7))]
+
+
+def test_partial_blocks_alone_do_not_alarm_nor_hide_lost_ones(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "dynctl.worker.kv_relay")
+    rank = relay([])
+    rank.feed(stored(1))
+    for name in (2, 3):
+        rank.feed(tail(name))
+        rank.beat()
+    assert [level for level, _ in said(caplog)] == [logging.INFO]
+    rank.feed(tail(4))
+    rank.feed(orphan(5))
+    rank.beat()
+    text = "kv_events.skipped worker=w rank=0 unknown_parent=1 malformed=0 partial=3"
+    assert said(caplog) == [(logging.WARNING, text)]
