@@ -116,7 +116,6 @@ def worker_command(site: Site, seat: Seat) -> Command:
     follower = seat.number > 0
     source = None if follower else site.engine.kv_source(launch)
     spec = WorkerSpec(
-        deployment=recipe.name,
         id=seat.id,
         role=launch.role,
         index=launch.index,

@@ -160,7 +160,6 @@ class Features:
     launches: bool
     disaggregation: bool
     kv_events: Literal["zmq", "http-poll", "none"]
-    drains_on_sigterm: bool
     gpus: bool = True
     data_parallel: bool = True
     multi_node: bool = True

@@ -35,7 +35,6 @@ class External:
         launches=False,
         disaggregation=False,
         kv_events="zmq",
-        drains_on_sigterm=False,
         gpus=False,
         data_parallel=False,
         multi_node=False,

@@ -92,7 +92,6 @@ class Mocker:
         launches=True,
         disaggregation=True,
         kv_events="zmq",
-        drains_on_sigterm=True,
         gpus=False,
         multi_node=False,
     )

@@ -50,7 +50,7 @@ class Sglang:
 
     name = "sglang"
     # On SIGTERM it waits for all requests without limit and still takes new ones: not a drain to rely on.
-    features = Features(launches=True, disaggregation=True, kv_events="zmq", drains_on_sigterm=False)
+    features = Features(launches=True, disaggregation=True, kv_events="zmq")
     owned_args: Mapping[str, str] = OWNED
     readiness = Readiness(health="/ready", models="/v1/models")
     load_path = "/metrics"

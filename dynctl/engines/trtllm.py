@@ -58,7 +58,6 @@ class Trtllm:
         launches=True,
         disaggregation=True,
         kv_events="http-poll",
-        drains_on_sigterm=False,
         data_parallel=False,
     )
     owned_args: Mapping[str, str] = OWNED

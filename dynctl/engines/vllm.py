@@ -92,7 +92,7 @@ class Vllm:
     """`vllm serve`: one process group per node, OpenAI HTTP on the head node."""
 
     name = "vllm"
-    features = Features(launches=True, disaggregation=True, kv_events="zmq", drains_on_sigterm=True)
+    features = Features(launches=True, disaggregation=True, kv_events="zmq")
     owned_args = OWNED
     readiness = Readiness(health="/health", models="/v1/models")
     load_path = "/metrics"

@@ -38,7 +38,6 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     `kv_poll`: where KV events are fetched instead. Neither = the engine tells none.
     """
 
-    deployment: str
     id: str
     role: Role
     index: int

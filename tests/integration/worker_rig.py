@@ -70,7 +70,6 @@ class Rig:
 
     def spec(self, **changes: Any) -> WorkerSpec:
         spec = WorkerSpec(
-            deployment="d",
             id="decode-0",
             role="decode",
             index=0,

@@ -33,7 +33,6 @@ def root_logger() -> Iterator[None]:
 
 def spec(**changes: object) -> WorkerSpec:
     plain = WorkerSpec(
-        deployment="d",
         id="decode-0",
         role="decode",
         index=0,
