@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from dynctl.deploy.state import (
     save_state,
 )
 from dynctl.deploy.stop import CONTROLLER
-from dynctl.errors import LaunchError, PortInUse, RecipeError, UsageError
+from dynctl.errors import CodecError, LaunchError, PortInUse, RecipeError, UsageError
 from dynctl.launchers import procfs
 from dynctl.launchers.base import Launch, Launcher, ProcessHandle, RunRef
 from dynctl.recipe.check import check_recipe
@@ -37,6 +38,8 @@ from dynctl.recipe.lock import lock_text
 from dynctl.topology.inventory import LOCAL, Inventory, inventory_for
 from dynctl.topology.ports import first_port_of
 from dynctl.transport.keys import Keys
+
+logger = logging.getLogger(__name__)
 
 _YOUNG_S = 30.0
 _START_S = 60.0
@@ -174,7 +177,7 @@ def plan_run(checked: Checked, site: Site, context: RunContext) -> Plan:
     """The plan on free ports. Raises PortInUse that says who has the frontend's."""
     loaded = checked.loaded
     port, host = loaded.recipe.frontend.port, loaded.recipe.frontend.host
-    reserved = reserved_ports(site.home)
+    reserved = reserved_ports(site)
     taken = set(listening()) | reserved
     if port and port not in reserved:
         error = listen_error(host, port)
@@ -199,17 +202,36 @@ def _cannot_listen(loaded: LoadedRecipe, error: OSError) -> RecipeError:
     return RecipeError(message, where=loaded.where(field), hint=hint)
 
 
-def reserved_ports(home: Home) -> set[int]:
-    """Ports of deployments that run or are being started, though nobody may listen on them yet."""
+def reserved_ports(site: Site) -> set[int]:
+    """Ports of deployments that run or are being started, though nobody may listen on them yet.
+
+    A run whose plan cannot be read is left out, with a warning, when no process of it lives. Raises
+    CodecError when one does.
+    """
     found: set[int] = set()
-    for name in home.names():
-        run = home.run_of(name)
+    for name in site.home.names():
+        run = site.home.run_of(name)
         state = readable_state(run.state) if run else None
         if run is None or state is None or not _may_live(state, time.time()):
             continue
-        plan = Plan.from_json(run.plan.read_bytes())
-        found.update(port for node in plan.nodes for port in node.ports if node.name == LOCAL)
+        plan = _plan_of(name, run, site.launcher)
+        if plan is not None:
+            found.update(port for node in plan.nodes for port in node.ports if node.name == LOCAL)
     return found
+
+
+def _plan_of(name: str, run: RunDir, launcher: Launcher) -> Plan | None:
+    """The plan of a run; None when it cannot be read and nothing of the run lives."""
+    try:
+        return Plan.from_json(run.plan.read_bytes())
+    except (OSError, CodecError) as error:
+        if launcher.owned(run.run_id):
+            hint = (
+                f"processes of '{name}' still run, on ports only its plan tells; dynctl down {name} ends them"
+            )
+            raise CodecError(f"the plan cannot be read: {error}", where=str(run.plan), hint=hint) from error
+        logger.warning("plan.unreadable path=%s error=%s: none of its processes lives", run.plan, error)
+        return None
 
 
 def _may_live(state: RunState, now: float) -> bool:

@@ -16,7 +16,7 @@ from dynctl.deploy.plan import Plan, build_plan
 from dynctl.deploy.run import Checked, Site, UpRequest, check, claim, initial_state, plan_run, write_run
 from dynctl.deploy.seats import RunContext
 from dynctl.deploy.state import load_state, save_state
-from dynctl.errors import LaunchError, PortInUse, RecipeError, UsageError
+from dynctl.errors import CodecError, LaunchError, PortInUse, RecipeError, UsageError
 from dynctl.launchers.base import Owned, ProcessHandle
 from dynctl.launchers.local import LocalLauncher
 from dynctl.recipe.lock import lock_text
@@ -118,17 +118,47 @@ def test_ports_of_a_deployment_that_is_being_started_are_not_given_again(tmp_pat
     made, where = checked(tmp_path), site(tmp_path)
     run, plan = written(made, where)
     ports = set(plan.nodes[0].ports)
-    assert steps.reserved_ports(where.home) == ports
+    assert steps.reserved_ports(where) == ports
     context = RunContext("d-2", "/r", sys.executable)
     assert not ports & set(plan_run(made, where, context).nodes[0].ports)
     state = load_state(run.state)
     assert state is not None
     state.created_at -= 3600
     save_state(run.state, state)
-    assert steps.reserved_ports(where.home) == set()
+    assert steps.reserved_ports(where) == set()
     state.phase = "stopped"
     save_state(run.state, state)
-    assert steps.reserved_ports(where.home) == set()
+    assert steps.reserved_ports(where) == set()
+
+
+@pytest.mark.parametrize("plan", ["{", None], ids=["no plan in it", "no file"])
+def test_an_unreadable_plan_of_a_dead_run_is_a_warning(
+    plan: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made, where = checked(tmp_path), site(tmp_path)
+    run, _ = written(made, where)
+    spoil(run, plan)
+    assert steps.reserved_ports(where) == set()
+    assert plan_run(made, where, RunContext("d-2", "/r", sys.executable)).nodes[0].ports
+    assert f"plan.unreadable path={run.plan}" in caplog.text
+    assert {r.levelname for r in caplog.records} == {"WARNING"}
+
+
+@pytest.mark.parametrize("plan", ["{", None], ids=["no plan in it", "no file"])
+def test_an_unreadable_plan_of_a_living_run_is_an_error(plan: str | None, tmp_path: Path) -> None:
+    made, where = checked(tmp_path), site(tmp_path, "decode-0")
+    run, _ = written(made, where)
+    spoil(run, plan)
+    with pytest.raises(CodecError, match="the plan cannot be read") as caught:
+        steps.reserved_ports(where)
+    assert caught.value.where == str(run.plan)
+    assert "dynctl down d" in caught.value.hint
+
+
+def spoil(run: RunDir, plan: str | None) -> None:
+    run.plan.unlink()
+    if plan is not None:
+        run.plan.write_text(plan)
 
 
 def test_the_frontends_port_is_probed_where_it_will_listen(tmp_path: Path) -> None:
