@@ -1,17 +1,17 @@
 """What a verb's exit code means: the one table, and which error gives which.
 
-    0    done
-    1    an error not listed below (with DYNCTL_DEBUG=1 its traceback is shown)
-    2    called wrongly: unknown verb or option, unknown deployment, a name that is taken
-    3    the recipe or inventory is wrong
-    4    the recipe does not fit the nodes, GPUs or ports
-    5    a process could not be started, or did not live
-    6    not ready before the deadline
-    7    a port is in use
-    8    the controller or a service could not be reached
-    9    the service answered with an error
-    130  interrupted
-    141  the reader of standard output went away
+0    done
+1    an error not listed below (with DYNCTL_DEBUG=1 its traceback is shown)
+2    called wrongly: unknown verb or option, unknown deployment, a name that is taken
+3    the recipe or inventory is wrong
+4    the recipe does not fit the nodes, GPUs or ports
+5    a process could not be started, or did not live
+6    not ready before the deadline
+7    a port is in use
+8    the controller or a service could not be reached
+9    the service answered with an error
+130  interrupted
+141  the reader of standard output went away
 """
 
 from __future__ import annotations
