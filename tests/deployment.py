@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,13 +103,30 @@ def counter(metrics: str, name: str, **labels: str) -> float:
 
 def owned(run_id: str) -> list[int]:
     """Pids of living processes that carry this run's id in their environment."""
-    wanted = f"DYNCTL_RUN={run_id}".encode()
+    return _carrying({f"DYNCTL_RUN={run_id}".encode()})
+
+
+def end_all(home: Path, within_s: float = 10.0) -> None:
+    """SIGKILL all that carries `home` as its DYNCTL_HOME or the id of a run in it, until nothing does."""
+    runs = [p.name for p in (home / "runs").glob("[!.]*")]
+    wanted = {f"DYNCTL_HOME={home}".encode(), *(f"DYNCTL_RUN={name}".encode() for name in runs)}
+    ends = time.monotonic() + within_s
+    while left := [pid for pid in _carrying(wanted) if pid != os.getpid()]:
+        assert time.monotonic() < ends, f"cannot be ended: {left}"
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def _carrying(wanted: Set[bytes]) -> list[int]:
+    """Pids of living processes with any of these NAME=value in their environment."""
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         try:
-            if wanted in (entry / "environ").read_bytes().split(b"\0"):
+            if not wanted.isdisjoint((entry / "environ").read_bytes().split(b"\0")):
                 found.append(int(entry.name))
         except OSError:
             continue

@@ -8,20 +8,29 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from tests.deployment import RECIPES, ROOT, get, owned
+import pytest
+
+from tests.deployment import RECIPES, ROOT, end_all, get, owned
 
 STARTED_S = 60.0
 
 
-def test_script_serves_until_it_is_told_to_stop_and_leaves_nothing(tmp_path: Path) -> None:
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path / "home"
+    end_all(tmp_path / "home")
+
+
+def test_script_serves_until_it_is_told_to_stop_and_leaves_nothing(tmp_path: Path, home: Path) -> None:
     dynctl = tmp_path / "dynctl"
     dynctl.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m dynctl.cli.main "$@"\n')
     dynctl.chmod(0o755)
     told = tmp_path / "dynctl-77.json"
     argv = ["bash", str(ROOT / "slurm/serve.sbatch"), str(RECIPES / "quickstart.yaml")]
-    env = {**os.environ, "DYNCTL": str(dynctl), "DYNCTL_HOME": str(tmp_path / "home"), "SLURM_JOB_ID": "77"}
+    env = {**os.environ, "DYNCTL": str(dynctl), "DYNCTL_HOME": str(home), "SLURM_JOB_ID": "77"}
     with (tmp_path / "out").open("wb") as out:
         script = subprocess.Popen(
             [*argv, "--set", "frontend.port=0"], env=env, cwd=tmp_path, stdout=out, stderr=out

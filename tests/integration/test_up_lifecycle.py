@@ -18,7 +18,7 @@ import pytest
 
 from dynctl.deploy.ports import listening
 from tests.conftest import REQUIRE_ALL
-from tests.deployment import RECIPES, Cli, Deployment, get, owned, up
+from tests.deployment import RECIPES, Cli, Deployment, end_all, get, owned, up
 
 QUICKSTART = RECIPES / "quickstart.yaml"
 FREE_PORT = ("--set", "frontend.port=0")
@@ -35,8 +35,9 @@ def eventually(check: Callable[[], bool], within_s: float = 30.0) -> bool:
 
 
 @pytest.fixture
-def cli(tmp_path: Path) -> Cli:
-    return Cli(tmp_path / "home")
+def cli(tmp_path: Path) -> Iterator[Cli]:
+    yield Cli(tmp_path / "home")
+    end_all(tmp_path / "home")
 
 
 @pytest.fixture
@@ -79,6 +80,14 @@ def error_of(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
     error: dict[str, str] = json.loads(done.stdout)["error"]
     assert set(error) == {"type", "message", "where"}
     return error
+
+
+def test_what_a_failed_test_started_does_not_outlive_it(cli: Cli) -> None:
+    cli.json("up", str(QUICKSTART), "-d", "-y", *FREE_PORT)
+    (run_id,) = run_ids(cli)
+    assert owned(run_id)
+    end_all(cli.home)
+    assert not owned(run_id)
 
 
 def test_a_day_of_a_deployment(served: Deployment) -> None:
@@ -369,6 +378,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
+        end_all(folder / "home")
         subprocess.run(["umount", "--lazy", str(folder)], check=True, timeout=30)
 
 
