@@ -88,7 +88,6 @@ def frontend_command(site: Site, index: int, node: str, port: int) -> Command:
     """A frontend and its spec."""
     recipe, seat = site.recipe, f"frontend-{index}"
     spec = FrontendSpec(
-        deployment=recipe.name,
         id=seat,
         index=index,
         node=node,

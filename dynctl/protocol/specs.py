@@ -94,7 +94,6 @@ class FrontendSpec(msgspec.Struct, frozen=True, kw_only=True):
     `api_key_hashes` are SHA-256 hex digests; empty = no key asked for.
     """
 
-    deployment: str
     id: str
     index: int
     node: str

@@ -209,7 +209,6 @@ def error_of(response: Response) -> dict[str, Any]:
 def make_spec(**fields: Any) -> FrontendSpec:
     """A spec for tests: model "m", one aggregated worker wanted, short deadlines."""
     given: dict[str, Any] = {
-        "deployment": "d",
         "id": "frontend-0",
         "index": 0,
         "node": "n",

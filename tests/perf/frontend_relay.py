@@ -71,7 +71,6 @@ def become_frontend(mode: str, port: int, engine: int) -> None:
     assert beside.stdout is not None
     endpoint, membership = beside.stdout.readline().split()
     spec = FrontendSpec(
-        deployment="perf",
         id="frontend-0",
         index=0,
         node="n",
