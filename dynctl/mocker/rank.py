@@ -102,6 +102,7 @@ class Rank:
         timer = asyncio.get_running_loop().call_later(limit, self._wake.set)
         await self._wake.wait()
         timer.cancel()
+        self._step_ends_s = time.monotonic()  # idle time is not time in hand for the steps to come
 
     async def _spend(self, seconds: float) -> None:
         """Let a step's time pass, counted from where the last step ended, so that errors do not add up."""
