@@ -128,9 +128,19 @@ class ContextTooLong(RequestError):
 
 
 class Rejected(RequestError):
-    """The request was refused: no usable worker, overload, or a draining server."""
+    """The request was refused: no usable worker, or a draining server."""
 
     kind = "rejected"
+
+
+class Overloaded(RequestError):
+    """There is too much to do, of all clients or of this one: to be sent again after `retry_after_s`."""
+
+    kind = "overloaded"
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0, where: str = "", hint: str = "") -> None:
+        super().__init__(message, where=where, hint=hint)
+        self.retry_after_s = retry_after_s
 
 
 class EngineFailed(RequestError):

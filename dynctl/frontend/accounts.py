@@ -84,9 +84,12 @@ class Accounts:
             )
         counter.inc()
         if error_type == "cancelled":
-            self._metrics.counter("model_cancellation_total", model=labels[0], endpoint=labels[1]).inc()
-            self._metrics.counter("disconnected_clients_total").inc()
-        elif error_type == "unavailable":
+            model, endpoint, request_type = labels
+            self._metrics.counter(
+                "model_cancellation_total", model=model, endpoint=endpoint, request_type=request_type
+            ).inc()
+            self._metrics.gauge("disconnected_clients").inc()
+        elif error_type in ("unavailable", "overload"):
             self._metrics.counter("model_rejection_total", model=labels[0], endpoint=labels[1]).inc()
 
     def _bind(self, model: str, endpoint: str, request_type: str) -> _Series:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from urllib.parse import unquote
 
 import msgspec
 
-from dynctl.errors import DynctlError, RequestError, TransportError
+from dynctl.errors import DynctlError, Overloaded, RequestError, TransportError
 from dynctl.frontend.accounts import Accounts
 from dynctl.frontend.admission import ApiKeys, Models
 from dynctl.frontend.body import excerpt
@@ -51,6 +52,7 @@ STATUSES: dict[str, Told] = {
     "model_not_found": Told(404, "invalid_request_error", "model_not_found"),
     "unknown_path": Told(404, "invalid_request_error", "unknown_path"),
     "method_not_allowed": Told(405, "invalid_request_error", "method_not_allowed"),
+    "overloaded": Told(429, "rate_limit_error", "overloaded"),
     "engine_failed": Told(502, "engine_failed", "engine_failed"),
     "peer_lost": Told(502, "engine_failed", "peer_lost"),
     "connect_failed": Told(502, "engine_failed", "connect_failed"),
@@ -178,7 +180,9 @@ class Routes:
             exchange.abort()
             return
         headers = [(b"x-request-id", id_)]
-        if what.status == 503:
+        if isinstance(error, Overloaded):
+            headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_s))))
+        elif what.status == 503:
             headers.append((b"retry-after", b"1"))
         elif what.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dynctl.errors import DeadlineExceeded, DynctlError, EngineFailed, PeerLost, Rejected
+from dynctl.errors import DeadlineExceeded, DynctlError, EngineFailed, Overloaded, PeerLost, Rejected
 from dynctl.frontend.retry import AttemptFailed
 from dynctl.http.client import Client, Origin, Response, Stream, Timeouts
 from dynctl.observability.metrics import Metrics
@@ -119,8 +119,10 @@ class Upstream:
         return AttemptFailed(error, failed=frozenset((leg.worker,)))
 
     def _check(self, leg: Leg, status: int, body: bytes) -> None:
-        if status in _BUSY:
-            raise self.failed(leg, Rejected(f"{leg.worker} takes no requests now (status {status})"))
+        if status == 429:
+            raise self.failed(leg, Overloaded(f"{leg.worker} has too much to do (status 429)"))
+        if status == 503:
+            raise self.failed(leg, Rejected(f"{leg.worker} takes no requests now (status 503)"))
         if status >= 500:
             told = body[:_EXCERPT_BYTES].decode("utf-8", "replace")
             raise self.failed(leg, EngineFailed(f"the engine answered {status}: {told}"))
