@@ -84,7 +84,8 @@ class Attempt:
         metrics.histogram("router_choice_seconds").observe(seconds)
         metrics.counter("router_choices_total", role=role, worker=choice.instance.id).inc()
         if self.prompt.hashes and role != "decode":
-            metrics.histogram("router_kv_hit_rate").observe(choice.overlap_blocks / len(self.prompt.hashes))
+            hit_rate = choice.overlap_blocks / len(self.prompt.hashes)
+            metrics.histogram("component_router_kv_hit_rate").observe(hit_rate)
 
     def need(self, role: Role) -> None:
         """Raises Rejected when there is no worker of `role`: asked before work that would be in vain."""
@@ -203,6 +204,7 @@ _ERROR_TYPES = {
     "context_length_exceeded": "validation",
     "model_not_found": "not_found",
     "rejected": "unavailable",
+    "overloaded": "overload",
     "deadline_exceeded": "response_timeout",
     "engine_failed": "engine",
     "peer_lost": "engine",

@@ -1,11 +1,9 @@
-"""Every metric of the serving tower in one catalogue, and the cheap series behind it.
+"""The cheap series behind the metrics: bound once, then an addition per event.
 
 A series is bound once (`Metrics.counter("retries_total", reason="peer_lost")`) and then costs an addition per
 event: no lock, no label look-up. All series of one `Metrics` belong to one event loop's thread.
-prometheus-client is only loaded, and only used, to write the exposition text.
-
-Names, labels and buckets follow Dynamo's frontend (prefix `dynamo_frontend_`) where it has the metric, so its
-dashboards work with the prefix changed.
+prometheus-client is only loaded, and only used, to write the exposition text. What there is to bind is in
+`observability.catalogue`.
 """
 
 from __future__ import annotations
@@ -13,131 +11,15 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
+
+from dynctl.observability.catalogue import FRONTEND, Metric
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric as Family
 
-PREFIX = "dynctl_frontend_"
+PREFIX = "dynctl"
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
-
-
-def log_buckets(low: float, high: float, count: int) -> tuple[float, ...]:
-    """`count` upper bounds from `low` to `high`, evenly spaced in the logarithm, two significant figures."""
-    ratio = (high / low) ** (1 / (count - 1))
-    return (*(float(f"{low * ratio**i:.1e}") for i in range(count - 1)), float(high))
-
-
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """One row of the catalogue. `name` is without the prefix; counters end in `_total`."""
-
-    name: str
-    kind: Literal["counter", "gauge", "histogram"]
-    help: str
-    labels: tuple[str, ...] = ()
-    buckets: tuple[float, ...] = ()
-
-
-_MODEL = ("model",)
-_RANK = ("worker", "rank")
-_RATIO = tuple(i / 10 for i in range(11))
-
-FRONTEND: tuple[Metric, ...] = (
-    Metric(
-        "requests_total",
-        "counter",
-        "Requests ended. status: success or error; error_type: empty, validation, not_found, overload, "
-        "unavailable, cancelled, response_timeout, engine, internal.",
-        ("model", "endpoint", "request_type", "status", "error_type"),
-    ),
-    Metric("requests_started_total", "counter", "Requests begun.", ("model", "endpoint", "request_type")),
-    Metric("inflight_requests", "gauge", "Requests being worked on.", _MODEL),
-    Metric("disconnected_clients_total", "counter", "Clients that went away before their answer had ended."),
-    Metric("connections", "gauge", "Client connections open."),
-    Metric("model_ready", "gauge", "1 when the model has the workers it needs.", _MODEL),
-    Metric(
-        "request_duration_seconds",
-        "histogram",
-        "From the request's last byte to the answer's last byte.",
-        _MODEL,
-        log_buckets(1, 512, 10),
-    ),
-    Metric(
-        "time_to_first_token_seconds",
-        "histogram",
-        "From the request's last byte to the first byte of a streamed answer.",
-        _MODEL,
-        log_buckets(0.001, 480, 18),
-    ),
-    Metric(
-        "inter_token_latency_seconds",
-        "histogram",
-        "Between two tokens of a streamed answer.",
-        _MODEL,
-        log_buckets(0.001, 80, 20),
-    ),
-    Metric(
-        "input_sequence_tokens",
-        "histogram",
-        "Tokens of a prompt, where the frontend knows them.",
-        _MODEL,
-        log_buckets(50, 128_000, 12),
-    ),
-    Metric(
-        "output_sequence_tokens",
-        "histogram",
-        "Tokens of an answer: the engine's usage when it is in the answer, else the events streamed.",
-        _MODEL,
-        log_buckets(50, 32_000, 10),
-    ),
-    Metric(
-        "output_tokens_total", "counter", "Tokens of all answers, counted as output_sequence_tokens.", _MODEL
-    ),
-    Metric("template_seconds", "histogram", "Rendering the chat template.", (), log_buckets(0.00001, 1, 16)),
-    Metric("tokenize_seconds", "histogram", "Tokenising a prompt.", (), log_buckets(0.00001, 10, 19)),
-    Metric(
-        "tokenize_fallbacks_total",
-        "counter",
-        "Prompts routed without tokens, and why.",
-        ("reason",),
-    ),
-    Metric(
-        "model_cancellation_total", "counter", "Requests cancelled by their client.", ("model", "endpoint")
-    ),
-    Metric(
-        "model_rejection_total", "counter", "Requests refused for want of a worker.", ("model", "endpoint")
-    ),
-    Metric("retries_total", "counter", "Attempts made again on another worker, and why.", ("reason",)),
-    Metric("upstream_failures_total", "counter", "Failed calls to a worker's engine.", ("worker", "reason")),
-    Metric("handoffs_refused_total", "counter", "Prefill answers not given to decode, and why.", ("reason",)),
-    Metric("prefill_seconds", "histogram", "The prefill leg, whole.", _MODEL, log_buckets(0.001, 480, 18)),
-    Metric("router_choices_total", "counter", "Requests given to a worker.", ("role", "worker")),
-    Metric(
-        "router_kv_hit_rate",
-        "histogram",
-        "Share of a prompt's blocks that the chosen worker is known to hold.",
-        (),
-        _RATIO,
-    ),
-    Metric("router_choice_seconds", "histogram", "Choosing a worker.", (), log_buckets(0.000001, 0.1, 16)),
-    Metric("router_workers", "gauge", "Workers that may be given requests.", ("role",)),
-    Metric("router_worker_requests", "gauge", "Requests a worker has, ours and those it reports.", _RANK),
-    Metric("router_kv_blocks", "gauge", "KV blocks the index holds for a worker.", _RANK),
-    Metric("router_kv_synced", "gauge", "1 when the index knows all the worker's KV events.", _RANK),
-    Metric("router_kv_gaps_total", "counter", "Gaps seen in a worker's numbered KV events.", _RANK),
-    Metric(
-        "router_kv_reloads_total", "counter", "Times a worker's index was begun anew from a snapshot.", _RANK
-    ),
-    Metric(
-        "router_kv_worker_resets_total",
-        "counter",
-        "Times a worker lost its engine's KV events for good, as it says.",
-        _RANK,
-    ),
-)
-"""All metrics of a frontend."""
 
 
 class Counter:
@@ -191,10 +73,20 @@ Series = Counter | Gauge | Histogram
 
 
 class Metrics:
-    """The series of one process. Asking for one the catalogue has not is a programming error: KeyError."""
+    """The series of one process. Asking for one the catalogue has not is a programming error: KeyError.
 
-    def __init__(self, catalogue: tuple[Metric, ...] = FRONTEND, prefix: str = PREFIX) -> None:
+    `prefix` goes before every name. `own` are labels that are the same for the whole process (`router_id`):
+    rows that have them get them without being told.
+    """
+
+    def __init__(
+        self,
+        catalogue: tuple[Metric, ...] = FRONTEND,
+        prefix: str = PREFIX,
+        own: Mapping[str, str] | None = None,
+    ) -> None:
         self._prefix = prefix
+        self._own = {"router_id": ""} if own is None else dict(own)
         self._catalogue = {metric.name: metric for metric in catalogue}
         self._series: dict[str, dict[tuple[str, ...], Series]] = {name: {} for name in self._catalogue}
 
@@ -239,7 +131,7 @@ class Metrics:
         for name, metric in self._catalogue.items():
             if not self._series[name]:
                 continue
-            full, labels = self._prefix + name, metric.labels
+            full, labels = f"{self._prefix}_{metric.scope}{name}", metric.labels
             counter = CounterMetricFamily(full, metric.help, labels=labels)
             gauge = GaugeMetricFamily(full, metric.help, labels=labels)
             histogram = HistogramMetricFamily(full, metric.help, labels=labels)
@@ -252,11 +144,12 @@ class Metrics:
                     counter.add_metric(key, series.value)
             yield {"counter": counter, "gauge": gauge, "histogram": histogram}[metric.kind]
 
-    def _bind(self, name: str, labels: Mapping[str, str], make: Callable[[Metric], Series]) -> Series:
+    def _bind(self, name: str, labels: dict[str, str], make: Callable[[Metric], Series]) -> Series:
         metric = self._catalogue[name]
-        if len(labels) != len(metric.labels):
+        given = {name: value for name, value in self._own.items() if name in metric.labels} | labels
+        if len(given) != len(metric.labels):
             raise KeyError(f"{name} takes the labels {metric.labels}, not {tuple(labels)}")
-        key = tuple(labels[label] for label in metric.labels)
+        key = tuple(given[label] for label in metric.labels)
         series = self._series[name].get(key)
         if series is None:
             series = self._series[name][key] = make(metric)

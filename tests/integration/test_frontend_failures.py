@@ -250,8 +250,8 @@ async def test_a_client_that_leaves_mid_stream_cancels_the_engines_request() -> 
         await engine.wait(lambda: engine.cancelled == 1)
         text = await front.metrics()
         await front.idle()
-    assert 'model_cancellation_total{endpoint="completions",model="m"} 1.0' in text
-    assert "disconnected_clients_total 1.0" in text
+    assert 'model_cancellation_total{endpoint="completions",model="m",request_type="stream"} 1.0' in text
+    assert "disconnected_clients 1.0" in text
     assert 'inflight_requests{model="m"} 0.0' in text
 
 

@@ -75,7 +75,7 @@ def test_accounts_tell_how_requests_ended() -> None:
         account.close(end)
     text = metrics.render().decode()
     assert 'status="success"} 1.0' in text
-    assert 'model_cancellation_total{endpoint="completions",model="m"} 1.0' in text
+    assert 'model_cancellation_total{endpoint="completions",model="m",request_type="unary"} 1.0' in text
     assert 'model_rejection_total{endpoint="completions",model="m"} 1.0' in text
     assert 'input_sequence_tokens_count{model="m"} 3.0' in text
     assert 'output_tokens_total{model="m"} 15.0' in text

@@ -2,15 +2,26 @@ from __future__ import annotations
 
 import pytest
 
-from dynctl.observability.metrics import FRONTEND, Metric, Metrics, log_buckets
+from dynctl.observability.catalogue import FRONTEND, Metric, log_buckets
+from dynctl.observability.metrics import Metrics
+
+DYNAMO_BUCKETS = {
+    "request_duration_seconds": (0, 2, 4, 8, 16, 32, 64, 130, 260, 510),
+    "time_to_first_token_seconds": (
+        *(0, 0.0022, 0.0047, 0.01, 0.022, 0.047, 0.1, 0.22, 0.47),
+        *(1, 2.2, 4.7, 10, 22, 48, 100, 220, 480),
+    ),
+    "input_sequence_tokens": (0, 100, 210, 430, 870, 1800, 3600, 7400, 15000, 31000, 63000, 130000),
+    "output_sequence_tokens": (0, 100, 210, 430, 880, 1800, 3700, 7600, 16000, 32000),
+    "tokenizer_latency_ms": (0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
+}
+"""As its exposition shows them."""
 
 
-def test_buckets_are_log_spaced_and_end_where_they_should() -> None:
-    assert log_buckets(1, 512, 10) == (1, 2, 4, 8, 16, 32, 64, 130, 260, 512)
+def test_buckets_are_dynamos() -> None:
+    found = {metric.name: metric.buckets for metric in FRONTEND}
+    assert {name: found[name] for name in DYNAMO_BUCKETS} == DYNAMO_BUCKETS
     ttft = log_buckets(0.001, 480, 18)
-    assert len(ttft) == 18
-    assert ttft[0] == 0.001
-    assert ttft[-1] == 480
     assert list(ttft) == sorted(set(ttft))
 
 
@@ -41,17 +52,17 @@ def test_unknown_names_and_labels_are_refused() -> None:
 
 
 def test_histogram_text_is_cumulated_and_counts_repeats() -> None:
-    metrics = Metrics((Metric("h", "histogram", "Help.", ("model",), (1.0, 2.0)),), prefix="p_")
+    metrics = Metrics((Metric("h", "histogram", "Help.", ("model",), (1.0, 2.0)),), prefix="p")
     histogram = metrics.histogram("h", model="m")
     histogram.observe(1.0)
     histogram.observe(1.5, times=3)
     histogram.observe(9.0)
     text = metrics.render().decode()
-    assert 'p_h_bucket{le="1.0",model="m"} 1.0' in text
-    assert 'p_h_bucket{le="2.0",model="m"} 4.0' in text
-    assert 'p_h_bucket{le="+Inf",model="m"} 5.0' in text
-    assert 'p_h_count{model="m"} 5.0' in text
-    assert 'p_h_sum{model="m"} 14.5' in text
+    assert 'p_frontend_h_bucket{le="1.0",model="m"} 1.0' in text
+    assert 'p_frontend_h_bucket{le="2.0",model="m"} 4.0' in text
+    assert 'p_frontend_h_bucket{le="+Inf",model="m"} 5.0' in text
+    assert 'p_frontend_h_count{model="m"} 5.0' in text
+    assert 'p_frontend_h_sum{model="m"} 14.5' in text
 
 
 def test_gauges_are_set_or_read_at_the_time_of_asking() -> None:
