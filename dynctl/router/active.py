@@ -1,8 +1,8 @@
-"""What each (worker, rank) has to do: what this frontend sent it, exactly, and others' load, as reported."""
+"""What each (worker, rank) has to do: what the frontends sent it, exactly, and others' load, as reported."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dynctl.protocol.kv_events import LoadReport
@@ -22,6 +22,21 @@ class Footprint:
     blocks: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """What frontends have at a (worker, rank) now: requests, those of them before their first token, the
+    prompt tokens these still need computed, and KV blocks held.
+    """
+
+    requests: int = 0
+    waiting: int = 0
+    prefill_tokens: int = 0
+    blocks: int = 0
+
+
+NOTHING = InFlight()
+
+
 @dataclass(slots=True)
 class _Peak:
     """The most there was at once since a report came."""
@@ -32,11 +47,13 @@ class _Peak:
 
 
 class RankLoad:
-    """The load of one (worker, rank). Own part exact; `others_*` from the last report.
+    """The load of one (worker, rank). Own part exact, `peers` as the other frontends tell it; `others_*` (who
+    is no frontend of this deployment) from the last report.
 
     A report is older than the moment it arrives, so a request of ours that has just ended may still be in it.
-    Others' load is therefore what the report has beyond our own *peak* since the report before last.
-    `requests` and `blocks` are ours and others' together, shared blocks of ours counted once.
+    Others' load is therefore what the report has beyond the *peak* of our own and our peers' since the report
+    before last. `requests`, `blocks` and `prefill_tokens` are of all; blocks that requests of ours share are
+    counted once, those shared with a peer's twice. `on_change` is called when the own part has changed.
     """
 
     __slots__ = (
@@ -45,12 +62,14 @@ class RankLoad:
         "_retired",
         "_shared",
         "blocks",
+        "on_change",
         "others_blocks",
         "others_requests",
         "others_waiting",
         "own_blocks",
         "own_requests",
         "own_waiting",
+        "peers",
         "place",
         "prefill_tokens",
         "requests",
@@ -60,6 +79,8 @@ class RankLoad:
         self._shared = shared
         self.place = shared.open()
         self._retired = False
+        self.on_change: Callable[[], None] | None = None
+        self.peers = NOTHING
         self.prefill_tokens = 0
         self.requests = self.own_requests = self.others_requests = 0
         self.blocks = self.own_blocks = self.others_blocks = 0
@@ -72,11 +93,30 @@ class RankLoad:
         self.prefill_tokens += footprint.prefill_tokens
         self.own_waiting += 1
         self._count(1, footprint.blocks + self._shared.add(self.place, footprint.hashes))
-        peak = self._peak
-        peak.requests = max(peak.requests, self.own_requests)
-        peak.waiting = max(peak.waiting, self.own_waiting)
-        peak.blocks = max(peak.blocks, self.own_blocks)
+        self._note_peak()
+        if self.on_change is not None:
+            self.on_change()
         return Ticket(self, footprint)
+
+    @property
+    def own(self) -> InFlight:
+        """This frontend's part."""
+        prefill_tokens = self.prefill_tokens - self.peers.prefill_tokens
+        return InFlight(self.own_requests, self.own_waiting, prefill_tokens, self.own_blocks)
+
+    def set_peers(self, peers: InFlight) -> None:
+        """Take over what the other frontends have here, all together.
+
+        Word from a peer may come after a report that had its requests in it already: what peers have gained
+        is taken off what was believed to be others'.
+        """
+        known, self.peers = self.peers, peers
+        self.prefill_tokens += peers.prefill_tokens - known.prefill_tokens
+        self.others_requests = _less(self.others_requests, peers.requests - known.requests)
+        self.others_waiting = _less(self.others_waiting, peers.waiting - known.waiting)
+        self.others_blocks = _less(self.others_blocks, peers.blocks - known.blocks)
+        self._note_peak()
+        self._count(0, 0)
 
     def report(self, report: LoadReport) -> None:
         """Take over what the engine says of itself."""
@@ -87,7 +127,8 @@ class RankLoad:
         self.others_blocks = max(0, used - max(now.blocks, before.blocks))
         self._count(0, 0)
         self._before = now
-        self._peak = _Peak(self.own_requests, self.own_waiting, self.own_blocks)
+        self._peak = _Peak()
+        self._note_peak()
 
     def retire(self) -> None:
         """The worker is gone: no further `add`. Requests that still run keep their tickets."""
@@ -97,20 +138,36 @@ class RankLoad:
     def _count(self, requests: int, blocks: int) -> None:
         self.own_requests += requests
         self.own_blocks = self.own_blocks + blocks if self.own_requests else 0
-        self.requests = self.own_requests + self.others_requests
-        self.blocks = self.own_blocks + self.others_blocks
+        peers = self.peers
+        self.requests = self.own_requests + peers.requests + self.others_requests
+        self.blocks = self.own_blocks + peers.blocks + self.others_blocks
+
+    def _note_peak(self) -> None:
+        peak, peers = self._peak, self.peers
+        peak.requests = max(peak.requests, self.own_requests + peers.requests)
+        peak.waiting = max(peak.waiting, self.own_waiting + peers.waiting)
+        peak.blocks = max(peak.blocks, self.own_blocks + peers.blocks)
 
     def _end_prefill(self, footprint: Footprint) -> None:
         self.prefill_tokens -= footprint.prefill_tokens
         self.own_waiting -= 1
+        if self.on_change is not None:
+            self.on_change()
 
     def _end(self, footprint: Footprint) -> None:
         self._count(-1, -footprint.blocks - self._shared.remove(self.place, footprint.hashes))
+        if self.on_change is not None:
+            self.on_change()
         self._close_if_done()
 
     def _close_if_done(self) -> None:
         if self._retired and not self.own_requests:
             self._shared.close(self.place)
+
+
+def _less(amount: int, gained: int) -> int:
+    """`amount` without what others have gained, never below 0."""
+    return max(0, amount - max(0, gained))
 
 
 class Ticket:

@@ -18,6 +18,7 @@ from dynctl.protocol.specs import RouterSpec
 from dynctl.router.active import RankLoad, Ticket
 from dynctl.router.follow import DEFAULT_TIMING, Following, SyncCall, SyncTiming
 from dynctl.router.indexer import StreamState
+from dynctl.router.peers import Peers
 from dynctl.router.policy import Candidate, RouteRequest, policy
 from dynctl.router.shared import SharedBlocks
 
@@ -67,6 +68,8 @@ class _Worker:
 class Router:
     """Chooses workers for requests. Use from one event loop; `close` ends its tasks.
 
+    `peers` is for whoever connects this frontend with others.
+
     `block_size` in tokens is what prompts must be hashed with: the workers' own, else the one given; 0 = not
     known yet.
     """
@@ -85,6 +88,7 @@ class Router:
         self._index = Index()
         self._following = Following(self._index, links.sync, self._learn_block_size, timing)
         self._shared = SharedBlocks()
+        self.peers = Peers()
         self._policy = policy(spec, self._index, self._shared, rng or Random())
         self._kv = spec.mode == "kv"
         self._workers: dict[str, _Worker] = {}
@@ -158,7 +162,9 @@ class Router:
                 return
             self._drop(instance.id)
         ranks = max(1, instance.dp_size)
-        self._workers[instance.id] = _Worker(member, [RankLoad(self._shared) for _ in range(ranks)])
+        loads = [RankLoad(self._shared) for _ in range(ranks)]
+        self._workers[instance.id] = _Worker(member, loads)
+        self.peers.attach(instance.id, instance.incarnation, loads)
         if instance.events:
             self._links.subscribe(instance.events)
         if instance.role in _INDEXED:
@@ -171,6 +177,7 @@ class Router:
         worker = self._workers.pop(worker_id, None)
         if worker is None:
             return
+        self.peers.detach(worker_id, worker.member.instance.incarnation)
         for load in worker.loads:
             load.retire()
         if worker.member.instance.events:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynctl.protocol.kv_events import LoadReport
-from dynctl.router.active import Footprint, RankLoad, Ticket
+from dynctl.router.active import Footprint, InFlight, RankLoad, Ticket
 from dynctl.router.shared import SharedBlocks
 
 
@@ -68,6 +68,41 @@ def test_request_that_has_just_ended_is_not_taken_for_others() -> None:
     assert (load.requests, load.blocks) == (0, 0), "the report before may have been on its way"
     load.report(report(running=1, usage=0.02))
     assert (load.requests, load.blocks) == (1, 2)
+
+
+def test_peers_load_counts_beside_our_own_and_is_not_taken_for_others() -> None:
+    load = RankLoad(SharedBlocks())
+    load.add(Footprint(10, [1, 2], 1))
+    load.set_peers(InFlight(requests=2, waiting=1, prefill_tokens=100, blocks=7))
+    assert (load.requests, load.prefill_tokens, load.blocks) == (3, 110, 10)
+    assert load.own == InFlight(requests=1, waiting=1, prefill_tokens=10, blocks=3)
+    load.report(report(running=1, waiting=2, usage=0.1))
+    assert (load.requests, load.others_requests, load.others_waiting, load.others_blocks) == (3, 0, 0, 0)
+    load.set_peers(InFlight())
+    assert (load.requests, load.prefill_tokens, load.blocks) == (1, 10, 3)
+    load.report(report(running=3, usage=0.1))
+    assert load.others_requests == 0, "what has just ended there may still be in the report"
+
+
+def test_peers_request_reported_by_the_engine_before_the_peer_counts_once() -> None:
+    load = RankLoad(SharedBlocks())
+    load.report(report(running=1, waiting=1, usage=0.1))
+    assert (load.requests, load.others_waiting, load.blocks) == (2, 1, 10)
+    load.set_peers(InFlight(requests=2, waiting=1, prefill_tokens=9, blocks=10))
+    assert (load.requests, load.others_waiting, load.blocks) == (2, 0, 10)
+
+
+def test_each_change_of_our_own_part_is_told() -> None:
+    load = RankLoad(SharedBlocks())
+    told: list[InFlight] = []
+    load.on_change = lambda: told.append(load.own)
+    ticket = load.add(Footprint(10, [1], 1))
+    ticket.first_token()
+    ticket.finish()
+    ticket.finish()
+    load.set_peers(InFlight(requests=1))
+    load.report(report(running=5))
+    assert told == [InFlight(1, 1, 10, 2), InFlight(1, 0, 0, 2), InFlight()]
 
 
 def test_load_of_others_counts_until_a_report_without_it() -> None:
