@@ -14,6 +14,7 @@ from typing import Any
 from dynctl.engines import catalog
 from dynctl.frontend.accounts import Accounts
 from dynctl.frontend.admission import ApiKeys, Models
+from dynctl.frontend.circuit import STATES
 from dynctl.frontend.disagg import flow_for
 from dynctl.frontend.pipeline import Parts, Pipeline
 from dynctl.frontend.preprocess import Preprocessor
@@ -26,7 +27,13 @@ from dynctl.protocol.registry import Member
 from dynctl.protocol.specs import FrontendSpec
 from dynctl.router.service import Router, WorkerLinks
 
-_WORKER_SERIES = ("router_kv_blocks", "router_kv_synced", "router_worker_requests")
+_WORKER_SERIES = (
+    "circuit_state",
+    "circuit_opened_total",
+    "router_kv_blocks",
+    "router_kv_synced",
+    "router_worker_requests",
+)
 
 
 class Core:
@@ -68,9 +75,11 @@ class Core:
             if member.instance.role != "frontend":
                 known = self._members.get(member.instance.id)
                 if known is None or known.instance.incarnation != member.instance.incarnation:
-                    self._upstream.forget(member.instance.id)
+                    self._upstream.circuits.forget(member.instance.id)
                 self._members[member.instance.id] = member
-        self.models.members_changed([member.instance for member in self._members.values()])
+        instances = [member.instance for member in self._members.values()]
+        self._upstream.circuits.members_changed({one.id: one.role for one in instances})
+        self.models.members_changed(instances)
 
     def health(self) -> dict[str, Any]:
         """Per role what is wanted and what is there, and why requests cannot be served ([] = they can)."""
@@ -95,6 +104,10 @@ class Core:
         metrics.gauge("model_ready", model=model).set(float(not self.router.ready(self._spec.roles)))
         for (worker, rank), load in self.router.loads().items():
             metrics.gauge("router_worker_requests", worker=worker, rank=str(rank)).set(load.requests)
+        circuits = self._upstream.circuits
+        for worker, state in circuits.states(time.monotonic()).items():
+            metrics.gauge("circuit_state", worker=worker).set(STATES.index(state))
+            metrics.counter("circuit_opened_total", worker=worker).set(circuits.opened[worker])
         held = self.router.held()
         for stream in self.router.streams():
             labels = {"worker": stream.worker, "rank": str(stream.rank)}

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from functools import partial
 from random import Random
 
-from dynctl.errors import DeadlineExceeded, DynctlError, Rejected
+from dynctl.errors import DeadlineExceeded, DynctlError, PeerLost, Rejected
 from dynctl.frontend.admission import Models, check_context
 from dynctl.frontend.answer import Answer, Tell
 from dynctl.frontend.call import Call
 from dynctl.frontend.preprocess import UNKNOWN, Preprocessor, PromptFacts
-from dynctl.frontend.retry import AttemptFailed, Attempts
+from dynctl.frontend.retry import AttemptFailed, Attempts, Budget
 from dynctl.frontend.upstream import Leg, Upstream
 from dynctl.http.server import Exchange
 from dynctl.observability.metrics import Metrics
@@ -108,6 +108,7 @@ class Pipeline:
         self._parts = parts
         self._flow = flow
         self._other = single_leg(other_role)
+        self._budget = Budget()
 
     async def serve(self, call: Call, exchange: Exchange) -> None:
         """Answer a call, or raise the DynctlError to answer it with. Ends when the client goes away."""
@@ -139,6 +140,7 @@ class Pipeline:
     async def _serve(self, call: Call, answer: Answer) -> str:
         """Attempt until answered; gives back the error type, "" for a success."""
         attempt = Attempt(self._parts, call, answer)
+        self._budget.earn()
         flow = self._other
         if call.endpoint.kind != "other":
             flow = self._flow
@@ -174,6 +176,10 @@ class Pipeline:
         """
         pause_s = attempt.attempts.note(failure)
         if pause_s is None or isinstance(failure.cause, DeadlineExceeded):
+            raise failure.cause
+        # A worker that is gone is no sign of load: whoever it had is sent elsewhere, however many they are.
+        if not isinstance(failure.cause, PeerLost) and not self._budget.spend(time.monotonic()):
+            self._parts.metrics.counter("retries_refused_total", reason=failure.cause.kind).inc()
             raise failure.cause
         self._parts.metrics.counter("retries_total", reason=failure.cause.kind).inc()
         logger.info("request.retried id=%s why=%s", attempt.call.request_id, failure.cause)

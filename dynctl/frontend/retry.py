@@ -1,4 +1,4 @@
-"""How often a request is tried again, and where not. Pure: randomness is passed in."""
+"""How often a request is tried again, and where not. Pure: randomness and `now` are passed in."""
 
 from __future__ import annotations
 
@@ -10,6 +10,37 @@ from dynctl.errors import DynctlError
 MAX_ATTEMPTS = 3
 FIRST_PAUSE_S = 0.02
 LONGEST_PAUSE_S = 1.0
+
+
+RETRY_SHARE = 0.2
+RETRIES_PER_S = 10.0
+RETRY_RESERVE = 100.0
+
+
+class Budget:
+    """How many attempts all requests together may make again, so that retries do not multiply a storm.
+
+    Each request earns `RETRY_SHARE` of a retry, each second `RETRIES_PER_S`; `RETRY_RESERVE` is the most that
+    is saved, and what there is at first. Only failures that load can cause are to be charged for.
+    """
+
+    def __init__(self) -> None:
+        self._left = RETRY_RESERVE
+        self._at_s: float | None = None
+
+    def earn(self) -> None:
+        """A request has come."""
+        self._left = min(RETRY_RESERVE, self._left + RETRY_SHARE)
+
+    def spend(self, now_s: float) -> bool:
+        """Take one retry; False when none is left."""
+        passed_s = 0.0 if self._at_s is None else now_s - self._at_s
+        self._at_s = now_s
+        self._left = min(RETRY_RESERVE, self._left + passed_s * RETRIES_PER_S)
+        if self._left < 1.0:
+            return False
+        self._left -= 1.0
+        return True
 
 
 class AttemptFailed(Exception):

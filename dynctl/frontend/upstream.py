@@ -1,6 +1,6 @@
 """HTTP to engines: every failure of a hop becomes one AttemptFailed that says who is to blame.
 
-A worker whose connection is refused or lost is shunned for `SHUN_S`, before membership knows of it.
+A worker that fails is left alone for a while (see `circuit`), before membership knows of it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dynctl.errors import DeadlineExceeded, DynctlError, EngineFailed, Overloaded, PeerLost, Rejected
+from dynctl.frontend.circuit import Circuits
 from dynctl.frontend.retry import AttemptFailed
 from dynctl.http.client import Client, Origin, Response, Stream, Timeouts
 from dynctl.observability.metrics import Metrics
@@ -20,7 +21,6 @@ from dynctl.router.service import Choice
 
 logger = logging.getLogger(__name__)
 
-SHUN_S = 5.0
 CONNECT_S = 5.0
 _BUSY = (429, 503)
 _EXCERPT_BYTES = 300
@@ -63,19 +63,12 @@ class Upstream:
             connect_s=CONNECT_S, first_byte_s=limits.first_byte_timeout_s, stall_s=limits.stall_timeout_s
         )
         self._origins: dict[str, Origin] = {}
-        self._shunned: dict[str, float] = {}
+        self._patience_s = min(limits.first_byte_timeout_s, limits.stall_timeout_s)
+        self.circuits = Circuits()
 
     def shunned(self) -> frozenset[str]:
-        """Workers that were lost within the last `SHUN_S` seconds."""
-        if not self._shunned:
-            return frozenset()
-        now = time.monotonic()
-        self._shunned = {worker: until for worker, until in self._shunned.items() if until > now}
-        return frozenset(self._shunned)
-
-    def forget(self, worker: str) -> None:
-        """A new incarnation of this worker has come: it starts without blame."""
-        self._shunned.pop(worker, None)
+        """Workers that are left alone just now."""
+        return self.circuits.avoided(time.monotonic())
 
     async def whole(self, leg: Leg, *, prefill: bool = False) -> Response:
         """Send, and read the answer to its end. A prefill has the first-byte deadline for it."""
@@ -91,6 +84,7 @@ class Upstream:
         except (PeerLost, DeadlineExceeded) as error:
             raise self.failed(leg, error) from error
         self._check(leg, stream.status, body)
+        self.circuits.answered(leg.worker, time.monotonic())
         return Response(stream.status, stream.headers, body)
 
     async def open(self, leg: Leg) -> Stream:
@@ -99,6 +93,7 @@ class Upstream:
             stream = await self._send(leg, self._timeouts)
             if stream.status in _BUSY or stream.status >= 500:
                 self._check(leg, stream.status, await stream.read(_ANSWER_BYTES))
+            self.circuits.answered(leg.worker, time.monotonic())
         except (PeerLost, DeadlineExceeded) as error:
             raise self.failed(leg, error) from error
         return stream
@@ -106,16 +101,17 @@ class Upstream:
     async def _send(self, leg: Leg, timeouts: Timeouts) -> Stream:
         origin = self._origin(leg)
         headers = leg.all_headers()
+        self.circuits.sent(leg.worker, time.monotonic())
         return await self._client.open(
             origin, "POST", leg.path, headers=headers, body=leg.body, timeouts=timeouts
         )
 
     def failed(self, leg: Leg, error: DynctlError) -> AttemptFailed:
-        """Record that `leg` failed. A lost connection, or none, shuns the worker for a while."""
+        """Record that `leg` failed, against its worker where it is to blame."""
         self._metrics.counter("upstream_failures_total", worker=leg.worker, reason=error.kind).inc()
         logger.warning("upstream.failed worker=%s path=%s error=%s", leg.worker, leg.path, error)
-        if isinstance(error, PeerLost):
-            self._shunned[leg.worker] = time.monotonic() + SHUN_S
+        if self.circuits.failed(leg.worker, error, time.monotonic(), self._patience_s):
+            logger.warning("circuit.opened worker=%s", leg.worker)
         return AttemptFailed(error, failed=frozenset((leg.worker,)))
 
     def _check(self, leg: Leg, status: int, body: bytes) -> None:

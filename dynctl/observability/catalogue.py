@@ -203,6 +203,16 @@ _FAULTS: tuple[Metric, ...] = (
         _MODEL,
     ),
     Metric("retries_total", "counter", "Attempts made again on another worker, and why.", ("reason",)),
+    Metric(
+        "retries_refused_total", "counter", "Attempts not made again: too many were, of late.", ("reason",)
+    ),
+    Metric(
+        "circuit_state",
+        "gauge",
+        "0 closed; 2 open: the worker failed and gets no requests; 1 half open: one is tried.",
+        ("worker",),
+    ),
+    Metric("circuit_opened_total", "counter", "Times a worker was left alone: it had failed.", ("worker",)),
     Metric("upstream_failures_total", "counter", "Failed calls to a worker's engine.", ("worker", "reason")),
     Metric("handoffs_refused_total", "counter", "Prefill answers not given to decode, and why.", ("reason",)),
 )

@@ -3,7 +3,16 @@ from __future__ import annotations
 from random import Random
 
 from dynctl.errors import EngineFailed
-from dynctl.frontend.retry import FIRST_PAUSE_S, MAX_ATTEMPTS, AttemptFailed, Attempts
+from dynctl.frontend.retry import (
+    FIRST_PAUSE_S,
+    MAX_ATTEMPTS,
+    RETRIES_PER_S,
+    RETRY_RESERVE,
+    RETRY_SHARE,
+    AttemptFailed,
+    Attempts,
+    Budget,
+)
 
 BAD = EngineFailed("bad")
 
@@ -37,3 +46,25 @@ def test_failed_workers_stay_out_suspects_and_shunned_only_while_there_are_other
 def test_equal_exclusions_are_asked_once() -> None:
     assert Attempts(Random(0)).exclusions(frozenset()) == [frozenset()]
     assert Attempts(Random(0)).exclusions(frozenset({"c"})) == [frozenset({"c"}), frozenset()]
+
+
+def test_a_storm_may_not_retry_without_end() -> None:
+    budget = Budget()
+    storm = 10_000
+    spent = 0
+    for _ in range(storm):
+        budget.earn()
+        spent += sum(budget.spend(1.0) for _ in range(2))
+    assert spent <= RETRY_RESERVE + RETRY_SHARE * storm
+
+
+def test_what_was_spent_comes_back_with_time_and_is_not_saved_without_end() -> None:
+    budget = Budget()
+    while budget.spend(1.0):
+        pass
+    assert not budget.spend(1.0)
+    assert budget.spend(1.0 + 1 / RETRIES_PER_S)
+    spent = 0
+    while budget.spend(1e6):
+        spent += 1
+    assert spent == RETRY_RESERVE
