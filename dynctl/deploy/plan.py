@@ -75,7 +75,7 @@ class PlannedProcess:
 class Plan:
     """A whole deployment. `registry` is the controller's control endpoint, `membership` its publisher.
 
-    `roles` is replicas by role, engines only; `url` the public base URL of the frontend.
+    `roles` is replicas by role, engines only; `url` the public base URL, of the first frontend's host.
     """
 
     name: str
@@ -167,7 +167,8 @@ def build_plan(
         raise PlacementError(error.message, where=loaded.where(error.where), hint=error.hint) from error
     ports = PortAllocator(taken_ports, run.first_port)
     head = inventory.hosts[0]
-    public = _public_port(loaded, head, ports)
+    doors = _frontend_hosts(loaded, inventory)
+    public = _public_port(loaded, doors, ports)
     registry, membership = (ports.allocate([head.name]) for _ in range(2))
     endpoints = Endpoints(_tcp(head.address, registry), _tcp(head.address, membership))
     site = Site(recipe, engine, run, endpoints)
@@ -181,16 +182,7 @@ def build_plan(
             command=controller_command(site),
             ports={"registry": registry, "membership": membership},
         ),
-        PlannedProcess(
-            id="frontend-0",
-            kind="frontend",
-            role="frontend",
-            index=0,
-            node=head.name,
-            command=frontend_command(site, 0, head.name, public),
-            ports={"http": public},
-            depends=("controller",),
-        ),
+        *_frontends(site, doors, public, ports),
     ]
     for role in recipe.roles.present():
         processes += _workers(loaded, site, role, placement, ports)
@@ -200,7 +192,7 @@ def build_plan(
         target=recipe.target,
         backend=recipe.backend,
         model=recipe.model.name,
-        url=_public_url(recipe, head, public),
+        url=_public_url(recipe, doors[0], public),
         registry=endpoints.registry,
         membership=endpoints.membership,
         roles={role: section.replicas for role, section in recipe.roles.present().items()},
@@ -294,17 +286,59 @@ def _engine_url(recipe: Recipe, launch: EngineLaunch) -> str:
     return f"http://{_bracketed(launch.ranks[0].address)}:{launch.ports['http']}"
 
 
-def _public_port(loaded: LoadedRecipe, head: Host, ports: PortAllocator) -> int:
-    port = loaded.recipe.frontend.port
-    if port == 0:
-        return ports.allocate([head.name])
-    if not ports.take(head.name, port):
-        raise PortInUse(
-            f"port {port} of {head.name} is taken",
-            where=loaded.where("frontend.port"),
-            hint="end what listens there, or --set frontend.port=PORT (0 takes a free one)",
+def _frontend_hosts(loaded: LoadedRecipe, inventory: Inventory) -> list[Host]:
+    """The host of each frontend. Raises PlacementError for a name that is not in the inventory."""
+    frontend, there = loaded.recipe.frontend, {host.name: host for host in inventory.hosts}
+    names = frontend.hosts or [inventory.hosts[0].name]
+    unknown = [name for name in names if name not in there]
+    if unknown:
+        raise PlacementError(
+            f"no host '{unknown[0]}' in {inventory.source}",
+            where=loaded.where("frontend.hosts"),
+            hint=f"there are {', '.join(there)}",
         )
+    return [there[names[index % len(names)]] for index in range(frontend.replicas)]
+
+
+def _public_port(loaded: LoadedRecipe, doors: Sequence[Host], ports: PortAllocator) -> int:
+    """The port of all frontends, the same on each of their hosts."""
+    port, nodes = loaded.recipe.frontend.port, list(dict.fromkeys(host.name for host in doors))
+    if port == 0:
+        return ports.allocate(nodes)
+    for node in nodes:
+        if not ports.take(node, port):
+            raise PortInUse(
+                f"port {port} of {node} is taken",
+                where=loaded.where("frontend.port"),
+                hint="end what listens there, or --set frontend.port=PORT (0 takes a free one)",
+            )
     return port
+
+
+def _frontends(
+    site: Site, doors: Sequence[Host], public: int, allocator: PortAllocator
+) -> list[PlannedProcess]:
+    """A frontend on each of `doors`. Several have ports to hear each other; on one host, to be told apart."""
+    made = []
+    for index, host in enumerate(doors):
+        ports = {"http": public}
+        if doors.count(host) > 1:
+            ports["own"] = allocator.allocate([host.name])
+        if len(doors) > 1:
+            ports["events"] = allocator.allocate([host.name])
+        made.append(
+            PlannedProcess(
+                id=f"frontend-{index}",
+                kind="frontend",
+                role="frontend",
+                index=index,
+                node=host.name,
+                command=frontend_command(site, index, host, ports),
+                ports=ports,
+                depends=("controller",),
+            )
+        )
+    return made
 
 
 def _public_url(recipe: Recipe, head: Host, port: int) -> str:

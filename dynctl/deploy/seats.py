@@ -29,6 +29,7 @@ from dynctl.protocol.specs import (
 )
 from dynctl.recipe.check import parallel_of
 from dynctl.recipe.schema import Recipe, RoleSection
+from dynctl.topology.inventory import Host
 from dynctl.topology.ports import FIRST_PORT
 
 KEYS_FILE = "keys.json"
@@ -84,26 +85,30 @@ def controller_command(site: Site) -> Command:
     return _command(site, "controller", ("dynctl.controller", "--run-dir", site.run.run_dir))
 
 
-def frontend_command(site: Site, index: int, node: str, port: int) -> Command:
-    """A frontend and its spec."""
+def frontend_command(site: Site, index: int, host: Host, ports: Mapping[str, int]) -> Command:
+    """A frontend and its spec. `ports`: "http", and "own" and "events" where there are others."""
     recipe, seat = site.recipe, f"frontend-{index}"
     spec = FrontendSpec(
         id=seat,
         index=index,
-        node=node,
+        node=host.name,
         host=recipe.frontend.host,
-        port=port,
+        port=ports["http"],
+        address=host.address,
+        own_port=ports.get("own", 0),
+        events_port=ports.get("events", 0),
         registry=site.endpoints.registry,
         membership=site.endpoints.membership,
         keys_file=KEYS_FILE,
         backend=recipe.backend,
         model=model_card(recipe),
         roles={role: section.replicas for role, section in recipe.roles.present().items()},
-        router=RouterSpec(**recipe.router.model_dump()),
+        router=_router(recipe),
         limits=_limits(recipe),
         api_key_hashes=[key.removeprefix("sha256:") for key in recipe.frontend.api_key],
         tls_cert=recipe.frontend.tls.cert if recipe.frontend.tls else "",
         tls_key=recipe.frontend.tls.key if recipe.frontend.tls else "",
+        sync_timeout_s=recipe.frontend.sync_timeout,
         drain_timeout_s=recipe.engine.drain_timeout,
     )
     return _with_spec(site, seat, "dynctl.frontend", spec, {})
@@ -212,6 +217,15 @@ def _external_kv(section: RoleSection, index: int) -> KvSource | None:
         endpoints=(section.kv_events[index],),
         replay_endpoints=(section.kv_replay[index],) if section.kv_replay else (),
     )
+
+
+def _router(recipe: Recipe) -> RouterSpec:
+    """The recipe's fields by the same names; those that are durations say so in the spec."""
+    given = recipe.router.model_dump()
+    for name in ("approximate_ttl", "predicted_ttl"):
+        given[f"{name}_s"] = given.pop(name)
+    given["session_affinity"]["ttl_s"] = given["session_affinity"].pop("ttl")
+    return msgspec.convert(given, RouterSpec)
 
 
 def _limits(recipe: Recipe) -> LimitsSpec:

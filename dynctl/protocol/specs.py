@@ -64,14 +64,58 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     stop_timeout_s: float = 10.0
 
 
+class GuardSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """When a worker gets nothing more while others are better off. Rules as in `router.guard`."""
+
+    enabled: bool = True
+    requests_ratio: float = 1.5
+    requests_slack: int = 8
+    kv_usage: float = 0.95
+
+
+class AffinitySpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether requests of one session go to one worker: `off`, `soft` or `hard` (see `router.affinity`)."""
+
+    mode: str = "off"
+    ttl_s: float = 600.0
+    sessions: int = 100_000
+
+
+class ConditionalDisaggSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """When decode reads a prompt itself: `off`, `isl`, `load` or `either` (see `router.conditional`).
+
+    `prefill_busy_tokens`: tokens waiting on the least busy prefill worker from which on prefill is busy.
+    """
+
+    mode: str = "off"
+    max_tokens: int = 2048
+    max_ratio: float = 0.7
+    prefill_busy_tokens: int = 65_536
+
+
 class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """How to choose a worker. Weights as in `router.cost`."""
+    """How to choose a worker. Weights as in `router.cost`.
+
+    `index_blocks`: most blocks indexed, over all workers and tiers.
+    """
 
     mode: str = "kv"
     overlap_credit: float = 1.0
+    overlap_decay: float = 0.0
+    host_tier_credit: float = 0.75
+    disk_tier_credit: float = 0.25
     prefill_load_scale: float = 1.0
     decode_request_weight: float = 0.0
     temperature: float = 0.0
+    adapter_load_tokens: int = 4096
+    events: str = "auto"
+    approximate_ttl_s: float = 120.0
+    approximate_cache: str = "ttl"
+    predicted_ttl_s: float = 2.0
+    index_blocks: int = 8_000_000
+    guard: GuardSpec = GuardSpec()
+    session_affinity: AffinitySpec = AffinitySpec()
+    conditional_disagg: ConditionalDisaggSpec = ConditionalDisaggSpec()
 
 
 class LimitsSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,6 +135,10 @@ class LimitsSpec(msgspec.Struct, frozen=True, kw_only=True):
 class FrontendSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One frontend. `roles` is what the model needs before it is ready: replicas wanted by role.
 
+    `address` is its node's, as others dial it. Of several frontends each publishes at `events_port` what it
+    has in flight; 0 = there are no others. `own_port` 0 = `port` is its alone; else it shares that with the
+    other frontends of its node, and answers at this one too.
+    `sync_timeout_s`: how long it may wait for the workers' KV indexes before it listens.
     `api_key_hashes` are SHA-256 hex digests; empty = no key asked for.
     """
 
@@ -99,6 +147,9 @@ class FrontendSpec(msgspec.Struct, frozen=True, kw_only=True):
     node: str
     host: str
     port: int
+    address: str = ""
+    own_port: int = 0
+    events_port: int = 0
     registry: str
     membership: str
     keys_file: str
@@ -110,4 +161,5 @@ class FrontendSpec(msgspec.Struct, frozen=True, kw_only=True):
     api_key_hashes: list[str] = []
     tls_cert: str = ""
     tls_key: str = ""
+    sync_timeout_s: float = 10.0
     drain_timeout_s: float = 30.0

@@ -10,7 +10,7 @@ from dynctl.engines import catalog
 from dynctl.engines.base import Engine, Finding, Parallel, RoleSettings
 from dynctl.recipe.load import LoadedRecipe
 from dynctl.recipe.problems import Problem, as_error
-from dynctl.recipe.schema import Recipe, RoleSection
+from dynctl.recipe.schema import Frontend, Recipe, RoleSection
 
 
 def check_recipe(loaded: LoadedRecipe) -> list[Problem]:
@@ -95,11 +95,23 @@ def _roles(recipe: Recipe, engine: Engine) -> Iterator[Finding]:
 
 
 def _frontend(recipe: Recipe, engine: Engine) -> Iterator[Finding]:
-    if recipe.frontend.replicas > 1:
-        yield _error("frontend.replicas", "more than one frontend is not supported yet; set it to 1")
+    yield from _frontend_hosts(recipe.frontend)
     if recipe.router.mode == "kv" and engine.features.kv_events == "none":
         told = f"backend {recipe.backend} publishes no KV events: mode kv sees load only"
         yield Finding("warning", "router.mode", told)
+
+
+def _frontend_hosts(frontend: Frontend) -> Iterator[Finding]:
+    hosts = frontend.hosts
+    if len(set(hosts)) < len(hosts):
+        yield _error("frontend.hosts", "a host is named twice; frontend.replicas puts more than one on each")
+    elif frontend.replicas < len(hosts):
+        yield _error("frontend.replicas", f"{frontend.replicas} replicas but {len(hosts)} hosts")
+    elif len(hosts) > 1 and frontend.host not in ("0.0.0.0", "::"):
+        yield _error(
+            "frontend.host",
+            f"frontends on {len(hosts)} hosts cannot all listen on {frontend.host}; use 0.0.0.0 or ::",
+        )
 
 
 def _environment(recipe: Recipe, engine: Engine) -> Iterator[Finding]:

@@ -190,7 +190,11 @@ class Frontend(Section):
     port: Port = 8000
     """Port to listen on; 0 takes a free one."""
     replicas: Count = 1
-    """How many frontends; only 1 for now."""
+    """How many frontends. Those on one host share its port."""
+    hosts: list[str] = Field(default_factory=list)
+    """Hosts of the inventory to spread them over, in turn; default: the first one."""
+    sync_timeout: Duration = 10.0
+    """How long a starting frontend waits for the workers' KV indexes before it serves without them."""
     api_key: Annotated[list[str], BeforeValidator(_one_or_more)] = Field(default_factory=list)
     """Keys that clients must send, one or a list: the key itself, env:NAME, file:PATH, or sha256:HEX."""
     tls: Tls | None = None
@@ -199,19 +203,82 @@ class Frontend(Section):
     """Sizes, times and connections allowed."""
 
 
+class Guard(Section):
+    """When a worker gets nothing more, however much of the prompt it holds (mode kv)."""
+
+    enabled: bool = True
+    """Keep cached prefixes from piling requests on few workers."""
+    requests_ratio: Annotated[float, Field(ge=1)] = 1.5
+    """A worker is crowded with more requests than this times the mean of all ..."""
+    requests_slack: Annotated[int, Field(ge=0)] = 8
+    """... and so many more."""
+    kv_usage: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """A worker is full when this share of its KV blocks is in use and requests wait."""
+
+
+class SessionAffinity(Section):
+    """Whether the requests of one session (header x-dynctl-session-id) go to the same worker."""
+
+    mode: Literal["off", "soft", "hard"] = "off"
+    """soft: while that worker is not overloaded; hard: as long as it can be chosen at all."""
+    ttl: Duration = 600.0
+    """How long a session is remembered after its last request."""
+    sessions: Count = 100_000
+    """Most sessions remembered; the longest unused go first."""
+
+
+class ConditionalDisagg(Section):
+    """When a decode worker reads a prompt itself instead of getting it from a prefill worker."""
+
+    mode: Literal["off", "isl", "load", "either"] = "off"
+    """isl: when little of the prompt is left to compute; load: when all prefill workers are busy."""
+    max_tokens: Count = 2048
+    """isl: fewer tokens than this are left to compute on the decode worker ..."""
+    max_ratio: Annotated[float, Field(gt=0, le=1)] = 0.7
+    """... and they are less than this share of the prompt."""
+    prefill_busy_tokens: Count = 65_536
+    """load: the least busy prefill worker has at least so many tokens to compute."""
+
+
 class Router(Section):
     """How a worker is chosen for a request."""
 
-    mode: Literal["kv", "least_loaded", "round_robin"] = "kv"
+    mode: Literal["kv", "least_loaded", "round_robin", "random", "power_of_two", "consistent_hash"] = "kv"
     """kv: the worker with the most of the prompt in its cache, weighed against load."""
     overlap_credit: Weight = 1.0
     """What a cached prompt block takes off the prefill load (mode kv)."""
+    overlap_decay: Weight = 0.0
+    """How fast the credit falls with prefill load above the least loaded worker's; 0: not (mode kv)."""
+    host_tier_credit: Weight = 0.75
+    """Part of the credit for blocks that are only in host memory (mode kv)."""
+    disk_tier_credit: Weight = 0.25
+    """Part of the credit for blocks that are only on disk (mode kv)."""
     prefill_load_scale: Weight = 1.0
     """Weight of prefill load (mode kv)."""
     decode_request_weight: Weight = 0.0
-    """Cost of each running request (mode kv)."""
+    """Cost in blocks of each running request (mode kv)."""
     temperature: Weight = 0.0
     """0 takes the cheapest worker; more spreads over near ones (mode kv)."""
+    adapter_load_tokens: Annotated[int, Field(ge=0)] = 4096
+    """What loading a LoRA adapter costs, in prompt tokens: workers that have it are preferred by so much."""
+    events: Literal["auto", "exact", "approximate"] = "auto"
+    """What tells of cached blocks: the engines' KV events, or the router's own past choices; auto: the events
+    of the workers that publish them (mode kv).
+    """
+    approximate_ttl: Duration = 120.0
+    """How long a prompt counts as cached where it was sent, for workers without KV events."""
+    approximate_cache: Literal["ttl", "lru"] = "ttl"
+    """lru: until newer prompts fill the worker's KV blocks, instead of for approximate_ttl."""
+    predicted_ttl: Duration = 2.0
+    """How long a prompt counts as cached where it was sent before KV events tell; 0: only while it runs."""
+    index_blocks: Annotated[int, Field(ge=1024)] = 8_000_000
+    """Most cached blocks remembered, over all workers; the longest unused are forgotten first."""
+    guard: Guard = Field(default_factory=Guard)
+    """Keeps cached prefixes from overloading a worker."""
+    session_affinity: SessionAffinity = Field(default_factory=SessionAffinity)
+    """Sessions that stay on one worker."""
+    conditional_disagg: ConditionalDisagg = Field(default_factory=ConditionalDisagg)
+    """Short prompts that skip the prefill workers."""
 
 
 class Sla(Section):

@@ -50,6 +50,39 @@ def test_every_process_belongs_to_the_run(tmp_path: Path) -> None:
         plan.process("decode-2")
 
 
+def frontends_of(plan: Plan) -> list[tuple[str, set[str], int]]:
+    processes = [p for p in plan.processes if p.kind == "frontend"]
+    return [(p.node, set(p.ports), p.ports["http"]) for p in processes]
+
+
+def test_frontends_of_one_host_share_its_port_and_have_one_each(tmp_path: Path) -> None:
+    plan = build_plan(load(tmp_path, "frontend.replicas=3", "frontend.port=0"), HERE, (), RUN)
+    (port,) = {port for _, _, port in frontends_of(plan)}
+    assert plan.url == f"http://127.0.0.1:{port}"
+    assert {names == {"http", "own", "events"} for _, names, _ in frontends_of(plan)} == {True}
+    given = [p for process in plan.processes for p in process.ports.values() if p != port]
+    assert len(given) == len(set(given))
+    assert set(plan.nodes[0].ports) == {port, *given}
+
+
+def test_frontends_are_spread_over_the_hosts_named(tmp_path: Path) -> None:
+    two = Inventory((Host("n1", "10.0.0.1", 8), Host("n2", "10.0.0.2", 8)), "hosts.yaml")
+    sets = ("frontend.replicas=2", "frontend.hosts=[n2, n1]", "frontend.host=0.0.0.0")
+    plan = build_plan(load(tmp_path, *sets), two, (), RUN)
+    assert plan.url == "http://10.0.0.2:8000"
+    assert frontends_of(plan) == [("n2", {"http", "events"}, 8000), ("n1", {"http", "events"}, 8000)]
+    with pytest.raises(PortInUse, match="port 8000 of n1"):
+        build_plan(load(tmp_path, *sets), two, {("n1", 8000)}, RUN)
+    with pytest.raises(PlacementError, match=r"no host 'n3' in hosts[.]yaml") as refused:
+        build_plan(load(tmp_path, "frontend.hosts=[n3]"), two, (), RUN)
+    assert refused.value.hint == "there are n1, n2"
+
+
+def test_a_frontend_alone_has_its_port_only(tmp_path: Path) -> None:
+    plan = build_plan(load(tmp_path), HERE, (), RUN)
+    assert frontends_of(plan) == [("local", {"http"}, 8000)]
+
+
 def test_specs_are_what_the_processes_read(tmp_path: Path) -> None:
     import msgspec
 

@@ -83,7 +83,12 @@ def test_roles_and_arguments_that_cannot_be(tmp_path: Path, roles: str, told: st
 @pytest.mark.parametrize(
     ("extra", "told"),
     [
-        ("frontend: {replicas: 2}", "r.yaml:6: more than one frontend is not supported yet"),
+        ("frontend: {hosts: [a, b]}", "1 replicas but 2 hosts"),
+        ("frontend: {replicas: 2, hosts: [a, a]}", "r.yaml:6: a host is named twice"),
+        (
+            "frontend: {replicas: 2, hosts: [a, b]}",
+            "frontends on 2 hosts cannot all listen on 127.0.0.1; use 0.0.0.0",
+        ),
         ("engine: {venv: ., python: python3}", "r.yaml:6: engine.venv and engine.python exclude each other"),
         ("engine:\n  args:\n    host: x", "r.yaml:8: 'host' is set by dynctl, from hosts"),
         ("hosts: [{name: a}, {name: a}]", "r.yaml:6: there are two hosts named 'a'"),
