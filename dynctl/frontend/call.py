@@ -12,6 +12,7 @@ from dynctl.frontend import body as bodies
 from dynctl.frontend.accounts import Account
 from dynctl.frontend.admission import Models, asked_tokens
 from dynctl.frontend.body import Body
+from dynctl.frontend.hints import NO_HINTS, Hints
 from dynctl.http.server import Request
 
 Kind = Literal["chat", "completions", "other"]
@@ -41,6 +42,7 @@ class Call:
     request_id: bytes
     headers: tuple[tuple[bytes, bytes], ...]
     account: Account
+    hints: Hints = NO_HINTS
 
 
 @dataclass(frozen=True, slots=True)

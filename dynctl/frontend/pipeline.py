@@ -65,12 +65,12 @@ class Attempt:
 
     def choose(self, role: Role) -> Choice:
         """A worker of `role` that has not failed this call. Raises Rejected, or the last failure."""
-        router, prompt = self.parts.router, self.prompt
+        router = self.parts.router
         started = time.perf_counter()
         refused: Rejected | None = None
         for exclude in self.attempts.exclusions(self.parts.upstream.shunned()):
             try:
-                choice = router.choose(RouteRequest(role, prompt.hashes, prompt.tokens, exclude=exclude))
+                choice = router.choose(self._request(role, exclude))
             except Rejected as error:
                 refused = error
                 continue
@@ -78,6 +78,22 @@ class Attempt:
             return choice
         assert refused is not None
         raise self.attempts.last or refused
+
+    def _request(self, role: Role, exclude: frozenset[str]) -> RouteRequest:
+        prompt, hints = self.prompt, self.call.hints
+        pinned, rank = hints.pin(role)
+        return RouteRequest(
+            role,
+            prompt.hashes,
+            prompt.tokens,
+            hints.expected_output,
+            exclude,
+            self.call.adapter,
+            hints.session,
+            pinned,
+            rank,
+            hints.priority,
+        )
 
     def _note(self, role: Role, choice: Choice, seconds: float) -> None:
         metrics = self.parts.metrics

@@ -16,6 +16,7 @@ from dynctl.frontend.accounts import Accounts
 from dynctl.frontend.admission import ApiKeys, Models
 from dynctl.frontend.body import excerpt
 from dynctl.frontend.call import Call, Endpoint, engine_headers, read_form, request_id
+from dynctl.frontend.hints import read_hints
 from dynctl.frontend.pipeline import Pipeline
 from dynctl.http.server import Exchange, Request
 from dynctl.observability.metrics import CONTENT_TYPE, Metrics
@@ -89,6 +90,9 @@ _ENDPOINTS = (
 )
 """The engine paths that clients may reach. Engines' own administration is not among them."""
 
+_HINT_FIELDS = ("nvext",)
+"""Read here (see `frontend.hints`); engines know no such field."""
+
 Health = Callable[[], dict[str, Any]]
 """The state as /health shows it; its `reasons` are empty when requests can be served."""
 
@@ -160,15 +164,17 @@ class Routes:
     async def _serve(self, endpoint: Endpoint, request: Request, exchange: Exchange, id_: bytes) -> None:
         edge = self._edge
         form = read_form(endpoint, request.body, edge.models, edge.owned_fields)
+        hints = read_hints(request.headers, form.body)
         call = Call(
             endpoint=endpoint,
-            body=form.body,
+            body=form.body.without(_HINT_FIELDS),
             adapter=form.adapter,
             stream=form.stream,
             asked=form.asked,
             request_id=id_,
             headers=engine_headers(request, id_, pass_key=not edge.keys.asked_for),
             account=edge.accounts.open(form.model, endpoint.label, stream=form.stream),
+            hints=hints,
         )
         await edge.pipeline.serve(call, exchange)
 

@@ -25,6 +25,8 @@ class RouteRequest:
     `hashes`: sequence hashes of the prompt's full blocks in the router's block size; None = tokens unknown.
     `prompt_tokens`: 0 = unknown. `expected_output` in tokens: an estimate, not the client's upper limit;
     None = unknown. `exclude`: instance ids not to choose (they have just failed this request).
+    `adapter`: LoRA name, "" = the model itself. `session`: "" = none. `pinned`: the instance id the client
+    asks for, "" = any; `pinned_rank` likewise. `priority`: higher goes first where requests wait.
     """
 
     role: Role
@@ -32,6 +34,11 @@ class RouteRequest:
     prompt_tokens: int = 0
     expected_output: int | None = None
     exclude: frozenset[str] = frozenset()
+    adapter: str = ""
+    session: str = ""
+    pinned: str = ""
+    pinned_rank: int | None = None
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,7 +135,7 @@ def test_wrong_fields_name_file_line_and_what_is_valid(tmp_path: Path, old: str,
 @pytest.mark.parametrize(
     ("extra", "told"),
     [
-        ("router: {mode: best}", "r.yaml:8: 'router.mode' must be kv, least_loaded or round_robin"),
+        ("router: {mode: best}", "r.yaml:8: 'router.mode' must be kv, least_loaded, round_robin, random, "),
         ("router: {overlap_credit: -1}", "r.yaml:8: 'router.overlap_credit' is a whole number (-1)"),
         ("sla: {ttft: fast}", "r.yaml:8: 'sla.ttft' must be a duration such as"),
         ("sla: {percentile: best}", "r.yaml:8: 'sla.percentile' must be a percentile such as p50"),
