@@ -1,4 +1,4 @@
-"""One circuit breaker per worker: who is left alone for a while, and who is tried again. Pure; `now` is given.
+"""A circuit breaker for each worker: who is left alone for a while, who is tried again. Pure; `now` is given.
 
 Closed → open: at the first lost connection, or at `FAILURES` failures with no answer in between. Open → half
 open after `FIRST_PAUSE_S`, twice as long after each probe that failed; half open, one request at a time

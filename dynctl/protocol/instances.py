@@ -27,6 +27,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     chat_template: str = ""
     max_model_len: int = 0
     block_size: int = 0
+    max_batched_tokens: int = 0
     adapters: list[str] = []
 
 
@@ -36,7 +37,7 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
     Workers: `url` is the engine's own HTTP base, `events` the PUB endpoint of the sidecar's event plane
     ("" = no KV events), `control` its ZeroMQ ROUTER endpoint. Frontends: `url` is the public base.
     `bootstrap_port` is where decode engines meet a prefill engine, for engines that link both legs by it (0 =
-    none). `started_at` is Unix time in seconds. `pid` is the sidecar's, `engine_pid` the engine's (0 = none).
+    none), `peers` the names decode engines know its ranks by ([] = they need none). `started_at` is Unix time in seconds. `pid` is the sidecar's, `engine_pid` the engine's (0 = none).
     """
 
     id: str
@@ -52,6 +53,8 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
     model: ModelCard | None = None
     dp_size: int = 1
     bootstrap_port: int = 0
+    peers: list[str] = []
+    engine_version: str = ""
     events: str = ""
     control: str = ""
     protocol: int = PROTOCOL_VERSION

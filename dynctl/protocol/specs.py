@@ -55,6 +55,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     follower: bool = False
     dp_size: int = 1
     bootstrap_port: int = 0
+    kv_transfer: str = ""
     kv_endpoints: list[str] = []
     kv_replay_endpoints: list[str] = []
     kv_topic: str = ""
@@ -93,6 +94,32 @@ class ConditionalDisaggSpec(msgspec.Struct, frozen=True, kw_only=True):
     prefill_busy_tokens: int = 65_536
 
 
+class QueueSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Requests that wait while all workers are busy (see `frontend.queue`); `limit` 0 = none do.
+
+    `threshold`: prompt tokens waiting at a worker from which on it has enough, in batches of its engine; 0 =
+    it never has. `limit_tokens` 0 = no limit.
+    """
+
+    policy: str = "fcfs"
+    threshold: float = 4.0
+    limit: int = 4096
+    limit_tokens: int = 0
+    deadline_s: float = 600.0
+
+
+class BusySpec(msgspec.Struct, frozen=True, kw_only=True):
+    """From where on a worker is busy; None = there is no such threshold.
+
+    `decode_blocks`: share of its KV blocks in use. `prefill_tokens`: prompt tokens to be computed, and
+    `prefill_share` of what its engine computes per step.
+    """
+
+    decode_blocks: float | None = None
+    prefill_tokens: int | None = None
+    prefill_share: float | None = None
+
+
 class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     """How to choose a worker. Weights as in `router.cost`.
 
@@ -116,6 +143,7 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     guard: GuardSpec = GuardSpec()
     session_affinity: AffinitySpec = AffinitySpec()
     conditional_disagg: ConditionalDisaggSpec = ConditionalDisaggSpec()
+    queue: QueueSpec = QueueSpec()
 
 
 class LimitsSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -132,8 +160,16 @@ class LimitsSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_connections: int = 8192
 
 
+class TracingSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Where spans go: base URL of an OTLP/HTTP collector, "" = nowhere; share of new traces recorded."""
+
+    otlp_endpoint: str = ""
+    sample_ratio: float = 1.0
+
+
 class FrontendSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """One frontend. `roles` is what the model needs before it is ready: replicas wanted by role.
+    """One frontend. `roles` is what the model needs before it is ready: replicas wanted by role. `kv_transfer` is
+    how the KV cache moves from prefill to decode ("" = the engine's own default).
 
     `address` is its node's, as others dial it. Of several frontends each publishes at `events_port` what it
     has in flight; 0 = there are no others. `own_port` 0 = `port` is its alone; else it shares that with the
@@ -156,10 +192,14 @@ class FrontendSpec(msgspec.Struct, frozen=True, kw_only=True):
     backend: str
     model: ModelCard
     roles: dict[str, int]
+    kv_transfer: str = ""
     router: RouterSpec = RouterSpec()
     limits: LimitsSpec = LimitsSpec()
+    busy: BusySpec = BusySpec()
     api_key_hashes: list[str] = []
     tls_cert: str = ""
     tls_key: str = ""
+    metrics_prefix: str = "dynctl"
+    tracing: TracingSpec = TracingSpec()
     sync_timeout_s: float = 10.0
     drain_timeout_s: float = 30.0

@@ -53,7 +53,9 @@ class RankLoad:
     A report is older than the moment it arrives, so a request of ours that has just ended may still be in it.
     Others' load is therefore what the report has beyond the *peak* of our own and our peers' since the report
     before last. `requests`, `blocks` and `prefill_tokens` are of all; blocks that requests of ours share are
-    counted once, those shared with a peer's twice. `on_change` is called when the own part has changed.
+    counted once, those shared with a peer's twice. `on_change` is called when the own part has changed,
+    `on_freed` when there may be less to do. `capacity` in blocks, and `batch_tokens` that a step computes: 0 =
+    not known. `reported_waiting`: requests that wait in the engine, -1 = it has not said.
     """
 
     __slots__ = (
@@ -61,8 +63,11 @@ class RankLoad:
         "_peak",
         "_retired",
         "_shared",
+        "batch_tokens",
         "blocks",
+        "capacity",
         "on_change",
+        "on_freed",
         "others_blocks",
         "others_requests",
         "others_waiting",
@@ -72,6 +77,7 @@ class RankLoad:
         "peers",
         "place",
         "prefill_tokens",
+        "reported_waiting",
         "requests",
     )
 
@@ -80,6 +86,9 @@ class RankLoad:
         self.place = shared.open()
         self._retired = False
         self.on_change: Callable[[], None] | None = None
+        self.on_freed: Callable[[], None] | None = None
+        self.capacity = self.batch_tokens = 0
+        self.reported_waiting = -1
         self.peers = NOTHING
         self.prefill_tokens = 0
         self.requests = self.own_requests = self.others_requests = 0
@@ -117,6 +126,7 @@ class RankLoad:
         self.others_blocks = _less(self.others_blocks, peers.blocks - known.blocks)
         self._note_peak()
         self._count(0, 0)
+        self._freed()
 
     def report(self, report: LoadReport) -> None:
         """Take over what the engine says of itself."""
@@ -129,6 +139,8 @@ class RankLoad:
         self._before = now
         self._peak = _Peak()
         self._note_peak()
+        self.capacity, self.reported_waiting = report.kv_blocks, report.waiting
+        self._freed()
 
     def retire(self) -> None:
         """The worker is gone: no further `add`. Requests that still run keep their tickets."""
@@ -153,12 +165,18 @@ class RankLoad:
         self.own_waiting -= 1
         if self.on_change is not None:
             self.on_change()
+        self._freed()
 
     def _end(self, footprint: Footprint) -> None:
         self._count(-1, -footprint.blocks - self._shared.remove(self.place, footprint.hashes))
         if self.on_change is not None:
             self.on_change()
+        self._freed()
         self._close_if_done()
+
+    def _freed(self) -> None:
+        if self.on_freed is not None:
+            self.on_freed()
 
     def _close_if_done(self) -> None:
         if self._retired and not self.own_requests:

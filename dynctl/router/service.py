@@ -5,6 +5,7 @@ Choosing is synchronous and awaits nothing; the tasks that keep the index true a
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from random import Random
@@ -82,8 +83,10 @@ class Router:
         block_size: int = 0,
         rng: Random | None = None,
         timing: SyncTiming = DEFAULT_TIMING,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._links = links
+        self._clock = clock
         self._given_block_size = self.block_size = block_size
         self._index = Index()
         self._following = Following(self._index, links.sync, self._learn_block_size, timing)
@@ -94,6 +97,8 @@ class Router:
         self._workers: dict[str, _Worker] = {}
         self._candidates: dict[str, list[Candidate]] = {}
         self._block_sizes: dict[str, int] = {}
+        self.on_freed: Callable[[], None] | None = None
+        """Called when a worker may have less to do, or there is another one."""
 
     @property
     def topics(self) -> tuple[bytes, ...]:
@@ -149,6 +154,7 @@ class Router:
             if member.instance.role != "frontend":
                 self._upsert(member)
         self._rebuild()
+        self._freed()
 
     def _upsert(self, member: Member) -> None:
         instance = member.instance
@@ -163,6 +169,9 @@ class Router:
             self._drop(instance.id)
         ranks = max(1, instance.dp_size)
         loads = [RankLoad(self._shared) for _ in range(ranks)]
+        for load in loads:
+            load.on_freed = self._freed
+            load.batch_tokens = instance.model.max_batched_tokens if instance.model else 0
         self._workers[instance.id] = _Worker(member, loads)
         self.peers.attach(instance.id, instance.incarnation, loads)
         if instance.events:
@@ -221,6 +230,14 @@ class Router:
             and 0 <= report.rank < len(worker.loads)
         ):
             worker.loads[report.rank].report(report)
+
+    def eligible(self, role: str) -> list[Candidate]:
+        """The (worker, rank)s of `role` that may be chosen. To be read only."""
+        return self._candidates.get(role, [])
+
+    def _freed(self) -> None:
+        if self.on_freed is not None:
+            self.on_freed()
 
     def streams(self) -> list[StreamState]:
         """How well each (worker, rank) that is indexed is followed."""

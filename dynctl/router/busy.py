@@ -1,0 +1,72 @@
+"""Which workers have so much to do that requests had better go elsewhere, or wait. Pure.
+
+Thresholds are what the operator set, judged on the exact count of what was sent and on the last report. A
+backlog is what keeps an engine busy without more: while it lasts a request loses nothing by waiting here,
+where it can still go to whichever worker is free first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from dynctl.protocol.specs import BusySpec
+from dynctl.router.active import RankLoad
+
+BATCH_TOKENS = 8192
+"""Tokens an engine computes per step, where it is not known: the usual default."""
+
+
+class Busy:
+    """Judges the load of (worker, rank)s. `thresholds` may be changed at any time.
+
+    `backlog`: batches of prompt tokens from which on requests wait, 0 = never.
+    """
+
+    def __init__(self, thresholds: BusySpec, backlog: float) -> None:
+        self.thresholds = thresholds
+        self.backlog = backlog
+
+    @property
+    def limited(self) -> bool:
+        """Whether the operator set any threshold."""
+        limits = self.thresholds
+        return any(
+            limit is not None for limit in (limits.decode_blocks, limits.prefill_tokens, limits.prefill_share)
+        )
+
+    def over(self, load: RankLoad) -> bool:
+        """Whether a rank is over any of the thresholds."""
+        limits = self.thresholds
+        tokens, blocks = load.prefill_tokens, load.capacity
+        return (
+            (limits.prefill_tokens is not None and tokens > limits.prefill_tokens)
+            or (limits.prefill_share is not None and tokens > limits.prefill_share * _batch(load))
+            or (
+                limits.decode_blocks is not None
+                and blocks > 0
+                and load.blocks > limits.decode_blocks * blocks
+            )
+        )
+
+    def backlogged(self, load: RankLoad) -> bool:
+        """Whether a rank has enough to compute without more.
+
+        The engine must say so too: an answer that is not streamed does not show when its prompt is done, so
+        the tokens counted here may have been computed long ago.
+        """
+        return bool(
+            self.backlog and load.reported_waiting > 0 and load.prefill_tokens > self.backlog * _batch(load)
+        )
+
+    def all_busy(self, loads: Iterable[RankLoad]) -> bool:
+        """Whether none of the ranks may be given more; False when there are none."""
+        found = False
+        for load in loads:
+            if not self.over(load) and not self.backlogged(load):
+                return False
+            found = True
+        return found
+
+
+def _batch(load: RankLoad) -> int:
+    return load.batch_tokens or BATCH_TOKENS
