@@ -230,7 +230,9 @@ def _replica(
 ) -> list[PlannedProcess]:
     """The sidecars of one replica, each followed by its part of the engine."""
     engine, section = site.engine, site.recipe.roles.present()[role]
-    needs = engine.port_needs(role, parallel_of(section), disaggregated=role in ("prefill", "decode"))
+    apart = role in ("prefill", "decode")
+    transfer = site.recipe.engine.kv_transfer
+    needs = engine.port_needs(role, parallel_of(section), disaggregated=apart, transfer=transfer)
     nodes = [rank.node for rank in ranks]
     ports = {name: allocator.allocate(nodes, count) for name, count in needs.items()}
     launch = engine_launch(site.recipe, role, index, ranks, ports)

@@ -101,6 +101,7 @@ def frontend_command(site: Site, index: int, host: Host, ports: Mapping[str, int
         membership=site.endpoints.membership,
         keys_file=KEYS_FILE,
         backend=recipe.backend,
+        kv_transfer=recipe.engine.kv_transfer,
         model=model_card(recipe),
         roles={role: section.replicas for role, section in recipe.roles.present().items()},
         router=_router(recipe),
@@ -139,6 +140,7 @@ def worker_command(site: Site, seat: Seat) -> Command:
         follower=follower,
         dp_size=launch.parallel.data,
         bootstrap_port=launch.ports.get("bootstrap", 0),
+        kv_transfer=launch.transfer,
         **_kv_fields(source),
         start_timeout_s=recipe.engine.start_timeout,
         drain_timeout_s=recipe.engine.drain_timeout,
@@ -186,6 +188,7 @@ def engine_launch(
         args={**recipe.engine.args, **section.args},
         env={**recipe.engine.env, **section.env},
         disaggregated=role in ("prefill", "decode"),
+        transfer=recipe.engine.kv_transfer,
         kv_events=recipe.router.mode == "kv",
         external_kv=_external_kv(section, index),
     )

@@ -102,8 +102,9 @@ class EngineLaunch:
     """All that a command line of one replica depends on.
 
     `ranks`: one per node, the head first. `ports`: first port of each block that `port_needs` asked for.
-    `disaggregated`: prefill and decode are apart. `args` and `env` are the recipe's, engine-wide ones and
-    the role's merged (the role wins). `external_kv`: what the recipe says of an engine that already runs.
+    `disaggregated`: prefill and decode are apart, `transfer` how the KV cache moves ("" = the first of
+    `Engine.transfers`). `args` and `env` are the recipe's, engine-wide ones and the role's merged (the role
+    wins). `external_kv`: what the recipe says of an engine that already runs.
     """
 
     model: ModelRef
@@ -116,6 +117,7 @@ class EngineLaunch:
     args: Mapping[str, ArgValue] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
     disaggregated: bool = False
+    transfer: str = ""
     kv_events: bool = True
     external_kv: KvSource | None = None
 
@@ -170,10 +172,12 @@ class Readiness:
     """How to know that the engine really serves: `health` answers 200, and `models` lists the served name.
 
     `lists_served_name` false: the engine goes by the model's path whatever is asked for: any list will do.
+    `version`: HTTP path of `{"version": ...}`, asked once; "" = nothing depends on it.
     """
 
     health: str = "/health"
     models: str = "/v1/models"
+    version: str = ""
     lists_served_name: bool = True
 
 
@@ -216,12 +220,52 @@ class Handoff:
     finished: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """A POST that ends a request at its engine."""
+
+    path: str
+    body: Json
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """What one try of a request knows of the prefill worker it goes to: where both legs meet.
+
+    `room` is random, 1 to 2**63 - 1, and new for every try; `room` modulo `ranks` is the data-parallel rank
+    that prefills, so steps of `ranks` stay on it. `peers` are what `PrefillDecode.peers` told, by rank;
+    `version` the engine's own; () and "" = not known.
+    """
+
+    url: str
+    bootstrap_port: int
+    room: int
+    ranks: int = 1
+    peers: tuple[str, ...] = ()
+    version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """How an engine is asked to go on with an answer that another one had begun.
+
+    `chat`: the fields by which the last message, the assistant's, is continued; None = it cannot.
+    `completion_tokens`: the limit of a completion that names none; None = only the context's.
+    """
+
+    chat: Mapping[str, Any] | None = None
+    completion_tokens: int | None = 16
+
+
+CONTINUES_MESSAGE = Continuation(chat={"continue_final_message": True, "add_generation_prompt": False})
+
+
 class PrefillDecode(Protocol):
     """The request contract of an engine with prefill and decode apart.
 
     `order` "prefill_first": `prefill_body` is sent, its answer read whole, `handoff` made of it, then
     `decode_body` sent. "concurrent": both bodies carry `link()` and are sent at once; decode's answer is the
-    client's. Bodies are copies: the request given is never changed.
+    client's, `handoff` only judges prefill's. Bodies are copies: the request given is never changed.
     """
 
     @property
@@ -229,19 +273,36 @@ class PrefillDecode(Protocol):
         """Whether prefill's answer is needed before decode is asked."""
         ...
 
+    @property
+    def peers_path(self) -> str:
+        """What a prefill worker's bootstrap server answers 200 once decode can find it; "" = it has none."""
+        ...
+
+    def peers(self, answer: bytes) -> tuple[str, ...]:
+        """The names decode knows prefill's ranks by, by rank, from the answer at `peers_path`; () = none.
+
+        Raises EngineFailed for an answer that is none.
+        """
+        ...
+
     def splits(self, request: Json) -> bool:
         """Whether this request can be prefilled elsewhere; else it goes to decode alone, as a plain one.
 
         False for requests of more than one sequence, which would use one hand-off several times, and for
-        those that ask what only computing the prompt tells.
+        those that ask what only computing the prompt tells. Raises RequestError for what the engine can
+        serve neither way.
         """
         ...
 
-    def link(self, prefill_url: str, bootstrap_port: int, room: int) -> Json:
-        """Fields that tie both legs together; {} when the engine needs none. A new `room` for every try.
+    def link(self, request: Json, meeting: Meeting) -> Json:
+        """What ties both legs together; {} when the engine needs nothing. Asked for once per try.
 
-        `room` is random, 1 to 2**63 - 1. Asked for once per try whatever `order` is, given to both legs.
+        Given to both bodies whatever `order` is. Raises EngineFailed when the meeting lacks what it needs.
         """
+        ...
+
+    def abort(self, link: Json) -> tuple[Abort, ...]:
+        """How to end a leg of `link` that nobody waits for; () = closing its connection does it at once."""
         ...
 
     def prefill_body(self, request: Json, link: Json) -> Json:
@@ -272,9 +333,14 @@ class Engine(Protocol):
     """HTTP path of the metrics that `load` reads."""
     client_fields: frozenset[str]
     """Top-level request fields that only dynctl may set; removed from what clients send."""
-    pd: PrefillDecode | None
+    transfers: Mapping[str, PrefillDecode]
+    """How the KV cache can move from prefill to decode, and the request contract of each; the first is the
+    default, {} = prefill and decode cannot be apart."""
+    continuation: Continuation
 
-    def port_needs(self, launch_role: Role, parallel: Parallel, *, disaggregated: bool) -> dict[str, int]:
+    def port_needs(
+        self, launch_role: Role, parallel: Parallel, *, disaggregated: bool, transfer: str = ""
+    ) -> dict[str, int]:
         """Port blocks a replica needs on its head node: name → number of consecutive ports. "http" is one."""
         ...
 

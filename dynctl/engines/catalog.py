@@ -6,7 +6,7 @@ from functools import cache
 from importlib import import_module
 from typing import cast
 
-from dynctl.engines.base import Engine
+from dynctl.engines.base import Engine, PrefillDecode
 from dynctl.errors import RecipeError
 
 _ENGINES = {
@@ -31,3 +31,18 @@ def get(backend: str) -> Engine:
     except KeyError:
         raise RecipeError(f"unknown backend {backend!r}", hint=f"one of {', '.join(_ENGINES)}") from None
     return cast(Engine, getattr(import_module(module), attribute)())
+
+
+def contract(backend: str, transfer: str = "") -> PrefillDecode | None:
+    """The prefill/decode contract of that way to move the KV cache, "" the engine's default; None = none.
+
+    Raises RecipeError for a name the engine does not have.
+    """
+    found = get(backend).transfers
+    if not transfer:
+        return next(iter(found.values()), None)
+    try:
+        return found[transfer]
+    except KeyError:
+        known = ", ".join(found) or "none"
+        raise RecipeError(f"backend {backend} has no KV transfer {transfer!r}", hint=known) from None

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 from dynctl.command import Command
 from dynctl.engines import kv_dialect, log_lines, sglang, trtllm, vllm_metrics
 from dynctl.engines.base import (
+    CONTINUES_MESSAGE,
     EngineInfo,
     EngineLaunch,
     EngineLoad,
@@ -43,9 +44,12 @@ class External:
     readiness = Readiness(health="/health", models="/v1/models")
     load_path = "/metrics"
     client_fields = Vllm.client_fields | Sglang.client_fields | Trtllm.client_fields
-    pd: PrefillDecode | None = None
+    continuation = CONTINUES_MESSAGE
+    transfers: Mapping[str, PrefillDecode] = {}
 
-    def port_needs(self, launch_role: Role, parallel: Parallel, *, disaggregated: bool) -> dict[str, int]:
+    def port_needs(
+        self, launch_role: Role, parallel: Parallel, *, disaggregated: bool, transfer: str = ""
+    ) -> dict[str, int]:
         """None: it has its ports."""
         return {}
 

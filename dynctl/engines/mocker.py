@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dynctl.command import Command
 from dynctl.engines import kv_dialect, log_lines, vllm_metrics
 from dynctl.engines.arguments import both_spellings, flags, normal_name, normalised, to_json
 from dynctl.engines.base import (
+    CONTINUES_MESSAGE,
     EngineEnvironment,
     EngineInfo,
     EngineLaunch,
@@ -99,9 +100,12 @@ class Mocker:
     readiness = Readiness(health="/health", models="/v1/models")
     load_path = "/metrics"
     client_fields = frozenset({"kv_transfer_params"})
-    pd: PrefillDecode | None = NixlPull()
+    continuation = CONTINUES_MESSAGE
+    transfers: Mapping[str, PrefillDecode] = {"nixl": NixlPull()}
 
-    def port_needs(self, launch_role: Role, parallel: Parallel, *, disaggregated: bool) -> dict[str, int]:
+    def port_needs(
+        self, launch_role: Role, parallel: Parallel, *, disaggregated: bool, transfer: str = ""
+    ) -> dict[str, int]:
         """One per data-parallel rank for events and their replay. Transfers go over the HTTP port."""
         return {"http": 1, "kv_events": parallel.data, "kv_replay": parallel.data}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from urllib.parse import urlsplit
+
 from dynctl.engines.base import Json
 
 
@@ -33,3 +35,15 @@ def _single(prompt: object) -> bool:
     if not isinstance(prompt, list) or len(prompt) == 1:
         return True
     return all(isinstance(item, int) for item in prompt)
+
+
+def prompts(request: Json) -> int:
+    """How many prompts a completion request holds; 1 for a chat."""
+    given = request.get("prompt")
+    return 1 if _single(given) or not isinstance(given, list) else len(given)
+
+
+def host_of(url: str) -> str:
+    """The host of a worker's base URL as it is written in one; "" when there is none."""
+    host = urlsplit(url).hostname or ""
+    return f"[{host}]" if ":" in host else host

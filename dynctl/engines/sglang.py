@@ -10,6 +10,7 @@ from dynctl.command import Command
 from dynctl.engines import kv_dialect, log_lines, vllm_metrics
 from dynctl.engines.arguments import devices, flags, normalised, program, to_json
 from dynctl.engines.base import (
+    CONTINUES_MESSAGE,
     EngineInfo,
     EngineLaunch,
     EngineLoad,
@@ -30,6 +31,8 @@ from dynctl.errors import PlacementError
 from dynctl.protocol.instances import Role
 
 TOPIC = "kv-events"
+BACKENDS = ("nixl", "mooncake", "mooncake_tcp")
+"""How the KV cache can move, in the engine's own words."""
 TRANSFER_TIMEOUT_S = 120
 """How long either leg waits for the other; the engine's 300 s keep KV blocks too long when a leg is lost."""
 HEARTBEAT_S = 2
@@ -55,9 +58,12 @@ class Sglang:
     readiness = Readiness(health="/ready", models="/v1/models")
     load_path = "/metrics"
     client_fields = LINK_FIELDS | {"routed_dp_rank", "data_parallel_rank"}
-    pd: PrefillDecode | None = BootstrapRoom()
+    continuation = CONTINUES_MESSAGE
+    transfers: Mapping[str, PrefillDecode] = dict.fromkeys(BACKENDS, BootstrapRoom())
 
-    def port_needs(self, launch_role: Role, parallel: Parallel, *, disaggregated: bool) -> dict[str, int]:
+    def port_needs(
+        self, launch_role: Role, parallel: Parallel, *, disaggregated: bool, transfer: str = ""
+    ) -> dict[str, int]:
         """Events and replay per data-parallel rank, prefill's bootstrap server, torch's start-up range."""
         needs = {"http": 1, "kv_events": parallel.data, "kv_replay": parallel.data}
         if disaggregated and launch_role == "prefill":
@@ -200,7 +206,8 @@ def _publishes(launch: EngineLaunch) -> bool:
 def _kv_flags(launch: EngineLaunch) -> list[str]:
     argv: list[str] = []
     if launch.disaggregated:
-        argv += ["--disaggregation-mode", launch.role, "--disaggregation-transfer-backend", "nixl"]
+        argv += ["--disaggregation-mode", launch.role]
+        argv += ["--disaggregation-transfer-backend", launch.transfer or BACKENDS[0]]
         if launch.role == "prefill":
             argv += ["--disaggregation-bootstrap-port", str(launch.ports["bootstrap"])]
     if _publishes(launch):

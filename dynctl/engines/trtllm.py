@@ -18,6 +18,7 @@ from dynctl.engines import log_lines, vllm_metrics
 from dynctl.engines.arguments import devices, flags, normalised, program
 from dynctl.engines.base import (
     ArgValue,
+    Continuation,
     EngineInfo,
     EngineLaunch,
     EngineLoad,
@@ -38,6 +39,8 @@ from dynctl.engines.trtllm_kv import PollReader
 from dynctl.errors import PlacementError
 from dynctl.protocol.instances import Role
 
+BACKENDS: Mapping[str, str] = {"nixl": "NIXL", "ucx": "UCX", "mooncake": "MOONCAKE"}
+"""How the KV cache can move, and the engine's word for it; MOONCAKE came after 1.2."""
 EVENT_BUFFER = 16384
 """Events the engine keeps between two polls."""
 EVENTS_PATH = "/kv_cache_events"
@@ -62,12 +65,15 @@ class Trtllm:
     )
     owned_args: Mapping[str, str] = OWNED
     # It lists the model's path or the last part of it; a flag for the served name came with 1.3.
-    readiness = Readiness(health="/health", models="/v1/models", lists_served_name=False)
+    readiness = Readiness(health="/health", models="/v1/models", version="/version", lists_served_name=False)
     load_path = "/metrics"
     client_fields = frozenset({PARAMS})
-    pd: PrefillDecode | None = ContextFirst()
+    continuation = Continuation(chat=None, completion_tokens=None)
+    transfers: Mapping[str, PrefillDecode] = dict.fromkeys(BACKENDS, ContextFirst())
 
-    def port_needs(self, launch_role: Role, parallel: Parallel, *, disaggregated: bool) -> dict[str, int]:
+    def port_needs(
+        self, launch_role: Role, parallel: Parallel, *, disaggregated: bool, transfer: str = ""
+    ) -> dict[str, int]:
         """HTTP alone: MPI and the KV transceiver find their own."""
         return {"http": 1}
 
@@ -219,7 +225,7 @@ def _settings(launch: EngineLaunch) -> dict[str, Any]:
     settings["kv_cache_config"] = cache
     if launch.disaggregated:
         transfer: dict[str, Any] = {
-            "backend": "NIXL",
+            "backend": BACKENDS[launch.transfer or "nixl"],
             "kv_transfer_timeout_ms": int(TRANSFER_TIMEOUT_S * 1000),
         }
         longest = longest_input(launch.args)

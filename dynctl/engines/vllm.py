@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from dynctl.command import Command
 from dynctl.engines import kv_dialect, log_lines, vllm_metrics
 from dynctl.engines.arguments import both_spellings, devices, flags, normalised, program, to_json
 from dynctl.engines.base import (
+    CONTINUES_MESSAGE,
     EngineInfo,
     EngineLaunch,
     EngineLoad,
@@ -24,6 +26,7 @@ from dynctl.engines.base import (
 )
 from dynctl.engines.vllm_checks import check_role, check_transfer
 from dynctl.engines.vllm_disagg import NixlPull
+from dynctl.engines.vllm_mooncake import ABORT_S, Mooncake
 from dynctl.errors import PlacementError
 from dynctl.protocol.instances import Role
 
@@ -31,12 +34,14 @@ TOPIC = "kv-events"
 DRAIN_S = 30
 """`--shutdown-timeout` unless the recipe gives one: the sidecar has drained before, this is the rest."""
 
+_PROTOCOLS = {"mooncake": "rdma", "mooncake_tcp": "tcp"}
+"""Mooncake's transfers by what the KV cache travels over."""
 _TENSOR = "roles.<role>.tensor_parallel"
 _PIPELINE = "roles.<role>.pipeline_parallel"
 _DATA = "roles.<role>.data_parallel"
 _EXPERT = "roles.<role>.expert_parallel"
 _PLACED = "hosts and the parallel sizes (dynctl places ranks)"
-_DISAGG = "roles (prefill and decode)"
+_TRANSFER = "roles (prefill and decode) and engine.kv_transfer"
 _EVENTS = "router.mode"
 
 OWNED = both_spellings(
@@ -81,7 +86,7 @@ OWNED = both_spellings(
         "master-port": _PLACED,
         "headless": _PLACED,
         "device-ids": _PLACED,
-        "kv-transfer-config": _DISAGG,
+        "kv-transfer-config": _TRANSFER,
         "kv-events-config": _EVENTS,
     }
 )
@@ -97,12 +102,17 @@ class Vllm:
     readiness = Readiness(health="/health", models="/v1/models")
     load_path = "/metrics"
     client_fields = frozenset({"kv_transfer_params", "ec_transfer_params", "vllm_xargs"})
-    pd: PrefillDecode | None = NixlPull()
+    continuation = CONTINUES_MESSAGE
+    transfers: Mapping[str, PrefillDecode] = {"nixl": NixlPull(), **dict.fromkeys(_PROTOCOLS, Mooncake())}
 
-    def port_needs(self, launch_role: Role, parallel: Parallel, *, disaggregated: bool) -> dict[str, int]:
-        """One per data-parallel rank for events, their replay and the NIXL side channel."""
+    def port_needs(
+        self, launch_role: Role, parallel: Parallel, *, disaggregated: bool, transfer: str = ""
+    ) -> dict[str, int]:
+        """One per data-parallel rank for events, replay and NIXL's side channel; Mooncake's bootstrap."""
         needs = {"http": 1, "kv_events": parallel.data, "kv_replay": parallel.data}
-        if disaggregated:
+        if disaggregated and transfer in _PROTOCOLS:
+            needs |= {"bootstrap": 1} if launch_role == "prefill" else {}
+        elif disaggregated:
             needs["nixl"] = parallel.data
         if parallel.gpus > 1:
             needs["master"] = 1
@@ -220,7 +230,7 @@ def _kv_flags(launch: EngineLaunch) -> list[str]:
     argv: list[str] = []
     if launch.disaggregated:
         role = "kv_producer" if launch.role == "prefill" else "kv_consumer"
-        argv += ["--kv-transfer-config", to_json({"kv_connector": "NixlConnector", "kv_role": role})]
+        argv += ["--kv-transfer-config", to_json({**_connector(launch.transfer), "kv_role": role})]
     if launch.kv_events:
         # The engine binds its publisher to a wildcard or connects it, but its replay socket, which gives out
         # the tokens of all prompts it keeps, to any address: that of the sidecar unless a rank is elsewhere.
@@ -236,6 +246,13 @@ def _kv_flags(launch: EngineLaunch) -> list[str]:
     return argv
 
 
+def _connector(transfer: str) -> dict[str, Any]:
+    if transfer not in _PROTOCOLS:
+        return {"kv_connector": "NixlConnector"}
+    extra = {"mooncake_protocol": _PROTOCOLS[transfer]}
+    return {"kv_connector": "MooncakeConnector", "kv_connector_extra_config": extra}
+
+
 def _user_flags(launch: EngineLaunch) -> list[str]:
     return flags({"shutdown-timeout": DRAIN_S, **normalised(launch.args)})
 
@@ -243,7 +260,11 @@ def _user_flags(launch: EngineLaunch) -> list[str]:
 def _environment(launch: EngineLaunch, number: int) -> dict[str, str]:
     rank = launch.ranks[number]
     env = {**launch.env, **devices(rank.gpus), "VLLM_HOST_IP": rank.address}
-    if launch.disaggregated:
+    if launch.disaggregated and launch.transfer in _PROTOCOLS:
+        env["VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT"] = str(ABORT_S)
+        if launch.role == "prefill":
+            env["VLLM_MOONCAKE_BOOTSTRAP_PORT"] = str(launch.ports["bootstrap"])
+    elif launch.disaggregated:
         env["VLLM_NIXL_SIDE_CHANNEL_HOST"] = rank.address
         env["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(launch.ports["nixl"])
     return env

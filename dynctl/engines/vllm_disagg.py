@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from dynctl.engines.base import Handoff, Json
+from dynctl.engines.base import Abort, Handoff, Json, Meeting
 from dynctl.engines.requests import transferable
 from dynctl.errors import EngineFailed
 
@@ -36,6 +36,11 @@ class NixlPull:
     """Prefill computes and pins the prompt's blocks, decode pulls them and produces every token."""
 
     order: Literal["prefill_first", "concurrent"] = "prefill_first"
+    peers_path = ""
+
+    def peers(self, answer: bytes) -> tuple[str, ...]:
+        """None: prefill's answer names its rank."""
+        return ()
 
     def splits(self, request: Json) -> bool:
         """One sequence without prompt logprobs.
@@ -44,18 +49,17 @@ class NixlPull:
         """
         return transferable(request)
 
-    def link(self, prefill_url: str, bootstrap_port: int, room: int) -> Json:
+    def link(self, request: Json, meeting: Meeting) -> Json:
         """Nothing: prefill's answer is what links the legs."""
         return {}
 
+    def abort(self, link: Json) -> tuple[Abort, ...]:
+        """None: the engine notices a closed connection at once."""
+        return ()
+
     def prefill_body(self, request: Json, link: Json) -> Json:
         """The same prompt with one token asked for, no streaming, and the wish for a remote decode."""
-        body = {key: value for key, value in request.items() if key not in _NOT_FOR_PREFILL}
-        body.update(stream=False, max_tokens=1)
-        if "messages" in body or "max_completion_tokens" in body:
-            body["max_completion_tokens"] = 1
-        if "n" in body:
-            body["n"] = 1
+        body = one_token(request)
         body[PARAMS] = {"do_remote_decode": True, "do_remote_prefill": False}
         return body
 
@@ -83,9 +87,20 @@ class NixlPull:
         return body
 
 
+def one_token(request: Json) -> Json:
+    """The request as prefill is to compute it: one token, no streaming, nothing that asks for more."""
+    body = {key: value for key, value in request.items() if key not in _NOT_FOR_PREFILL}
+    body.update(stream=False, max_tokens=1)
+    if "messages" in body or "max_completion_tokens" in body:
+        body["max_completion_tokens"] = 1
+    if "n" in body:
+        body["n"] = 1
+    return body
+
+
 def _check_finish(answer: Json) -> None:
     if "error" in answer:
-        raise EngineFailed(f"prefill answered with an error: {_error_text(answer['error'])}")
+        raise EngineFailed(f"prefill answered with an error: {error_text(answer['error'])}")
     choices = answer.get("choices")
     if not (isinstance(choices, list) and choices and isinstance(choices[0], dict)):
         raise EngineFailed("prefill answered without choices")
@@ -94,6 +109,7 @@ def _check_finish(answer: Json) -> None:
         raise EngineFailed(f"prefill ended with finish_reason {reason!r}")
 
 
-def _error_text(error: object) -> str:
+def error_text(error: object) -> str:
+    """What an error object of the engine says, at no great length."""
     message = error.get("message", error) if isinstance(error, dict) else error
     return str(message)[:300]

@@ -60,6 +60,7 @@ class Core:
     async def close(self) -> None:
         """End the router's tasks and the connections to engines."""
         await self.router.close()
+        await self._upstream.close()
         await self._client.close()
         if self._preprocessor is not None:
             self._preprocessor.close()
@@ -132,7 +133,7 @@ class Core:
             tell=tell,
             request_timeout_s=spec.limits.request_timeout_s,
         )
-        flow = flow_for(frozenset(spec.roles), self._engine.pd)
+        flow = flow_for(frozenset(spec.roles), catalog.contract(spec.backend, spec.kv_transfer))
         other: Role = "decode" if "decode" in spec.roles else "aggregated"
         return Edge(
             pipeline=Pipeline(parts, flow, other),

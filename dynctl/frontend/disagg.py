@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from dynctl.engines.base import Handoff, PrefillDecode
+from dynctl.engines.base import Handoff, Meeting, PrefillDecode
 from dynctl.errors import EngineFailed, LaunchError
 from dynctl.frontend.answer import Answer
 from dynctl.frontend.body import encode
@@ -28,6 +28,7 @@ from dynctl.router.prefill import HandoffGuard, Refused
 from dynctl.router.service import Choice
 
 _ROOMS_BITS = 48
+_DATA = b"data:"
 
 
 def flow_for(roles: frozenset[str], contract: PrefillDecode | None) -> Flow:
@@ -135,23 +136,62 @@ class _Concurrent:
         prefill_leg = attempt.leg(prefill, encode(contract.prefill_body(request.opened(), link)))
         decode_leg = attempt.leg(decode, encode(contract.decode_body(request.opened(), None, link)))
         attempt.answer.prefilled_by(prefill.instance.id)
-        first = asyncio.create_task(_prefill(attempt, prefill, prefill_leg))
+        first = asyncio.create_task(self._first(attempt, prefill, prefill_leg))
         second = asyncio.create_task(attempt.answer.by(attempt.parts.upstream, decode_leg, decode.ticket))
         try:
             refusal = await _race(attempt.answer, first, second)
         finally:
-            first.cancel()
-            second.cancel()
+            answered = second.done() and not second.cancelled() and second.exception() is None
+            for task, leg in ((first, prefill_leg), (second, decode_leg)):
+                if task.cancel() and not answered:
+                    attempt.parts.upstream.abort(leg, contract.abort(link))
             await asyncio.gather(first, second, return_exceptions=True)
         if refusal is not None:
             attempt.answer.whole(refusal, [prefill.instance.id])
 
+    async def _first(self, attempt: Attempt, prefill: Choice, leg: Leg) -> Response:
+        """Prefill's answer. Raises AttemptFailed also for one after which decode would wait in vain."""
+        try:
+            response = await _prefill(attempt, prefill, leg)
+        finally:
+            prefill.ticket.finish()
+        try:
+            for event in _events(response):
+                self._contract.handoff(event, time.monotonic())
+        except (EngineFailed, msgspec.DecodeError) as error:
+            cause = error if isinstance(error, EngineFailed) else EngineFailed("prefill's answer is not JSON")
+            raise attempt.parts.upstream.failed(leg, cause) from error
+        return response
+
 
 def _link(contract: PrefillDecode, attempt: Attempt, prefill: Choice) -> dict[str, Any]:
     """A room nobody else has; engines derive prefill's rank from it: room modulo the number of ranks."""
-    instance = prefill.instance
-    room = (1 + attempt.parts.rng.getrandbits(_ROOMS_BITS)) * max(1, instance.dp_size) + prefill.rank
-    return contract.link(instance.url, instance.bootstrap_port, room)
+    instance, ranks = prefill.instance, max(1, prefill.instance.dp_size)
+    room = (1 + attempt.parts.rng.getrandbits(_ROOMS_BITS)) * ranks + prefill.rank
+    meeting = Meeting(
+        url=instance.url,
+        bootstrap_port=instance.bootstrap_port,
+        room=room,
+        ranks=ranks,
+        peers=tuple(instance.peers),
+        version=instance.engine_version,
+    )
+    try:
+        return contract.link(attempt.call.body.opened(), meeting)
+    except EngineFailed as error:
+        raise AttemptFailed(error, failed=frozenset((instance.id,))) from error
+
+
+def _events(response: Response) -> list[dict[str, Any]]:
+    """What a prefill leg answered, as far as it is JSON: a whole answer, or the events of a stream."""
+    if response.status != 200:
+        return []
+    lines = response.body.splitlines() if response.body.startswith(_DATA) else [_DATA + response.body]
+    events = []
+    for line in lines:
+        if line.startswith(_DATA) and line[len(_DATA) :].lstrip().startswith(b"{"):
+            events.append(msgspec.json.decode(line[len(_DATA) :], type=dict[str, Any]))
+    return events
 
 
 async def _race(

@@ -111,7 +111,8 @@ class Attempt:
 
     def leg(self, choice: Choice, body: bytes) -> Leg:
         """The call's request to the chosen worker, with `body`."""
-        return Leg(choice, self.call.endpoint.path, self.call.headers, body)
+        ends_s = self.call.account.started_s + self.parts.request_timeout_s
+        return Leg(choice, self.call.endpoint.path, self.call.headers, body, ends_s)
 
 
 Flow = Callable[[Attempt], Awaitable[None]]

@@ -10,8 +10,20 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
-from dynctl.errors import DeadlineExceeded, DynctlError, EngineFailed, Overloaded, PeerLost, Rejected
+import msgspec
+
+from dynctl.engines.base import Abort
+from dynctl.errors import (
+    DeadlineExceeded,
+    DynctlError,
+    EngineFailed,
+    Overloaded,
+    PeerLost,
+    Rejected,
+    TransportError,
+)
 from dynctl.frontend.circuit import Circuits
 from dynctl.frontend.retry import AttemptFailed
 from dynctl.http.client import Client, Origin, Response, Stream, Timeouts
@@ -31,12 +43,13 @@ Headers = Sequence[tuple[bytes, bytes]]
 
 @dataclass(frozen=True, slots=True)
 class Leg:
-    """One request to one engine."""
+    """One request to one engine, of a call that ends at `ends_s` (monotonic): no hop waits beyond that."""
 
     choice: Choice
     path: str
     headers: Headers
     body: bytes
+    ends_s: float = inf
 
     @property
     def worker(self) -> str:
@@ -63,6 +76,7 @@ class Upstream:
             connect_s=CONNECT_S, first_byte_s=limits.first_byte_timeout_s, stall_s=limits.stall_timeout_s
         )
         self._origins: dict[str, Origin] = {}
+        self._aborts: set[asyncio.Task[None]] = set()
         self._patience_s = min(limits.first_byte_timeout_s, limits.stall_timeout_s)
         self.circuits = Circuits()
 
@@ -72,8 +86,8 @@ class Upstream:
 
     async def whole(self, leg: Leg, *, prefill: bool = False) -> Response:
         """Send, and read the answer to its end. A prefill has the first-byte deadline for it."""
-        limit_s = self._first_byte_s if prefill else self._answer_s
-        timeouts = Timeouts(connect_s=CONNECT_S, first_byte_s=limit_s, stall_s=limit_s)
+        limit_s = min(self._first_byte_s if prefill else self._answer_s, _left(leg))
+        timeouts = Timeouts(connect_s=min(CONNECT_S, limit_s), first_byte_s=limit_s, stall_s=limit_s)
         try:
             async with asyncio.timeout(limit_s):
                 stream = await self._send(leg, timeouts)
@@ -90,13 +104,51 @@ class Upstream:
     async def open(self, leg: Leg) -> Stream:
         """Send, and wait for the head of a streamed answer."""
         try:
-            stream = await self._send(leg, self._timeouts)
+            stream = await self._send(leg, self._within(_left(leg)))
             if stream.status in _BUSY or stream.status >= 500:
                 self._check(leg, stream.status, await stream.read(_ANSWER_BYTES))
             self.circuits.answered(leg.worker, time.monotonic())
         except (PeerLost, DeadlineExceeded) as error:
             raise self.failed(leg, error) from error
         return stream
+
+    def abort(self, leg: Leg, ways: Sequence[Abort]) -> None:
+        """Have the engine end a request that nobody waits for, by its own means, in the background."""
+        for way in ways:
+            task = asyncio.get_running_loop().create_task(self._abort(leg, way), name="abort")
+            self._aborts.add(task)
+            task.add_done_callback(self._aborts.discard)
+
+    async def close(self) -> None:
+        """Give up aborts that are still under way."""
+        for task in self._aborts:
+            task.cancel()
+        await asyncio.gather(*self._aborts, return_exceptions=True)
+
+    async def _abort(self, leg: Leg, way: Abort) -> None:
+        headers = [*leg.headers, (b"content-type", b"application/json")]
+        try:
+            await self._client.request(
+                self._origin(leg),
+                "POST",
+                way.path,
+                headers=headers,
+                body=msgspec.json.encode(way.body),
+                timeout_s=CONNECT_S,
+            )
+        except TransportError as error:
+            logger.warning("abort.failed worker=%s why=%s", leg.worker, error)
+
+    def _within(self, left_s: float) -> Timeouts:
+        """The deadlines of a streamed hop, none of them beyond the request's own."""
+        most = self._timeouts
+        if left_s >= most.first_byte_s and left_s >= most.stall_s:
+            return most
+        return Timeouts(
+            connect_s=min(most.connect_s, left_s),
+            first_byte_s=min(most.first_byte_s, left_s),
+            stall_s=min(most.stall_s, left_s),
+        )
 
     async def _send(self, leg: Leg, timeouts: Timeouts) -> Stream:
         origin = self._origin(leg)
@@ -129,3 +181,8 @@ class Upstream:
         if origin is None:
             origin = self._origins[url] = Origin.parse(url)
         return origin
+
+
+def _left(leg: Leg) -> float:
+    """Seconds the call still has; never none, so that a deadline that has just passed shows as one."""
+    return max(0.001, leg.ends_s - time.monotonic())

@@ -89,6 +89,12 @@ def _roles(recipe: Recipe, engine: Engine) -> Iterator[Finding]:
         )
     if given and not engine.features.disaggregation:
         yield _error("roles", f"backend {recipe.backend} cannot do prefill and decode apart; use aggregated")
+    transfer = recipe.engine.kv_transfer
+    if transfer and transfer not in engine.transfers:
+        known = ", ".join(engine.transfers) or "none"
+        yield _error(
+            "engine.kv_transfer", f"backend {recipe.backend} cannot move the KV cache by {transfer}: {known}"
+        )
     for role, section in roles.present().items():
         if section.data_parallel > 1 and not engine.features.data_parallel:
             yield _error(f"roles.{role}.data_parallel", f"backend {recipe.backend} has no data parallelism")

@@ -97,6 +97,8 @@ class EngineSection(Section):
     """`cpu`: the engine is a CPU build; no GPU is looked for or given."""
     env: Env = Field(default_factory=dict)
     """Environment variables of every engine process."""
+    kv_transfer: Annotated[str, Field(pattern="^[a-z_]*$")] = ""
+    """How the KV cache moves from prefill to decode: nixl (the default), mooncake, mooncake_tcp, ucx."""
     args: Args = Field(default_factory=dict)
     """Arguments passed through to the engine, by their own names: true is a bare flag, a mapping is JSON."""
     start_timeout: Duration = 900.0

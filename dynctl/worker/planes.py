@@ -158,6 +158,8 @@ class Planes:
             events=self._events,
             control=self._control,
             bootstrap_port=spec.bootstrap_port,
+            peers=list(engine.ready.peers),
+            engine_version=engine.ready.version,
         )
 
 

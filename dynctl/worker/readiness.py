@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 import msgspec
 
-from dynctl.engines.base import Engine, EngineInfo, EngineLoad
-from dynctl.errors import DynctlError, NotReady, PortInUse, TransportError
+from dynctl.engines import catalog
+from dynctl.engines.base import Engine, EngineInfo, EngineLoad, PrefillDecode
+from dynctl.errors import DynctlError, EngineFailed, NotReady, PortInUse, TransportError
 from dynctl.http.client import Client, Origin
+from dynctl.protocol.specs import WorkerSpec
 from dynctl.worker.listeners import find_holder, is_former_self, listening_inodes
 
 logger = logging.getLogger(__name__)
@@ -29,6 +31,10 @@ class _Model(msgspec.Struct):
     parent: str | None = None
 
 
+class _Version(msgspec.Struct):
+    version: str
+
+
 class _Models(msgspec.Struct):
     data: list[_Model]
 
@@ -39,20 +45,36 @@ class WrongModel(NotReady):
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """What a ready engine said of itself. `adapters`: LoRA names it serves beside the model."""
+    """What a ready engine said of itself. `adapters`: LoRA names it serves beside the model.
+
+    `peers`: see `PrefillDecode.peers`. `version` "" = not asked, or not told.
+    """
 
     info: EngineInfo
     adapters: tuple[str, ...]
+    peers: tuple[str, ...] = ()
+    version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Bootstrap:
+    """Where decode engines find this prefill engine, which they can once it answers `contract.peers_path`."""
+
+    origin: Origin
+    contract: PrefillDecode
 
 
 class Probe:
     """Asks one engine over HTTP."""
 
-    def __init__(self, client: Client, engine: Engine, url: str, model: str) -> None:
+    def __init__(
+        self, client: Client, engine: Engine, url: str, model: str, bootstrap: Bootstrap | None = None
+    ) -> None:
         self.origin = Origin.parse(url)
         self._client = client
         self._engine = engine
         self._model = model
+        self._bootstrap = bootstrap
 
     async def ready(self) -> Ready:
         """Ask everything once. Raises NotReady with what is missing, WrongModel, or TransportError."""
@@ -71,7 +93,32 @@ class Probe:
                 hint="model.served_name",
             )
         adapters = tuple(model.id for model in listed if model.parent)
-        return Ready(self._engine.info(models, await self._metrics()), adapters)
+        info = self._engine.info(models, await self._metrics())
+        return Ready(info, adapters, await self._peers(), await self._version())
+
+    async def _peers(self) -> tuple[str, ...]:
+        """Raises NotReady until decode engines can find this one."""
+        if self._bootstrap is None:
+            return ()
+        origin, contract = self._bootstrap.origin, self._bootstrap.contract
+        answer = await self._client.request(origin, "GET", contract.peers_path, timeout_s=_PROBE_S)
+        if answer.status != 200:
+            raise NotReady(f"its bootstrap server answers {answer.status}", where=str(origin))
+        try:
+            return contract.peers(answer.body)
+        except EngineFailed as error:
+            raise NotReady(str(error), where=str(origin)) from error
+
+    async def _version(self) -> str:
+        path = self._engine.readiness.version
+        if not path:
+            return ""
+        response = await self._client.request(self.origin, "GET", path, timeout_s=_PROBE_S)
+        try:
+            return msgspec.json.decode(response.body, type=_Version).version if response.status == 200 else ""
+        except msgspec.DecodeError:
+            logger.warning("engine.version_unknown path=%s", path)
+            return ""
 
     async def healthy(self) -> None:
         """Raises NotReady or TransportError unless the health probe answers 200 or there is none."""
@@ -93,6 +140,14 @@ class Probe:
         if response.status != 200:
             raise NotReady(f"{path} answers {response.status}", where=str(self.origin))
         return response.body
+
+
+def bootstrap_of(spec: WorkerSpec) -> Bootstrap | None:
+    """The bootstrap server of the engine that `spec` is about; None when it has none to ask."""
+    contract = catalog.contract(spec.backend, spec.kv_transfer) if spec.bootstrap_port else None
+    if contract is None or not contract.peers_path:
+        return None
+    return Bootstrap(Origin("http", Origin.parse(spec.url).host, spec.bootstrap_port), contract)
 
 
 async def wait_for_free_port(origin: Origin, deadline_s: float) -> None:

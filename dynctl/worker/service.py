@@ -27,7 +27,14 @@ from dynctl.worker.listeners import find_holder
 from dynctl.worker.load import wait_until_idle
 from dynctl.worker.planes import Attached, Planes
 from dynctl.worker.process import EngineChild
-from dynctl.worker.readiness import Probe, Ready, WrongModel, wait_for_free_port, wait_until_ready
+from dynctl.worker.readiness import (
+    Probe,
+    Ready,
+    WrongModel,
+    bootstrap_of,
+    wait_for_free_port,
+    wait_until_ready,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +75,8 @@ class Worker:
         if self._spec.follower:
             return await self._follow()
         client = Client()
-        probe = Probe(client, self._engine, self._spec.url, self._spec.model.name)
+        spec = self._spec
+        probe = Probe(client, self._engine, spec.url, spec.model.name, bootstrap_of(spec))
         planes: Planes | None = None
         try:
             planes = Planes(self._spec, self._incarnation, self._engine, probe)

@@ -196,7 +196,7 @@ async def test_prefill_dying_between_the_legs_is_made_good_by_another_pair() -> 
 
 
 async def test_an_expired_handoff_is_not_used_and_prefill_runs_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    contract = catalog.get("vllm").pd
+    contract = catalog.contract("vllm")
     assert contract is not None
     real = type(contract).handoff
     expired: list[int] = []

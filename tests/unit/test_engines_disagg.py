@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from dynctl.engines.base import Handoff, Json
+from dynctl.engines.base import Handoff, Json, Meeting
 from dynctl.engines.requests import transferable
 from dynctl.engines.sglang_disagg import BootstrapRoom
 from dynctl.engines.trtllm_disagg import ContextFirst
 from dynctl.engines.vllm_disagg import LEASE_MARGIN_S, LEASE_S, NixlPull
-from dynctl.errors import EngineFailed
+from dynctl.engines.vllm_mooncake import Mooncake
+from dynctl.errors import EngineFailed, RequestError
 
 CHAT: Json = {
     "model": "m",
@@ -153,7 +154,7 @@ class TestVllm:
             self.contract.handoff(answer, 0.0)
 
     def test_nothing_links_the_legs_beforehand(self) -> None:
-        assert self.contract.link("http://p:1", 0, 5) == {}
+        assert self.contract.link({}, Meeting("http://p:1", 0, 5)) == {}
         assert self.contract.order == "prefill_first"
 
 
@@ -161,20 +162,37 @@ class TestSglang:
     contract = BootstrapRoom()
 
     def test_both_legs_carry_prefills_bootstrap_and_the_room(self) -> None:
-        link = self.contract.link("http://10.0.0.5:30000", 8998, 2**63 - 1)
+        link = self.contract.link(CHAT, Meeting("http://10.0.0.5:30000", 8998, 2**63 - 1))
         assert link == {
             "bootstrap_host": "10.0.0.5",
             "bootstrap_port": 8998,
             "bootstrap_room": 2**63 - 1,
+            "rid": f"{2**63 - 1:032x}",
         }
         prefill = self.contract.prefill_body(CHAT, link)
         assert prefill == {**CHAT, **link} == self.contract.decode_body(CHAT, None, link)
         assert self.contract.order == "concurrent"
-        assert self.contract.splits({"n": 4})
+        assert self.contract.splits(CHAT)
+
+    @pytest.mark.parametrize("request_", [{"n": 4}, {"n": 0}, {"use_beam_search": True}])
+    def test_several_samples_would_share_one_room(self, request_: Json) -> None:
+        with pytest.raises(RequestError, match="several samples"):
+            self.contract.splits(request_)
+
+    def test_each_prompt_of_a_batch_has_a_room_of_the_same_rank_and_a_name_to_abort_by(self) -> None:
+        batch = {"prompt": ["a", "b", "c"]}
+        link = self.contract.link(batch, Meeting("http://p:1", 8998, 9, ranks=4))
+        assert link["bootstrap_room"] == [9, 13, 17]
+        assert [way.body["rid"] for way in self.contract.abort(link)] == link["rid"]
+        assert len(set(link["rid"])) == 3
+        single = self.contract.link({"prompt": [1, 2, 3]}, Meeting("http://p:1", 8998, 9, ranks=4))
+        assert single["bootstrap_room"] == 9
+        assert [way.path for way in self.contract.abort(single)] == ["/abort_request"]
 
     def test_a_clients_own_room_is_replaced(self) -> None:
-        link = self.contract.link("http://p:1", 8998, 4)
-        body = self.contract.decode_body({"bootstrap_room": 1, "disagg_prefill_dp_rank": 3}, None, link)
+        link = self.contract.link({}, Meeting("http://p:1", 8998, 4))
+        mine = {"bootstrap_room": 1, "disagg_prefill_dp_rank": 3, "rid": "x"}
+        body = self.contract.decode_body(mine, None, link)
         assert body == link
 
     @pytest.mark.parametrize(
@@ -183,7 +201,7 @@ class TestSglang:
     )
     def test_link_without_a_bootstrap_address(self, url: str, port: int, room: int) -> None:
         with pytest.raises(EngineFailed):
-            self.contract.link(url, port, room)
+            self.contract.link({}, Meeting(url, port, room))
 
     def test_prefill_answer_is_dropped_but_for_errors(self) -> None:
         assert self.contract.handoff({"choices": []}, 0.0) == Handoff(params={}, expires_at_s=inf)
@@ -244,5 +262,75 @@ class TestTrtllm:
         assert self.contract.decode_body({**CHAT, "n": 3}, handoff, {}) == {**CHAT, "n": 3}
 
     def test_no_field_is_sent_that_a_release_does_not_know(self) -> None:
-        assert self.contract.link("http://p:1", 0, 5) == {}
+        assert self.contract.link({}, Meeting("http://p:1", 0, 5)) == {}
         assert self.contract.order == "prefill_first"
+
+    @pytest.mark.parametrize("version", ["", "1.2.1", "dev"])
+    def test_a_release_that_may_not_know_the_id_is_sent_none(self, version: str) -> None:
+        assert self.contract.link({}, Meeting("http://p:1", 0, 5, version=version)) == {}
+
+    @pytest.mark.parametrize("version", ["1.3.0rc2", "1.10", "2.0"])
+    @pytest.mark.parametrize("room", [1, 2**42, 2**63 - 1])
+    def test_later_releases_get_the_same_id_on_both_legs(self, version: str, room: int) -> None:
+        link = self.contract.link({}, Meeting("http://p:1", 0, room, version=version))
+        assert 2**42 <= link["disagg_request_id"] < 2**63
+        prefill = self.contract.prefill_body(CHAT, link)
+        assert prefill["disaggregated_params"] == {"request_type": "context_only", **link}
+        handoff = self.contract.handoff(context_answer(), 0.0)
+        assert self.contract.decode_body(CHAT, handoff, link)["disaggregated_params"].items() >= link.items()
+
+
+class TestMooncake:
+    contract = Mooncake()
+    query = (
+        b'{"1": {"engine_id": "e_dp1", "worker_addr": {}}, "0": {"engine_id": "e_dp0", "worker_addr": {}}}'
+    )
+
+    def link(self, request: Json = CHAT, room: int = 7) -> Json:
+        peers = self.contract.peers(self.query)
+        meeting = Meeting("http://10.0.0.5:8000", 8998, room, ranks=2, peers=peers)
+        return self.contract.link(request, meeting)
+
+    def test_legs_meet_at_the_rank_that_prefills(self) -> None:
+        link = self.link()
+        assert link["remote_engine_id"] == "e_dp1"
+        assert link["remote_bootstrap_addr"] == "http://10.0.0.5:8998"
+        assert link["transfer_id"] != self.link(room=9)["transfer_id"]
+        assert self.contract.order == "concurrent"
+        assert self.contract.abort(link) == ()
+
+    def test_prefill_always_ends_by_length(self) -> None:
+        body = self.contract.prefill_body({**CHAT, "stop": ["x"], "stop_token_ids": [1]}, self.link())
+        assert (body["max_tokens"], body["max_completion_tokens"], body["stream"]) == (1, 1, False)
+        assert body["ignore_eos"] is True
+        assert not body.keys() & {"stop", "stop_token_ids", "min_tokens", "stream_options"}
+        sent = {"do_remote_decode": True, "do_remote_prefill": False}
+        assert body["kv_transfer_params"] == {**sent, "transfer_id": self.link()["transfer_id"]}
+
+    def test_decode_gets_the_request_and_where_its_blocks_are(self) -> None:
+        link = self.link()
+        body = self.contract.decode_body(
+            {**CHAT, "kv_transfer_params": {"remote_engine_id": "evil"}}, None, link
+        )
+        sent = {"do_remote_prefill": True, "do_remote_decode": False}
+        assert body == {**CHAT, "kv_transfer_params": {**sent, **link}}
+        assert self.contract.decode_body(CHAT, None, {}) == CHAT
+
+    @pytest.mark.parametrize("peers", [(), ("only-rank-0",)])
+    def test_a_rank_without_a_known_engine_id_is_not_asked(self, peers: tuple[str, ...]) -> None:
+        with pytest.raises(EngineFailed, match="engine id"):
+            self.contract.link(CHAT, Meeting("http://p:1", 8998, 7, ranks=2, peers=peers))
+
+    @pytest.mark.parametrize("answer", [b"", b"[]", b'{"1": {"engine_id": "e"}}', b'{"0": {}}'])
+    def test_a_bootstrap_answer_without_engine_ids(self, answer: bytes) -> None:
+        with pytest.raises(EngineFailed, match="engine ids"):
+            self.contract.peers(answer)
+
+    @pytest.mark.parametrize(
+        "answer",
+        [{"error": {"message": "x"}}, {}, {"choices": []}, {"choices": [{"finish_reason": "stop"}]}],
+    )
+    def test_a_prefill_whose_blocks_are_gone(self, answer: Json) -> None:
+        with pytest.raises(EngineFailed):
+            self.contract.handoff(answer, 0.0)
+        assert not self.contract.handoff({"choices": [{"finish_reason": "length"}]}, 0.0).finished
