@@ -1,28 +1,16 @@
-"""Which TCP ports of this machine are taken, and by whom. Read from /proc; nothing is bound for long."""
+"""Which TCP ports of this machine are taken, and by whom. Nothing is bound for long."""
 
 from __future__ import annotations
 
-import os
 import socket
 from pathlib import Path
 
-_LISTEN = "0A"
-PROC = Path("/proc")
+from dynctl.http.listeners import PROC, holders, listeners, name_of
 
 
-def listening(proc: Path = PROC) -> dict[int, str]:
-    """Port → inode of the socket that listens on it, IPv4 and IPv6 (proc_net_tcp)."""
-    found: dict[int, str] = {}
-    for table in ("tcp", "tcp6"):
-        try:
-            lines = (proc / "net" / table).read_text().splitlines()[1:]
-        except OSError:
-            continue
-        for line in lines:
-            fields = line.split()
-            if fields[3] == _LISTEN:
-                found[int(fields[1].rpartition(":")[2], 16)] = fields[9]
-    return found
+def listening(proc: Path = PROC) -> set[int]:
+    """The ports on which somebody listens, at whatever address."""
+    return {listener.port for listener in listeners(proc)}
 
 
 def listen_error(host: str, port: int) -> OSError | None:
@@ -40,22 +28,5 @@ def listen_error(host: str, port: int) -> OSError | None:
 
 def holder(port: int, proc: Path = PROC) -> str:
     """Who listens on a port, for people: "python3 (pid 12)"; "" when that cannot be read."""
-    inode = listening(proc).get(port)
-    if inode is None:
-        return ""
-    wanted = f"socket:[{inode}]"
-    for entry in proc.iterdir():
-        if entry.name.isdigit() and _has_socket(entry, wanted):
-            try:
-                name = (entry / "comm").read_text().strip()
-            except OSError:
-                name = "a process"
-            return f"{name} (pid {entry.name})"
-    return ""
-
-
-def _has_socket(process: Path, wanted: str) -> bool:
-    try:
-        return any(os.readlink(fd) == wanted for fd in (process / "fd").iterdir())
-    except OSError:
-        return False
+    found = holders([listener.inode for listener in listeners(proc) if listener.port == port], proc)
+    return name_of(min(found.values()), proc) if found else ""

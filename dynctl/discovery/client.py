@@ -169,6 +169,7 @@ class Watcher:
         self._decoder = msgspec.msgpack.Decoder(MembershipChange)
         self._wanted = asyncio.Event()
         self._synced = asyncio.Event()
+        self._complete = asyncio.Event()
         self._subscriber = Subscriber(keys, self._receive, (MEMBERSHIP,))
         self._subscriber.connect(endpoint)
         self._task: asyncio.Task[None] | None = None
@@ -182,11 +183,14 @@ class Watcher:
         """Ask for the membership, the subscription being made already, and follow it."""
         self._task = asyncio.get_running_loop().create_task(self._sync(), name="watcher")
 
-    async def synced(self, deadline_s: float) -> bool:
-        """Wait until the registry has answered once; False when the deadline passed first."""
+    async def synced(self, deadline_s: float, *, complete: bool = False) -> bool:
+        """Wait until the registry has answered once; False when the deadline passed first.
+
+        `complete`: with all that live, which one that has just started cannot.
+        """
         try:
             async with asyncio.timeout(deadline_s):
-                await self._synced.wait()
+                await (self._complete if complete else self._synced).wait()
         except TimeoutError:
             return False
         return True
@@ -221,6 +225,8 @@ class Watcher:
                 continue
             changes = self._view.whole(whole)
             self._synced.set()
+            if whole.complete:
+                self._complete.set()
             logger.info("membership.synced members=%d complete=%s", len(self._view.members), whole.complete)
             self._tell(changes)
             if not self._view.stale:

@@ -1,11 +1,16 @@
-"""The frontend's ends to the workers' sidecars: the event plane in, control calls out."""
+"""The frontend's ends to the workers' sidecars: the event plane in, control calls out.
+
+What other frontends publish comes the same way in.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 
 import msgspec
 
+from dynctl.protocol.inflight import INFLIGHT_TOPIC, Inflight
 from dynctl.protocol.instances import Instance
 from dynctl.protocol.kv_events import KV_TOPIC, LOAD_TOPIC, KvBatch, KvSync, KvSyncReply, LoadReport
 from dynctl.protocol.registry import Member
@@ -20,7 +25,7 @@ SYNC_DEADLINE_S = 5.0
 
 
 class Links:
-    """One subscriber for all workers, one control client per worker that was ever asked.
+    """One `subscriber` for all publishers, one control client per worker that was ever asked.
 
     `attach` says which router gets what comes; until then messages are dropped (they are numbered).
     """
@@ -30,13 +35,15 @@ class Links:
         self._router: Router | None = None
         self._batches = msgspec.msgpack.Decoder(KvBatch)
         self._reports = msgspec.msgpack.Decoder(LoadReport)
-        self._subscriber = Subscriber(keys, self._receive, topics)
+        self._inflight = msgspec.msgpack.Decoder(Inflight)
+        self._loop = asyncio.get_running_loop()
+        self.subscriber = Subscriber(keys, self._receive, topics)
         self._clients: dict[str, ControlClient] = {}
 
     def worker_links(self) -> WorkerLinks:
         """What a router is made with."""
         return WorkerLinks(
-            sync=self._sync, subscribe=self._subscriber.connect, unsubscribe=self._subscriber.disconnect
+            sync=self._sync, subscribe=self.subscriber.connect, unsubscribe=self.subscriber.disconnect
         )
 
     def attach(self, router: Router) -> None:
@@ -51,7 +58,7 @@ class Links:
 
     def close(self) -> None:
         """Close all sockets."""
-        self._subscriber.close()
+        self.subscriber.close()
         for client in self._clients.values():
             client.close()
         self._clients.clear()
@@ -71,5 +78,7 @@ class Links:
                 router.on_kv(self._batches.decode(body))
             elif topic == LOAD_TOPIC:
                 router.on_load(self._reports.decode(body))
+            elif topic == INFLIGHT_TOPIC:
+                router.peers.take(self._inflight.decode(body), self._loop.time())
         except msgspec.DecodeError as error:
             logger.warning("event.unreadable topic=%s error=%s", topic.decode("latin-1"), error)

@@ -9,6 +9,7 @@ import os
 import signal
 import ssl
 import time
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,10 @@ from dynctl.discovery.client import Registrar, Watcher
 from dynctl.errors import LaunchError, Superseded
 from dynctl.frontend.core import Core
 from dynctl.frontend.links import Links
+from dynctl.frontend.peers import PeerTalk
+from dynctl.frontend.shared_port import require_own
 from dynctl.http.server import Limits, Server, serve
+from dynctl.protocol.inflight import INFLIGHT_TOPIC
 from dynctl.protocol.instances import Instance
 from dynctl.protocol.kv_events import KV_TOPIC, LOAD_TOPIC
 from dynctl.protocol.registry import Member
@@ -27,6 +31,7 @@ from dynctl.transport.keys import Keys
 logger = logging.getLogger(__name__)
 
 FIRST_VIEW_S = 1.0
+VIEW_S = 5.0
 LEAVE_S = 1.0
 
 
@@ -55,52 +60,88 @@ class Frontend:
         self._incarnation = incarnation
         keys = Keys.load(spec.keys_file)
         topics = (KV_TOPIC, LOAD_TOPIC) if spec.router.mode == "kv" else (LOAD_TOPIC,)
-        self._links = Links(keys, topics)
+        several = bool(spec.events_port)
+        self._links = Links(keys, (*topics, INFLIGHT_TOPIC) if several else topics)
         self.core = Core(spec, self._links.worker_links())
         self._links.attach(self.core.router)
+        peers, subscriber = self.core.router.peers, self._links.subscriber
+        self._talk = PeerTalk(keys, spec, incarnation, peers, subscriber) if several else None
         self._registry = ControlClient(keys, spec.registry)
         self._watcher = Watcher(keys, self._registry, spec.membership, on_change=self._members_changed)
         self._ending = ending
         self._registrar: Registrar | None = None
-        self._server: Server | None = None
+        self._servers: list[Server] = []
 
     async def start(self) -> int:
-        """Listen, follow the membership, register. Returns the port. Raises PortInUse, LaunchError."""
-        spec = self._spec
+        """Follow the membership, listen, register. Returns the port. Raises PortInUse, LaunchError."""
         self.core.warm()
+        events = self._talk.start() if self._talk is not None else ""
         self._watcher.start()
-        # Whoever finds the port open should find workers behind it, if the registry is there to tell of them.
-        await self._watcher.synced(FIRST_VIEW_S)
-        self._server = server = await serve(
-            self.core.routes,
-            host=spec.host,
-            port=spec.port,
-            limits=_limits(spec),
-            tls=_tls(spec),
-            reuse_port=False,
-        )
-        self.core.metrics.gauge("connections").read = lambda: float(server.connections)
+        await self._know_workers()
+        await self._listen()
+        servers, port = self._servers, self._servers[0].port
+        self.core.metrics.gauge("connections").read = lambda: float(sum(one.connections for one in servers))
         self._registrar = Registrar(
-            self._registry, self._instance(server.port), on_superseded=self._ending.replaced
+            self._registry, self._instance(servers[-1].port, events), on_superseded=self._ending.replaced
         )
         self._registrar.start()
-        return server.port
+        return port
+
+    async def _know_workers(self) -> None:
+        """Know the members, and what the ready workers hold, before anybody can send requests here.
+
+        Alone, a frontend that says that it knows no worker is more help than none that answers. One of
+        several leaves the requests to those who know.
+        """
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        if self._talk is None:
+            await self._watcher.synced(FIRST_VIEW_S)
+        else:
+            while not await self._watcher.synced(VIEW_S, complete=self._incarnation > 1):
+                logger.warning("frontend.waiting what=membership seconds=%.0f", loop.time() - began)
+        behind = await self.core.router.caught_up(self._spec.sync_timeout_s)
+        for worker, rank in behind:
+            logger.warning("frontend.unsynced worker=%s rank=%d: by load only until it is", worker, rank)
+        metrics = self.core.metrics
+        metrics.gauge("start_wait_seconds").set(loop.time() - began)
+        metrics.gauge("start_unsynced_ranks").set(len(behind))
+
+    async def _listen(self) -> None:
+        """Open the public port; where that is shared, an address of its own too."""
+        spec, tls, shared = self._spec, _tls(self._spec), bool(self._spec.own_port)
+        if shared:
+            require_own(spec.host, spec.port)
+        for port in (spec.port, spec.own_port) if shared else (spec.port,):
+            server = await serve(
+                self.core.routes,
+                host=spec.host,
+                port=port,
+                limits=_limits(spec),
+                tls=tls,
+                reuse_port=shared and port == spec.port,
+            )
+            self._servers.append(server)
+            if shared and port == spec.port:
+                require_own(spec.host, port)
 
     async def stop(self) -> None:
         """Stop accepting, let requests finish within the drain time, leave the registry, close everything."""
         if self._registrar is not None and not self._ending.superseded:
             await self._registrar.set_state("draining", LEAVE_S)
-        if self._server is not None:
-            left = await self._server.drain(self._spec.drain_timeout_s)
-            if left:
-                logger.warning("frontend.drain_incomplete requests=%d", left)
-            await self._server.close()
+        left = await asyncio.gather(*(one.drain(self._spec.drain_timeout_s) for one in self._servers))
+        if any(left):
+            logger.warning("frontend.drain_incomplete requests=%d", sum(left))
+        for server in self._servers:
+            await server.close()
         if self._registrar is not None:
             if self._ending.superseded:
                 await self._registrar.close()
             else:
                 await self._registrar.leave("stopped", LEAVE_S)
         await self._watcher.close()
+        if self._talk is not None:
+            self._talk.close()
         await self.core.close()
         self._links.close()
         self._registry.close()
@@ -117,11 +158,14 @@ class Frontend:
             )
         self.core.members_changed(upserts, removed)
         self._links.members_changed(self._watcher.members)
+        if self._talk is not None:
+            self._talk.members_changed(self._watcher.members)
 
-    def _instance(self, port: int) -> Instance:
+    def _instance(self, port: int, events: str) -> Instance:
         spec = self._spec
         scheme = "https" if spec.tls_cert else "http"
-        host = f"[{spec.host}]" if ":" in spec.host else spec.host
+        dialled = spec.address if spec.address and spec.host in ("0.0.0.0", "::", "") else spec.host
+        host = f"[{dialled}]" if ":" in dialled else dialled
         return Instance(
             id=spec.id,
             incarnation=self._incarnation,
@@ -133,6 +177,7 @@ class Frontend:
             url=f"{scheme}://{host}:{port}",
             backend=spec.backend,
             model=spec.model,
+            events=events,
         )
 
 
@@ -144,16 +189,30 @@ async def run(spec: FrontendSpec, incarnation: int) -> None:
         loop.add_signal_handler(number, ending.asked)
     frontend = Frontend(spec, incarnation, ending)
     try:
-        port = await frontend.start()
-        # What was imported and built lives as long as the process: no collection needs to walk it.
-        gc.freeze()
-        logger.info("frontend.listening host=%s port=%d mode=%s", spec.host, port, spec.router.mode)
-        await ending.event.wait()
+        port = await _unless_ended(frontend.start(), ending)
+        if port is not None:
+            # What was imported and built lives as long as the process: no collection needs to walk it.
+            gc.freeze()
+            logger.info("frontend.listening host=%s port=%d mode=%s", spec.host, port, spec.router.mode)
+            await ending.event.wait()
         logger.info("frontend.stopping superseded=%s", ending.superseded)
     finally:
         await frontend.stop()
     if ending.superseded:
         raise Superseded("a newer incarnation of this frontend is registered", where=spec.id)
+
+
+async def _unless_ended(start: Coroutine[None, None, int], ending: Ending) -> int | None:
+    """What `start` returns or raises; None when the end was asked for first."""
+    starting = asyncio.create_task(start, name="start")
+    asked = asyncio.create_task(ending.event.wait(), name="asked")
+    await asyncio.wait((starting, asked), return_when=asyncio.FIRST_COMPLETED)
+    asked.cancel()
+    if starting.done():
+        return starting.result()
+    starting.cancel()
+    await asyncio.wait((starting,))
+    return None
 
 
 def _limits(spec: FrontendSpec) -> Limits:

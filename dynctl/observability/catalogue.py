@@ -214,6 +214,7 @@ _FAULTS: tuple[Metric, ...] = (
     ),
     Metric("circuit_opened_total", "counter", "Times a worker was left alone: it had failed.", ("worker",)),
     Metric("upstream_failures_total", "counter", "Failed calls to a worker's engine.", ("worker", "reason")),
+    Metric("trace_spans_total", "counter", "Spans for the collector; outcome: sent, dropped.", ("outcome",)),
     Metric("handoffs_refused_total", "counter", "Prefill answers not given to decode, and why.", ("reason",)),
 )
 
@@ -238,6 +239,11 @@ _WORKERS: tuple[Metric, ...] = (
         (),
         (0.00001, 0.00002, 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.1),
     ),
+    Metric("start_wait_seconds", "gauge", "Waited for the membership and KV indexes before listening."),
+    Metric("start_unsynced_ranks", "gauge", "Ranks of workers without a synced KV index at that time."),
+    Metric("router_peers", "gauge", "Other frontends whose requests in flight are known."),
+    Metric("router_peer_requests", "gauge", "Requests another frontend has in flight.", ("peer",)),
+    Metric("router_peer_missed_total", "counter", "Messages of it that were lost, or late.", ("peer",)),
     Metric("router_workers", "gauge", "Workers that may be given requests.", ("role",)),
     Metric("router_worker_requests", "gauge", "Requests a worker has, ours and those it reports.", _RANK),
     Metric("router_kv_blocks", "gauge", "KV blocks the index holds for a worker.", _RANK),

@@ -70,6 +70,7 @@ class Following:
         self._instances: dict[str, Instance] = {}
         self._followers: dict[SlotKey, _Follower] = {}
         self._tidying: asyncio.Task[None] | None = None
+        self._moved = asyncio.Event()
 
     def join(self, instance: Instance, ranks: int) -> None:
         """Follow all ranks of a worker, from its first batch on. An older incarnation must `leave` before."""
@@ -83,6 +84,7 @@ class Following:
             for key in [key for key in self._followers if key[0] == worker_id]:
                 self._followers.pop(key).task.cancel()
             self._indexer.leave(worker_id)
+            self._moved.set()
             self._tidy()
 
     def on_batch(self, batch: KvBatch) -> None:
@@ -100,6 +102,11 @@ class Following:
             self._follow(self._instances[sync.worker], sync.rank)
         else:
             follower.wake.set()
+
+    async def moved(self) -> None:
+        """Wait until one more (worker, rank) is synced, or gone."""
+        self._moved.clear()
+        await self._moved.wait()
 
     def states(self) -> list[StreamState]:
         """How well each (worker, rank) is followed."""
@@ -152,6 +159,7 @@ class Following:
         state = self._indexer.state(instance.id, rank)
         if state is not None and state.state == "syncing":
             return f"the answer goes up to batch {reply.next_seq}, wanted from {state.next_seq} on"
+        self._moved.set()
         return ""
 
     def _tidy(self) -> None:

@@ -159,6 +159,14 @@ class Peers:
                 found.append(PeerState(name, heard=True, missed=peer.missed, requests=requests))
         return found
 
+    def doubts(self) -> list[str]:
+        """Whose load is not known, in words."""
+        return [
+            f"{state.frontend}: nothing is heard of it, so its requests count only as far as engines tell"
+            for state in self.states()
+            if not state.heard
+        ]
+
     def _forget(self, frontend: str) -> None:
         peer = self._peers.pop(frontend, None)
         for key in peer.entries if peer is not None else ():

@@ -5,8 +5,9 @@ Choosing is synchronous and awaits nothing; the tasks that keep the index true a
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -235,6 +236,11 @@ class Router:
         """The (worker, rank)s of `role` that may be chosen. To be read only."""
         return self._candidates.get(role, [])
 
+    def cached_tokens(self, hashes: Sequence[int]) -> int:
+        """The most tokens of a prompt with these hashes that any worker is known to hold."""
+        held = self._index.match(hashes) if hashes else {}
+        return max(held.values(), default=0) * self.block_size
+
     def _freed(self) -> None:
         if self.on_freed is not None:
             self.on_freed()
@@ -242,6 +248,22 @@ class Router:
     def streams(self) -> list[StreamState]:
         """How well each (worker, rank) that is indexed is followed."""
         return self._following.states()
+
+    async def caught_up(self, deadline_s: float) -> list[SlotKey]:
+        """Wait until what the ready workers hold is known; of whom it is not when the deadline passed."""
+        try:
+            async with asyncio.timeout(deadline_s):
+                while self._behind():
+                    await self._following.moved()
+        except TimeoutError:
+            pass
+        return self._behind()
+
+    def _behind(self) -> list[SlotKey]:
+        """The (worker, rank) pairs that may be chosen though their index is not synced."""
+        ready = {worker_id for worker_id, worker in self._workers.items() if worker.member.state == "ready"}
+        streams = self.streams()
+        return [(s.worker, s.rank) for s in streams if s.state == "syncing" and s.worker in ready]
 
     def held(self) -> dict[SlotKey, int]:
         """Blocks indexed, by (worker, rank)."""

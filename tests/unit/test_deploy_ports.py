@@ -31,7 +31,7 @@ def test_a_foreign_address_cannot_be_listened_on() -> None:
 
 
 def test_without_the_kernels_tables_nothing_is_known(tmp_path: Path) -> None:
-    assert listening(tmp_path) == {}
+    assert listening(tmp_path) == set()
 
 
 def test_a_holder_of_somebody_else_is_not_named(tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_a_holder_of_somebody_else_is_not_named(tmp_path: Path) -> None:
     row = "0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000 0 0 4711 1"
     (tmp_path / "net" / "tcp").write_text(f"head\n{row}\n")
     (tmp_path / "12").mkdir()
-    assert listening(tmp_path) == {8080: "4711"}
+    assert listening(tmp_path) == {8080}
     assert holder(8080, tmp_path) == ""
     fds = tmp_path / "12" / "fd"
     fds.mkdir()
