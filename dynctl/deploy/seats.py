@@ -20,11 +20,14 @@ from dynctl.engines.base import (
 )
 from dynctl.protocol.instances import ModelCard, Role
 from dynctl.protocol.specs import (
+    BusySpec,
     EngineProcess,
     FrontendSpec,
     KvPollSpec,
     LimitsSpec,
+    MigrationSpec,
     RouterSpec,
+    TracingSpec,
     WorkerSpec,
 )
 from dynctl.recipe.check import parallel_of
@@ -106,9 +109,13 @@ def frontend_command(site: Site, index: int, host: Host, ports: Mapping[str, int
         roles={role: section.replicas for role, section in recipe.roles.present().items()},
         router=_router(recipe),
         limits=_limits(recipe),
+        busy=_busy(recipe),
+        migration=msgspec.convert(recipe.frontend.migration.model_dump(), MigrationSpec),
         api_key_hashes=[key.removeprefix("sha256:") for key in recipe.frontend.api_key],
         tls_cert=recipe.frontend.tls.cert if recipe.frontend.tls else "",
         tls_key=recipe.frontend.tls.key if recipe.frontend.tls else "",
+        metrics_prefix=recipe.frontend.metrics_prefix,
+        tracing=_tracing(recipe),
         sync_timeout_s=recipe.frontend.sync_timeout,
         drain_timeout_s=recipe.engine.drain_timeout,
     )
@@ -228,7 +235,17 @@ def _router(recipe: Recipe) -> RouterSpec:
     for name in ("approximate_ttl", "predicted_ttl"):
         given[f"{name}_s"] = given.pop(name)
     given["session_affinity"]["ttl_s"] = given["session_affinity"].pop("ttl")
+    given["queue"]["deadline_s"] = given["queue"].pop("deadline")
     return msgspec.convert(given, RouterSpec)
+
+
+def _busy(recipe: Recipe) -> BusySpec:
+    admission = recipe.frontend.admission
+    return BusySpec(
+        decode_blocks=admission.decode_blocks_threshold,
+        prefill_tokens=admission.prefill_tokens_threshold,
+        prefill_share=admission.prefill_share_threshold,
+    )
 
 
 def _limits(recipe: Recipe) -> LimitsSpec:
@@ -244,6 +261,11 @@ def _limits(recipe: Recipe) -> LimitsSpec:
         stall_timeout_s=limits.stall_timeout,
         max_connections=limits.max_connections,
     )
+
+
+def _tracing(recipe: Recipe) -> TracingSpec:
+    tracing = recipe.frontend.tracing
+    return TracingSpec(**tracing.model_dump()) if tracing is not None else TracingSpec()
 
 
 def _with_spec(site: Site, seat: str, module: str, spec: Any, files: Mapping[str, str]) -> Command:

@@ -167,6 +167,16 @@ class TracingSpec(msgspec.Struct, frozen=True, kw_only=True):
     sample_ratio: float = 1.0
 
 
+class MigrationSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Streams that go on elsewhere when their worker is lost: how often (0 = never), up to which length.
+
+    `max_tokens` counts prompt and answer together.
+    """
+
+    limit: int = 3
+    max_tokens: int = 131_072
+
+
 class FrontendSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One frontend. `roles` is what the model needs before it is ready: replicas wanted by role. `kv_transfer` is
     how the KV cache moves from prefill to decode ("" = the engine's own default).
@@ -195,6 +205,7 @@ class FrontendSpec(msgspec.Struct, frozen=True, kw_only=True):
     kv_transfer: str = ""
     router: RouterSpec = RouterSpec()
     limits: LimitsSpec = LimitsSpec()
+    migration: MigrationSpec = MigrationSpec()
     busy: BusySpec = BusySpec()
     api_key_hashes: list[str] = []
     tls_cert: str = ""

@@ -16,6 +16,7 @@ from dynctl.recipe.units import Duration, Size
 
 ROLES: tuple[Role, ...] = ("prefill", "decode", "aggregated", "encode")
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,46}[a-z0-9])?")
+_ORIGIN = re.compile(r"https?://([\w.-]+|\[[0-9a-fA-F:.]+\])(:\d{1,5})?/?", re.ASCII)
 _PERCENTILE = re.compile(r"p\d{1,2}(\.\d+)?")
 
 
@@ -34,6 +35,12 @@ def _name(value: str) -> str:
 def _percentile(value: str) -> str:
     if not _PERCENTILE.fullmatch(value):
         raise ValueError(f"must be a percentile such as p50, p95 or p99.9, not {value!r}")
+    return value
+
+
+def _origin(value: str) -> str:
+    if not _ORIGIN.fullmatch(value):
+        raise ValueError(f"must be http://HOST:PORT or https://HOST:PORT, not {value!r}")
     return value
 
 
@@ -184,6 +191,35 @@ class Limits(Section):
     """Open client connections."""
 
 
+class Migration(Section):
+    """Streams whose worker is lost go on from where they were on another worker."""
+
+    limit: Annotated[int, Field(ge=0, le=100)] = 3
+    """How often one stream may; 0 turns it off."""
+    max_tokens: Count = 131_072
+    """Tokens of prompt and answer together; a longer stream ends with an error instead."""
+
+
+class Tracing(Section):
+    """OpenTelemetry spans of the frontend: request, preprocess, route, prefill, decode."""
+
+    otlp_endpoint: Annotated[str, AfterValidator(_origin)]
+    """Base URL of a collector that takes OTLP over HTTP (JSON), such as http://localhost:4318."""
+    sample_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of the traces begun here that are recorded; where a client began it, it decides."""
+
+
+class Admission(Section):
+    """From where on a worker is busy: it is passed over, and when all are, requests wait or are refused."""
+
+    decode_blocks_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of a worker's KV blocks in use."""
+    prefill_tokens_threshold: Annotated[int, Field(ge=0)] | None = None
+    """Prompt tokens that a worker has still to compute."""
+    prefill_share_threshold: Weight | None = None
+    """The same as a multiple of what its engine computes per step."""
+
+
 class Frontend(Section):
     """The OpenAI-compatible HTTP server."""
 
@@ -199,10 +235,18 @@ class Frontend(Section):
     """How long a starting frontend waits for the workers' KV indexes before it serves without them."""
     api_key: Annotated[list[str], BeforeValidator(_one_or_more)] = Field(default_factory=list)
     """Keys that clients must send, one or a list: the key itself, env:NAME, file:PATH, or sha256:HEX."""
+    admission: Admission = Field(default_factory=Admission)
+    """When workers count as busy; changed while running at /busy_threshold."""
     tls: Tls | None = None
     """Serve HTTPS."""
+    metrics_prefix: Literal["dynctl", "dynamo"] = "dynctl"
+    """What the names in /metrics begin with; `dynamo`: dashboards made for NVIDIA Dynamo work as they are."""
+    tracing: Tracing | None = None
+    """Send OpenTelemetry spans to a collector."""
     limits: Limits = Field(default_factory=Limits)
     """Sizes, times and connections allowed."""
+    migration: Migration = Field(default_factory=Migration)
+    """Going on with a stream whose worker is lost."""
 
 
 class Guard(Section):
@@ -242,6 +286,21 @@ class ConditionalDisagg(Section):
     """load: the least busy prefill worker has at least so many tokens to compute."""
 
 
+class Queue(Section):
+    """Requests wait in the frontend while all workers have enough to do, and go to the first that has not."""
+
+    policy: Literal["fcfs", "shortest"] = "fcfs"
+    """Whose turn it is: who came first, or who has least to compute; both weighed with priority."""
+    threshold: Weight = 4.0
+    """A worker has enough when so many batches of prompt tokens wait there; 0: it never has."""
+    limit: Annotated[int, Field(ge=0)] = 4096
+    """Most requests that wait; more are refused (429). 0: nobody waits, who finds all busy is refused."""
+    limit_tokens: Annotated[int, Field(ge=0)] = 0
+    """Most prompt tokens that wait, of all requests together; 0: no limit."""
+    deadline: Duration = 600.0
+    """Longest wait; then the request is refused (429)."""
+
+
 class Router(Section):
     """How a worker is chosen for a request."""
 
@@ -279,6 +338,8 @@ class Router(Section):
     """Keeps cached prefixes from overloading a worker."""
     session_affinity: SessionAffinity = Field(default_factory=SessionAffinity)
     """Sessions that stay on one worker."""
+    queue: Queue = Field(default_factory=Queue)
+    """Requests that wait while all workers are busy."""
     conditional_disagg: ConditionalDisagg = Field(default_factory=ConditionalDisagg)
     """Short prompts that skip the prefill workers."""
 
