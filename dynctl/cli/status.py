@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -9,7 +10,7 @@ import typer
 from dynctl.cli import options
 from dynctl.cli.pick import ask, pick
 from dynctl.cli.render import STATE_STYLES, data, json_data, paint
-from dynctl.deploy.ask import ask_health
+from dynctl.deploy.ask import Health, ask_health
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.logs import tail
 from dynctl.deploy.state import ENDED
@@ -24,7 +25,8 @@ Watch = Annotated[bool, typer.Option("--watch", "-w", help="Stay and show every 
 def status(name: options.Name = None, watch: Watch = False, as_json: options.Json = False) -> None:
     """Is it ready, and if not, why: the first failing layer and its first error line.
 
-    Layers, in order: the deployment, its controller, its workers, its frontends, the frontend's own health.
+    Layers, in order: the deployment, its controller, its workers, its frontends, the frontends' own health.
+    Beside these: what frontends have doubts about, such as an index that is being rebuilt.
     """
     run = pick(name, ended=True)
     if watch and not as_json:
@@ -33,24 +35,38 @@ def status(name: options.Name = None, watch: Watch = False, as_json: options.Jso
         attend(run)
         return
     seen, silent = ask(run)
-    found = look_closer(seen, silent)
+    health = ask_frontends(seen)
+    found = look_closer(seen, silent, health)
+    doubts = doubts_of(health)
     if as_json:
-        json_data(as_object(seen, found))
+        json_data(as_object(seen, found, doubts))
     else:
-        data("\n".join(text(run, seen, found)))
+        data("\n".join([*text(run, seen, found), *(f"doubt: {doubt}" for doubt in doubts)]))
 
 
-def look_closer(seen: DeploymentView, silent: str) -> Diagnosis:
+def ask_frontends(seen: DeploymentView) -> dict[str, Health]:
+    """What each frontend that lives says of itself, by its id."""
+    rows = [row for row in seen.processes if row.role == "frontend" and row.ready and row.pid]
+    return {row.id: ask_health(row.url) for row in rows} if seen.phase not in ENDED else {}
+
+
+def look_closer(seen: DeploymentView, silent: str, health: Mapping[str, Health]) -> Diagnosis:
     """What is wrong first; `silent`: why the controller does not answer, "" when it does."""
     if silent:
         return Diagnosis("controller", f"the controller does not answer: {silent}", "controller")
-    health = ""
-    if seen.phase not in ENDED and any(r.role == "frontend" and r.ready for r in seen.processes):
-        health = ask_health(seen.url)
-    return diagnose(seen, health)
+    return diagnose(seen, {seat: said.reason for seat, said in health.items()})
 
 
-def as_object(seen: DeploymentView, found: Diagnosis) -> dict[str, Any]:
+def doubts_of(health: Mapping[str, Health]) -> list[str]:
+    """Each doubt once, with whose it is."""
+    whose: dict[str, list[str]] = {}
+    for seat, said in health.items():
+        for doubt in said.doubts:
+            whose.setdefault(doubt, []).append(seat)
+    return [f"{doubt} ({', '.join(seats)})" for doubt, seats in whose.items()]
+
+
+def as_object(seen: DeploymentView, found: Diagnosis, doubts: Sequence[str]) -> dict[str, Any]:
     """The status for scripts."""
     return {
         "name": seen.name,
@@ -64,6 +80,7 @@ def as_object(seen: DeploymentView, found: Diagnosis) -> dict[str, Any]:
         "reason": found.reason,
         "process": found.seat,
         "error": found.error,
+        "doubts": list(doubts),
     }
 
 

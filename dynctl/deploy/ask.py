@@ -1,4 +1,4 @@
-"""One call to a deployment's controller, or one look at its frontend, by a command that waits for it."""
+"""One call to a deployment's controller, or one look at a frontend, by a command that waits for it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import http.client
 import json
 import ssl
+from dataclasses import dataclass
 from typing import TypeVar
 from urllib.parse import urlsplit
 
@@ -54,18 +55,39 @@ def open_frontend(url: str, timeout_s: float) -> http.client.HTTPConnection:
     return http.client.HTTPSConnection(host, parts.port, timeout=timeout_s, context=context)
 
 
-def ask_health(url: str, timeout_s: float = 2.0) -> str:
-    """What the frontend says against being ready: "" = it is."""
+@dataclass(frozen=True, slots=True)
+class Health:
+    """What a frontend says of itself.
+
+    `reason` is against being ready, "" = it is. `doubts` are why choices are not as good as they could be.
+    """
+
+    reason: str = ""
+    doubts: tuple[str, ...] = ()
+
+
+def ask_health(url: str, timeout_s: float = 2.0) -> Health:
+    """What the frontend at `url` says of itself; that it does not answer is a reason."""
     connection = open_frontend(url, timeout_s)
     try:
         connection.request("GET", "/health")
         answer = connection.getresponse()
         body = answer.read()
     except (OSError, http.client.HTTPException) as error:
-        return f"{url} does not answer: {error}"
+        return Health(f"{url} does not answer: {error}")
     finally:
         connection.close()
-    return "" if answer.status == 200 else health_reason(body, answer.status)
+    return Health("" if answer.status == 200 else health_reason(body, answer.status), health_doubts(body))
+
+
+def health_doubts(body: bytes) -> tuple[str, ...]:
+    """The doubts in a /health answer, whatever its shape."""
+    try:
+        said = json.loads(body)
+    except ValueError:
+        return ()
+    found = said.get("doubts") if isinstance(said, dict) else None
+    return tuple(str(item) for item in found) if isinstance(found, list) else ()
 
 
 def health_reason(body: bytes, status: int) -> str:

@@ -277,6 +277,7 @@ class _SpecHead(msgspec.Struct):
     """What the state needs of a process's spec."""
 
     start_timeout_s: float = _START_S
+    sync_timeout_s: float = 0.0
     drain_timeout_s: float = 30.0
     stop_timeout_s: float = 0.0
     follower: bool = False
@@ -291,7 +292,7 @@ def _seat(process: PlannedProcess, kind: SeatKind) -> SeatRecord:
         role=process.role,
         index=process.index,
         node=process.node,
-        start_timeout_s=spec.start_timeout_s,
+        start_timeout_s=spec.start_timeout_s + spec.sync_timeout_s,
         drain_timeout_s=spec.drain_timeout_s,
         stop_timeout_s=spec.stop_timeout_s,
         follower=spec.follower,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dynctl.deploy.state import ENDED, RunState, SeatRecord
@@ -92,10 +92,10 @@ def ready_counts(view: DeploymentView) -> str:
     return " ".join(cells)
 
 
-def diagnose(view: DeploymentView, health: str) -> Diagnosis:
-    """The first failing layer: controller, then workers, then frontends, then the frontend's own health.
+def diagnose(view: DeploymentView, health: Mapping[str, str]) -> Diagnosis:
+    """The first failing layer: controller, then workers, then frontends, then the frontends' own health.
 
-    `health` is what the frontend says against being ready; "" = nothing, or nobody could be asked.
+    `health` is what each frontend that could be asked says against being ready, by its id; "" = nothing.
     """
     if view.phase in ENDED:
         failed = next((r for r in view.processes if r.state == "failed"), None)
@@ -110,8 +110,9 @@ def diagnose(view: DeploymentView, health: str) -> Diagnosis:
         if rows:
             worst = min(rows, key=lambda r: _ORDER.get(r.state, 9))
             return Diagnosis(layer, _sentence(worst), worst.id, first_error(worst.last_error))
-    if health:
-        return Diagnosis("health", health, "frontend-0")
+    for seat, reason in health.items():
+        if reason:
+            return Diagnosis("health", reason, seat)
     if view.phase == "stopping":
         return Diagnosis("deployment", "it is stopping")
     return Diagnosis()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from dynctl.deploy.ask import ask_health
+from dynctl.deploy.ask import Health, ask_health
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.logs import tail
 from dynctl.deploy.run import Up
@@ -26,7 +26,7 @@ _LINES = 10
 _PROBE_BYTES = 65536
 
 OnView = Callable[[DeploymentView], None]
-Health = Callable[[str], str]
+AskHealth = Callable[[str], Health]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Waiter:
 
     stopper: Stopper
     on_view: OnView
-    health: Health = ask_health
+    health: AskHealth = ask_health
 
     @property
     def now(self) -> float:
@@ -69,7 +69,7 @@ def _view(state: RunState, run: RunDir, controller: ProcessHandle, *, alive: boo
 
 
 def wait_ready(up: Up, waiter: Waiter, timeout_s: float | None) -> None:
-    """Return when it is ready and its frontend says so too.
+    """Return when it is ready and its frontends say so too.
 
     Otherwise nothing of it is left running (but what was adopted) and the failure is raised: ProcessExited,
     PortInUse, LaunchError, or NotReady at the deadline or when somebody else ended it.
@@ -99,14 +99,16 @@ def _wait_phase(up: Up, waiter: Waiter, ends: float | None) -> DeploymentView:
 
 def _wait_health(view: DeploymentView, waiter: Waiter, ends: float | None) -> None:
     limit = min(waiter.now + HEALTH_S, ends if ends is not None else float("inf"))
-    while reason := waiter.health(view.url):
-        if waiter.now > limit:
-            raise NotReady(f"'{view.name}' runs, but its frontend is not ready: {reason}", where=view.url)
-        waiter.stopper.sleep(POLL_S)
+    for frontend in [row for row in view.processes if row.role == "frontend"]:
+        while reason := waiter.health(frontend.url).reason:
+            if waiter.now > limit:
+                message = f"'{view.name}' runs, but {frontend.id} is not ready: {reason}"
+                raise NotReady(message, where=frontend.url)
+            waiter.stopper.sleep(POLL_S)
 
 
 def _late(up: Up, view: DeploymentView | None) -> NotReady:
-    found = diagnose(view, "") if view is not None else None
+    found = diagnose(view, {}) if view is not None else None
     reason = found.reason if found is not None else "its controller has not started"
     if found is not None:
         last = tail(up.run.logs / f"{found.seat}.engine.log", 1) or tail(up.run.logs / f"{found.seat}.log", 1)

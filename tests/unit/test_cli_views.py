@@ -10,7 +10,8 @@ import pytest
 from dynctl.cli.chat import chunks, error_message
 from dynctl.cli.live import PlainScreen, stages, view_parts
 from dynctl.cli.logs import compiled, last, matching, split_words
-from dynctl.deploy.ask import health_reason
+from dynctl.cli.status import doubts_of
+from dynctl.deploy.ask import Health, health_doubts, health_reason
 from dynctl.deploy.logs import Line
 from dynctl.errors import EngineFailed, UsageError
 from dynctl.protocol.deployment import DeploymentView, Phase, ProcessView, SeatState
@@ -146,3 +147,14 @@ def test_error_bodies_of_any_shape(body: bytes, said: str) -> None:
 )
 def test_health_answers_of_any_shape(body: bytes, said: str) -> None:
     assert health_reason(body, 503) == said
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b'{"doubts": 1}', b"{}"])
+def test_answers_without_doubts_have_none(body: bytes) -> None:
+    assert health_doubts(body) == ()
+
+
+def test_doubts_are_told_once_with_whose_they_are() -> None:
+    assert health_doubts(b'{"doubts": ["a", "b"]}') == ("a", "b")
+    health = {"frontend-0": Health("", ("a",)), "frontend-1": Health("bad", ("a", "b"))}
+    assert doubts_of(health) == ["a (frontend-0, frontend-1)", "b (frontend-1)"]

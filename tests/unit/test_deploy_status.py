@@ -49,7 +49,7 @@ def view(
 def test_all_is_well() -> None:
     seen = view(seat("frontend-0"), seat("decode-0"))
     assert ready_counts(seen) == "1/1D"
-    assert diagnose(seen, "") == Diagnosis()
+    assert diagnose(seen, {}) == Diagnosis()
     assert seen.controller_pid == 1
 
 
@@ -63,7 +63,7 @@ def test_without_a_controller_what_lives_still_counts() -> None:
     seen = view(seat("frontend-0", 5), seat("decode-0", 10), seat("decode-1", 12), dead=(1, 12))
     assert (seen.phase, seen.controller_pid) == ("degraded", 0)
     assert [row.state for row in seen.processes] == ["ready", "ready", "stopped"]
-    assert diagnose(seen, "").layer == "controller"
+    assert diagnose(seen, {}).layer == "controller"
 
 
 def test_without_anything_alive_it_is_stopped() -> None:
@@ -100,25 +100,24 @@ def test_the_first_failing_layer_is_the_workers(fields: dict[str, Any], reason: 
         seat("decode-0", last_error=["fine", "ValueError: x"], **fields),
         phase="degraded",
     )
-    assert diagnose(seen, "bad") == Diagnosis("worker", reason, "decode-0", "ValueError: x")
+    assert diagnose(seen, {"frontend-0": "bad"}) == Diagnosis("worker", reason, "decode-0", "ValueError: x")
 
 
 def test_then_come_frontends_and_their_health() -> None:
     seen = view(seat("frontend-0", state="starting"), seat("decode-0"), phase="starting")
-    assert diagnose(seen, "").layer == "frontend"
-    seen = view(seat("frontend-0"), seat("decode-0"))
-    assert diagnose(seen, "no worker of role decode") == Diagnosis(
-        "health", "no worker of role decode", "frontend-0"
-    )
-    assert diagnose(view(seat("decode-0"), phase="stopping"), "").reason == "it is stopping"
+    assert diagnose(seen, {}).layer == "frontend"
+    seen = view(seat("frontend-0"), seat("frontend-1"), seat("decode-0"))
+    health = {"frontend-0": "", "frontend-1": "no worker of role decode"}
+    assert diagnose(seen, health) == Diagnosis("health", "no worker of role decode", "frontend-1")
+    assert diagnose(view(seat("decode-0"), phase="stopping"), {}).reason == "it is stopping"
 
 
 def test_an_ended_deployment_says_why() -> None:
-    assert diagnose(view(seat("decode-0"), phase="stopped"), "") == Diagnosis("deployment", "it was stopped")
+    assert diagnose(view(seat("decode-0"), phase="stopped"), {}) == Diagnosis("deployment", "it was stopped")
     failed = view(
         seat("decode-0", 0, state="failed", last_error=["a"]), phase="failed", reason="decode-0 gave up: x"
     )
-    assert diagnose(failed, "") == Diagnosis("deployment", "decode-0 gave up: x", "decode-0", "a")
+    assert diagnose(failed, {}) == Diagnosis("deployment", "decode-0 gave up: x", "decode-0", "a")
 
 
 def test_the_telling_lines_of_a_log() -> None:

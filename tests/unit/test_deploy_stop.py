@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dynctl.deploy import stop
+from dynctl.deploy.ask import Health
 from dynctl.deploy.home import Home, RunDir
 from dynctl.deploy.run import Up
 from dynctl.deploy.state import ControllerRecord, RunState, SeatRecord, drain_of, load_state, save_state
@@ -97,6 +98,19 @@ def some_state(phase: str = "ready", **seat_fields: object) -> RunState:
         created_at=1.0,
         seats=[seat],
         phase=phase,  # type: ignore[arg-type]
+    )
+
+
+def frontend_seat(index: int) -> SeatRecord:
+    seat = f"frontend-{index}"
+    return SeatRecord(
+        id=seat,
+        kind="frontend",
+        role="frontend",
+        index=index,
+        node="n",
+        start_timeout_s=1.0,
+        url=f"http://h:{index}",
     )
 
 
@@ -204,7 +218,7 @@ class Story:
         self.steps = list(steps)
         self.processes = Processes("controller")
         self.views: list[DeploymentView] = []
-        self.health = ""
+        self.health: dict[str, str] = {}
 
     def sleep(self, seconds: float) -> None:
         self.processes.now += seconds
@@ -214,7 +228,8 @@ class Story:
     def wait(self, timeout_s: float | None = None, *, adopted: bool = False) -> None:
         stopper = Stopper(self.processes, clock=lambda: self.processes.now, sleep=self.sleep)
         up = Up("d", self.run, "http://h", ProcessHandle(10, 1, 10), adopted)
-        wait_ready(up, Waiter(stopper, self.views.append, lambda url: self.health), timeout_s)
+        waiter = Waiter(stopper, self.views.append, lambda url: Health(self.health.get(url, "")))
+        wait_ready(up, waiter, timeout_s)
 
 
 def writes(run: RunDir, phase: str, **seat: object) -> Callable[[], None]:
@@ -279,10 +294,12 @@ def test_too_late_for_what_was_adopted_leaves_it_running(run: RunDir) -> None:
 
 
 def test_a_frontend_that_is_never_well_is_told(run: RunDir) -> None:
-    writes(run, "ready")()
+    state = some_state()
+    state.seats += [frontend_seat(index) for index in range(2)]
+    save_state(run.state, state)
     story = Story(run)
-    story.health = "no worker of role decode"
-    with pytest.raises(NotReady, match="its frontend is not ready: no worker of role decode"):
+    story.health = {"http://h:1": "no worker of role decode"}
+    with pytest.raises(NotReady, match="frontend-1 is not ready: no worker of role decode"):
         story.wait(3.0)
 
 
