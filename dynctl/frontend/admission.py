@@ -75,18 +75,21 @@ def asked_tokens(body: Body) -> int | None:
     return next((limit for limit in limits if limit is not None), None)
 
 
-def check_context(prompt_tokens: int, asked: int | None, max_model_len: int) -> None:
-    """Raises ContextTooLong unless prompt and answer fit. 0 tokens or 0 length = not known: let through."""
+def check_context(prompt_tokens: int, asked: int | None, max_model_len: int, field: str = "messages") -> None:
+    """Raises ContextTooLong unless prompt and answer fit. 0 tokens or 0 length = not known: let through.
+
+    `field` is where the prompt came in: `messages` or `prompt`.
+    """
     if not prompt_tokens or not max_model_len:
         return
     if prompt_tokens + (1 if asked is None else asked) <= max_model_len:
         return
     told = f"This model's maximum context length is {max_model_len} tokens. However, "
     if asked is None or prompt_tokens >= max_model_len:
-        told += f"your messages resulted in {prompt_tokens} tokens. Please reduce the length of the messages."
+        told += f"your {field} resulted in {prompt_tokens} tokens. Please reduce the length of the {field}."
     else:
         told += (
-            f"you requested {prompt_tokens + asked} tokens ({prompt_tokens} in the messages, {asked} in the "
-            "completion). Please reduce the length of the messages or completion."
+            f"you requested {prompt_tokens + asked} tokens ({prompt_tokens} in the {field}, {asked} in the "
+            f"completion). Please reduce the length of the {field} or completion."
         )
-    raise ContextTooLong(told, where="messages")
+    raise ContextTooLong(told, where=field)

@@ -9,7 +9,16 @@ from typing import Literal
 from dynctl.errors import DynctlError, EngineFailed, TransportError
 from dynctl.frontend.call import Call
 from dynctl.frontend.refusal import openai_error
-from dynctl.frontend.stream import SSE_HEADERS, Load, Relay, Ways, as_events, is_refusal, output_tokens
+from dynctl.frontend.stream import (
+    SSE_HEADERS,
+    Load,
+    Relay,
+    Ways,
+    as_events,
+    cached_tokens,
+    is_refusal,
+    output_tokens,
+)
 from dynctl.frontend.upstream import Leg, Upstream
 from dynctl.http.client import Response, Stream
 from dynctl.http.heads import end_to_end
@@ -50,6 +59,7 @@ class Answer:
     async def by(self, upstream: Upstream, leg: Leg, load: Load) -> None:
         """Send `leg` and answer the client with what comes back. Raises AttemptFailed, also once begun."""
         workers = [*self._workers, leg.worker]
+        self._call.account.served_by(leg.worker, leg.choice.rank, leg.choice.instance.role)
         if self._call.stream:
             await self._stream(upstream, leg, load, workers)
             return
@@ -66,7 +76,7 @@ class Answer:
             headers = [pair for pair in headers if pair[0] not in _OF_A_BODY]
             self._exchange.respond(response.status, openai_error(response.body), headers=headers)
             return
-        self._call.account.output_tokens = output_tokens(response.body)
+        self._count(response.body)
         self._exchange.respond(response.status, response.body, headers=headers)
 
     def finished_by_prefill(self, response: Response, worker: str) -> None:
@@ -76,7 +86,7 @@ class Answer:
             return
         options = self._call.body.get("stream_options", dict) or {}
         events = as_events(response.body, usage=bool(options.get("include_usage")))
-        self._call.account.output_tokens = output_tokens(response.body)
+        self._count(response.body)
         self._exchange.start(200, self._headers(SSE_HEADERS, [worker]), framing="chunked")
         self._exchange.write(events)
         self._exchange.end()
@@ -91,6 +101,10 @@ class Answer:
 
     async def _stream(self, upstream: Upstream, leg: Leg, load: Load, workers: list[str]) -> None:
         self._relay = None
+        with leg.span:
+            await self._relay_stream(upstream, leg, load, workers)
+
+    async def _relay_stream(self, upstream: Upstream, leg: Leg, load: Load, workers: list[str]) -> None:
         stream = await upstream.open(leg)
         try:
             if stream.status >= 400:
@@ -130,6 +144,11 @@ class Answer:
             raise upstream.failed(leg, refusal)
         relay.complete()
 
+    def _count(self, body: bytes) -> None:
+        account = self._call.account
+        account.output_tokens = output_tokens(body)
+        account.cached_tokens = cached_tokens(body)
+
     def _judge(self, status: int) -> None:
         if status >= 400:
             self.error_type = "not_found" if status == 404 else "validation"
@@ -141,6 +160,5 @@ class Answer:
                 headers.append((b"transfer-encoding", b"chunked"))
             elif stream.framing == "length":
                 headers += [pair for pair in given if pair[0] == b"content-length"]
-        headers.append((b"x-request-id", self._call.request_id))
         headers.append((b"x-dynctl-workers", ",".join(workers).encode()))
         return headers

@@ -14,11 +14,12 @@ from dynctl.frontend.admission import Models, asked_tokens
 from dynctl.frontend.body import Body
 from dynctl.frontend.hints import NO_HINTS, Hints
 from dynctl.http.server import Request
+from dynctl.observability.tracing import Trace
 
 Kind = Literal["chat", "completions", "other"]
 
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
-_PASSED_ON = (b"accept", b"traceparent", b"tracestate")
+_PASSED_ON = (b"accept",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,9 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """`body` carries no field that only dynctl may set. `headers` go to the engine as they are."""
+    """`body` carries no field that only dynctl may set. `headers` go to the engine as they are, and the
+    headers of `trace` with them, which differ by leg.
+    """
 
     endpoint: Endpoint
     body: Body
@@ -42,6 +45,7 @@ class Call:
     request_id: bytes
     headers: tuple[tuple[bytes, bytes], ...]
     account: Account
+    trace: Trace
     hints: Hints = NO_HINTS
 
 

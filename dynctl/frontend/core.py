@@ -16,12 +16,15 @@ from dynctl.frontend.accounts import Accounts
 from dynctl.frontend.admission import ApiKeys, Models
 from dynctl.frontend.circuit import STATES
 from dynctl.frontend.disagg import flow_for
+from dynctl.frontend.export import exporter
 from dynctl.frontend.pipeline import Parts, Pipeline
 from dynctl.frontend.preprocess import Preprocessor
+from dynctl.frontend.series import Choices, Stages
 from dynctl.frontend.server import Edge, Routes, tell
 from dynctl.frontend.upstream import Upstream
 from dynctl.http.client import Client
 from dynctl.observability.metrics import Metrics
+from dynctl.observability.tracing import Tracing
 from dynctl.protocol.instances import Role
 from dynctl.protocol.registry import Member
 from dynctl.protocol.specs import FrontendSpec
@@ -44,7 +47,9 @@ class Core:
         self._engine = catalog.get(spec.backend)
         self._members: dict[str, Member] = {}
         rng = rng or Random()
-        self.metrics = Metrics()
+        self.metrics = Metrics(prefix=spec.metrics_prefix, own={"router_id": spec.id})
+        self.accounts = Accounts(self.metrics)
+        self._exporter = exporter(spec, self.metrics)
         self.router = Router(spec.router, links, block_size=spec.model.block_size, rng=rng)
         self.models = Models(spec.model)
         self._client = Client()
@@ -64,6 +69,8 @@ class Core:
         await self._client.close()
         if self._preprocessor is not None:
             self._preprocessor.close()
+        if self._exporter is not None:
+            await self._exporter.close()
 
     def members_changed(self, upserts: Sequence[Member], removed: Sequence[str]) -> None:
         """Take over a change of the membership."""
@@ -128,6 +135,8 @@ class Core:
             upstream=self._upstream,
             models=self.models,
             metrics=self.metrics,
+            stages=Stages(self.metrics),
+            choices=Choices(self.metrics),
             rng=rng,
             preprocessor=self._preprocessor,
             tell=tell,
@@ -139,8 +148,13 @@ class Core:
             pipeline=Pipeline(parts, flow, other),
             models=self.models,
             keys=ApiKeys(spec.api_key_hashes),
-            accounts=Accounts(self.metrics),
+            accounts=self.accounts,
             metrics=self.metrics,
+            tracing=Tracing(
+                Random(),
+                self._exporter.record if self._exporter is not None else None,
+                spec.tracing.sample_ratio,
+            ),
             health=self.health,
             refresh=self.refresh_metrics,
             owned_fields=self._engine.client_fields,

@@ -26,6 +26,7 @@ from dynctl.frontend.answer import Answer, Tell
 from dynctl.frontend.call import Call
 from dynctl.frontend.preprocess import UNKNOWN, Preprocessor, PromptFacts
 from dynctl.frontend.retry import AttemptFailed, Attempts, Budget
+from dynctl.frontend.series import Choices, Stages
 from dynctl.frontend.upstream import Leg, Upstream
 from dynctl.http.server import Exchange
 from dynctl.observability.metrics import Metrics
@@ -45,6 +46,8 @@ class Parts:
     upstream: Upstream
     models: Models
     metrics: Metrics
+    stages: Stages
+    choices: Choices
     rng: Random
     preprocessor: Preprocessor | None
     tell: Tell
@@ -65,7 +68,18 @@ class Attempt:
 
     def choose(self, role: Role) -> Choice:
         """A worker of `role` that has not failed this call. Raises Rejected, or the last failure."""
-        router = self.parts.router
+        with self.parts.stages.enter("route", self.call.trace.span("route"), role) as span:
+            choice = self._choose(role)
+            if span.data is not None:
+                span.set("dynctl.role", role)
+                span.set("dynctl.worker", choice.instance.id)
+                span.set("dynctl.candidates", choice.candidates)
+                span.set("dynctl.overlap_blocks", choice.overlap_blocks)
+            return choice
+
+    def _choose(self, role: Role) -> Choice:
+        router, choices = self.parts.router, self.parts.choices
+        choices.begun()
         started = time.perf_counter()
         refused: Rejected | None = None
         for exclude in self.attempts.exclusions(self.parts.upstream.shunned()):
@@ -96,23 +110,27 @@ class Attempt:
         )
 
     def _note(self, role: Role, choice: Choice, seconds: float) -> None:
-        metrics = self.parts.metrics
-        metrics.histogram("router_choice_seconds").observe(seconds)
-        metrics.counter("router_choices_total", role=role, worker=choice.instance.id).inc()
+        choices = self.parts.choices
+        choices.chosen(role, choice.instance.id, seconds, self.prompt.hashing_s)
         if self.prompt.hashes and role != "decode":
-            hit_rate = choice.overlap_blocks / len(self.prompt.hashes)
-            metrics.histogram("component_router_kv_hit_rate").observe(hit_rate)
+            choices.hit_rate(choice.overlap_blocks / len(self.prompt.hashes))
 
     def need(self, role: Role) -> None:
         """Raises Rejected when there is no worker of `role`: asked before work that would be in vain."""
-        reasons = self.parts.router.ready({role: 1})
-        if reasons:
-            raise Rejected(f"no worker can be chosen: {'; '.join(reasons)}", hint="try again later")
+        if self.parts.router.ready({role: 1}):
+            raise Rejected(f"no worker of role {role} is ready", hint="try again later")
 
     def leg(self, choice: Choice, body: bytes) -> Leg:
         """The call's request to the chosen worker, with `body`."""
-        ends_s = self.call.account.started_s + self.parts.request_timeout_s
-        return Leg(choice, self.call.endpoint.path, self.call.headers, body, ends_s)
+        call, worker = self.call, choice.instance
+        span = call.trace.span(worker.role, "client")
+        if span.data is not None:
+            span.set("dynctl.worker", worker.id)
+            span.set("dynctl.rank", choice.rank)
+            span.set("server.address", worker.url)
+        headers = (*call.headers, *call.trace.headers(span))
+        ends_s = call.account.started_s + self.parts.request_timeout_s
+        return Leg(choice, call.endpoint.path, headers, body, ends_s, span)
 
 
 Flow = Callable[[Attempt], Awaitable[None]]
@@ -161,9 +179,12 @@ class Pipeline:
         flow = self._other
         if call.endpoint.kind != "other":
             flow = self._flow
-            attempt.prompt = await self._prompt(call)
+            with self._parts.stages.enter("preprocess", call.trace.span("preprocess")) as span:
+                attempt.prompt = await self._prompt(call)
+                span.set("gen_ai.usage.input_tokens", attempt.prompt.tokens)
             call.account.prompt(attempt.prompt.tokens)
-            check_context(attempt.prompt.tokens, call.asked, self._parts.models.max_model_len)
+            field = "messages" if call.endpoint.kind == "chat" else "prompt"
+            check_context(attempt.prompt.tokens, call.asked, self._parts.models.max_model_len, field)
         while True:
             try:
                 await flow(attempt)

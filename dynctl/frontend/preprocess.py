@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -58,6 +58,7 @@ class PromptFacts:
 
     tokens: int = 0
     hashes: Sequence[int] | None = None
+    hashing_s: float = field(default=0.0, compare=False)
 
 
 UNKNOWN = PromptFacts()
@@ -84,6 +85,8 @@ class Preprocessor:
         self._loading: asyncio.Task[None] | None = None
         self._template_seconds = metrics.histogram("template_seconds")
         self._tokenize_seconds = metrics.histogram("tokenize_seconds")
+        self._tokenize_ms = metrics.histogram("tokenizer_latency_ms", operation="tokenize")
+        self._hashing_ms = metrics.histogram("router_overhead_block_hashing_ms")
 
     def warm(self) -> asyncio.Task[None]:
         """Begin to load, in a thread; the task ends when tokens can be made, or never will be."""
@@ -123,7 +126,11 @@ class Preprocessor:
         tokens = self._chat_tokens(body, context) if chat else self._completion_tokens(body, context)
         if block_size <= 0 or len(tokens) > context > 0:
             return PromptFacts(tokens=len(tokens))
-        return PromptFacts(tokens=len(tokens), hashes=sequence_hashes(tokens, block_size, root))
+        started = time.perf_counter()
+        hashes = sequence_hashes(tokens, block_size, root)
+        hashing_s = time.perf_counter() - started
+        self._hashing_ms.observe(hashing_s * 1000)
+        return PromptFacts(tokens=len(tokens), hashes=hashes, hashing_s=hashing_s)
 
     def _chat_tokens(self, body: Body, context: int) -> Sequence[int]:
         from dynctl.frontend.template import Unrenderable
@@ -157,7 +164,9 @@ class Preprocessor:
         if context and len(text) > _SUSPECT_CHARS * context:
             _refuse_far_too_long(tokenizer, text, context)
         ids = _ids(tokenizer, text, add_special_tokens)
-        self._tokenize_seconds.observe(time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self._tokenize_seconds.observe(seconds)
+        self._tokenize_ms.observe(seconds * 1000)
         return ids
 
     async def _load(self) -> None:

@@ -20,6 +20,7 @@ from dynctl.frontend.hints import read_hints
 from dynctl.frontend.pipeline import Pipeline
 from dynctl.http.server import Exchange, Request
 from dynctl.observability.metrics import CONTENT_TYPE, Metrics
+from dynctl.observability.tracing import Trace, Tracing
 from dynctl.protocol.openai import error_body
 
 logger = logging.getLogger(__name__)
@@ -106,6 +107,7 @@ class Edge:
     keys: ApiKeys
     accounts: Accounts
     metrics: Metrics
+    tracing: Tracing
     health: Health
     refresh: Callable[[], None]
     owned_fields: frozenset[str]
@@ -137,6 +139,7 @@ class Routes:
     async def __call__(self, request: Request, exchange: Exchange) -> None:
         """Answer one request, whatever it is."""
         id_ = request_id(request)
+        exchange.always = ((b"x-request-id", id_),)
         try:
             await self._route(request, exchange, id_)
         except DynctlError as error:
@@ -163,9 +166,19 @@ class Routes:
 
     async def _serve(self, endpoint: Endpoint, request: Request, exchange: Exchange, id_: bytes) -> None:
         edge = self._edge
+        trace = edge.tracing.of(request.headers)
+        with trace.root as root:
+            root.set("url.path", endpoint.path)
+            root.set("dynctl.request_id", id_.decode())
+            call = self._call(endpoint, request, id_, trace)
+            root.set("gen_ai.request.model", call.adapter or edge.models.card.name)
+            await edge.pipeline.serve(call, exchange)
+
+    def _call(self, endpoint: Endpoint, request: Request, id_: bytes, trace: Trace) -> Call:
+        edge = self._edge
         form = read_form(endpoint, request.body, edge.models, edge.owned_fields)
         hints = read_hints(request.headers, form.body)
-        call = Call(
+        return Call(
             endpoint=endpoint,
             body=form.body.without(_HINT_FIELDS),
             adapter=form.adapter,
@@ -174,9 +187,9 @@ class Routes:
             request_id=id_,
             headers=engine_headers(request, id_, pass_key=not edge.keys.asked_for),
             account=edge.accounts.open(form.model, endpoint.label, stream=form.stream),
+            trace=trace,
             hints=hints,
         )
-        await edge.pipeline.serve(call, exchange)
 
     def _refuse(self, error: DynctlError, exchange: Exchange, id_: bytes) -> None:
         what = STATUSES.get(error.kind, INTERNAL)
@@ -185,7 +198,7 @@ class Routes:
         if exchange.started:
             exchange.abort()
             return
-        headers = [(b"x-request-id", id_)]
+        headers: list[tuple[bytes, bytes]] = []
         if isinstance(error, Overloaded):
             headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_s))))
         elif what.status == 503:

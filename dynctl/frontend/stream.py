@@ -31,6 +31,7 @@ _BROKEN = re.compile(rb'data: ?\{\s*"error"|data: ?\{\s*"object": ?"error"')
 _ABORTED = re.compile(rb'"finish_reason": ?"abort"')
 _OPENING = re.compile(rb'"role": ?"assistant", ?"content": ?""')
 _USAGE = re.compile(rb'"completion_tokens": ?(\d+)')
+_CACHED = re.compile(rb'"cached_tokens": ?(\d+)')
 
 
 class Load(Protocol):
@@ -117,7 +118,7 @@ class Relay:
         self._ways.head()
         held, self._held = self._held, b""
         self._last_s = time.monotonic()
-        self._account.ttft.observe(self._last_s - self._account.started_s)
+        self._account.first_byte(self._last_s)
         self.events = held.count(_DATA) - len(_OPENING.findall(held))
         self._tail = held
         self._exchange.write(held)
@@ -143,6 +144,8 @@ class Relay:
         usage = _USAGE.findall(last)
         # Without usage: one event a token, but for a chat's opening and the closing [DONE].
         self._account.output_tokens = int(usage[-1]) if usage else self.events - last.count(_DONE)
+        if usage:
+            self._account.cached_tokens = cached_tokens(last)
 
 
 def _excerpt(data: bytes) -> str:
@@ -153,6 +156,12 @@ def output_tokens(body: bytes) -> int:
     """Completion tokens as the usage of a whole answer tells them; 0 when it does not."""
     usage = _USAGE.findall(body[-4096:])
     return int(usage[-1]) if usage else 0
+
+
+def cached_tokens(body: bytes) -> int:
+    """Prompt tokens the engine had cached, as the usage of an answer tells; -1 when it does not."""
+    told = _CACHED.findall(body[-4096:])
+    return int(told[-1]) if told else -1
 
 
 def is_refusal(body: bytes) -> bool:

@@ -26,8 +26,10 @@ from dynctl.errors import (
 )
 from dynctl.frontend.circuit import Circuits
 from dynctl.frontend.retry import AttemptFailed
+from dynctl.frontend.series import Stages
 from dynctl.http.client import Client, Origin, Response, Stream, Timeouts
 from dynctl.observability.metrics import Metrics
+from dynctl.observability.tracing import UNRECORDED, Span
 from dynctl.protocol.specs import LimitsSpec
 from dynctl.router.service import Choice
 
@@ -43,13 +45,17 @@ Headers = Sequence[tuple[bytes, bytes]]
 
 @dataclass(frozen=True, slots=True)
 class Leg:
-    """One request to one engine, of a call that ends at `ends_s` (monotonic): no hop waits beyond that."""
+    """One request to one engine, of a call that ends at `ends_s` (monotonic): no hop waits beyond that.
+
+    Whoever sends it ends `span`.
+    """
 
     choice: Choice
     path: str
     headers: Headers
     body: bytes
     ends_s: float = inf
+    span: Span = UNRECORDED
 
     @property
     def worker(self) -> str:
@@ -79,6 +85,7 @@ class Upstream:
         self._aborts: set[asyncio.Task[None]] = set()
         self._patience_s = min(limits.first_byte_timeout_s, limits.stall_timeout_s)
         self.circuits = Circuits()
+        self._stages = Stages(metrics)
 
     def shunned(self) -> frozenset[str]:
         """Workers that are left alone just now."""
@@ -89,9 +96,10 @@ class Upstream:
         limit_s = min(self._first_byte_s if prefill else self._answer_s, _left(leg))
         timeouts = Timeouts(connect_s=min(CONNECT_S, limit_s), first_byte_s=limit_s, stall_s=limit_s)
         try:
-            async with asyncio.timeout(limit_s):
-                stream = await self._send(leg, timeouts)
-                body = await stream.read(_ANSWER_BYTES)
+            with leg.span:
+                async with asyncio.timeout(limit_s):
+                    stream = await self._send(leg, timeouts)
+                    body = await stream.read(_ANSWER_BYTES)
         except TimeoutError as error:
             late = DeadlineExceeded(f"{leg.path} was not answered in {limit_s:g} s", where=leg.worker)
             raise self.failed(leg, late) from error
@@ -154,9 +162,10 @@ class Upstream:
         origin = self._origin(leg)
         headers = leg.all_headers()
         self.circuits.sent(leg.worker, time.monotonic())
-        return await self._client.open(
-            origin, "POST", leg.path, headers=headers, body=leg.body, timeouts=timeouts
-        )
+        with self._stages.enter("dispatch", UNRECORDED, leg.choice.instance.role):
+            return await self._client.open(
+                origin, "POST", leg.path, headers=headers, body=leg.body, timeouts=timeouts
+            )
 
     def failed(self, leg: Leg, error: DynctlError) -> AttemptFailed:
         """Record that `leg` failed, against its worker where it is to blame."""

@@ -48,7 +48,7 @@ class Exchange:
 
     `write(data)` is a plain attribute, so that a relay may hand it on and pay one call per token: in raw
     framing it is the transport's own write. `on_pause`/`on_resume` are called when the client's buffer is
-    full and when it has room again.
+    full and when it has room again. `always`: headers that every answer has, whoever gives it.
     """
 
     __slots__ = (
@@ -58,6 +58,7 @@ class Exchange:
         "_on_disconnect",
         "_request",
         "_waiters",
+        "always",
         "disconnected",
         "ended",
         "http_1_0",
@@ -74,6 +75,7 @@ class Exchange:
         self._decoder: ChunkReader | None = None
         self._on_disconnect: Callable[[], None] | None = None
         self._waiters: list[asyncio.Future[None]] = []
+        self.always: tuple[tuple[bytes, bytes], ...] = ()
         self.http_1_0 = request.http_1_0
         self.started = False
         self.ended = False
@@ -236,6 +238,7 @@ class Exchange:
                 waiter.set_result(None)
 
     def _add_connection(self, sent: Headers) -> None:
+        sent += self.always
         if self._line.closes_soon:
             self._keep_alive = False
         if not self._keep_alive:

@@ -215,6 +215,7 @@ _FAULTS: tuple[Metric, ...] = (
     Metric("circuit_opened_total", "counter", "Times a worker was left alone: it had failed.", ("worker",)),
     Metric("upstream_failures_total", "counter", "Failed calls to a worker's engine.", ("worker", "reason")),
     Metric("trace_spans_total", "counter", "Spans for the collector; outcome: sent, dropped.", ("outcome",)),
+    Metric("trace_spans_total", "counter", "Spans for the collector; outcome: sent, dropped.", ("outcome",)),
     Metric("handoffs_refused_total", "counter", "Prefill answers not given to decode, and why.", ("reason",)),
 )
 
