@@ -77,3 +77,10 @@ def devices(gpus: Iterable[int]) -> dict[str, str]:
     """CUDA_VISIBLE_DEVICES for these indices; {} when there are none (CPU builds)."""
     text = ",".join(str(gpu) for gpu in gpus)
     return {"CUDA_VISIBLE_DEVICES": text} if text else {}
+
+
+def step_tokens(argument: tuple[str, int], args: Mapping[str, ArgValue]) -> int:
+    """Tokens computed per step, of `Engine.step_tokens` and a role's arguments; 0 = not known."""
+    name, usual = argument
+    given = normalised(args).get(normal_name(name), usual)
+    return given if isinstance(given, int) and given > 0 else 0

@@ -321,6 +321,14 @@ class PrefillDecode(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Canary:
+    """A POST that makes an engine generate one token: what is answered below 500 shows that it can."""
+
+    path: str
+    body: Json
+
+
 class Engine(Protocol):
     """All that dynctl knows of one engine."""
 
@@ -333,6 +341,10 @@ class Engine(Protocol):
     """HTTP path of the metrics that `load` reads."""
     client_fields: frozenset[str]
     """Top-level request fields that only dynctl may set; removed from what clients send."""
+    step_tokens: tuple[str, int]
+    """The argument that limits the tokens computed per step, and its value unless given (0 = it depends)."""
+    key_variable: str
+    """The environment variable that makes it ask for an API key; "" = there is none."""
     transfers: Mapping[str, PrefillDecode]
     """How the KV cache can move from prefill to decode, and the request contract of each; the first is the
     default, {} = prefill and decode cannot be apart."""
@@ -370,6 +382,10 @@ class Engine(Protocol):
 
         `block_size` is `KvPoll.block_size`; publishers tell it in each event.
         """
+        ...
+
+    def canary(self, model: str, role: Role) -> Canary:
+        """What a sidecar asks of an engine of `role` that has nothing to do; its answer is thrown away."""
         ...
 
     def load(self, metrics: bytes) -> list[EngineLoad]:

@@ -9,6 +9,7 @@ from dynctl.command import Command
 from dynctl.engines import kv_dialect, log_lines, sglang, trtllm, vllm_metrics
 from dynctl.engines.base import (
     CONTINUES_MESSAGE,
+    Canary,
     EngineInfo,
     EngineLaunch,
     EngineLoad,
@@ -22,6 +23,7 @@ from dynctl.engines.base import (
     Readiness,
     RoleSettings,
 )
+from dynctl.engines.requests import one_token
 from dynctl.engines.sglang import Sglang
 from dynctl.engines.trtllm import Trtllm
 from dynctl.engines.vllm import Vllm
@@ -44,6 +46,8 @@ class External:
     readiness = Readiness(health="/health", models="/v1/models")
     load_path = "/metrics"
     client_fields = Vllm.client_fields | Sglang.client_fields | Trtllm.client_fields
+    step_tokens = ("", 0)
+    key_variable = ""
     continuation = CONTINUES_MESSAGE
     transfers: Mapping[str, PrefillDecode] = {}
 
@@ -72,6 +76,10 @@ class External:
     def kv_reader(self, block_size: int) -> KvReader:
         """The dialect of vLLM and SGLang."""
         return kv_dialect.PayloadReader()
+
+    def canary(self, model: str, role: Role) -> Canary:
+        """A plain completion, whatever the role."""
+        return one_token(model)
 
     def load(self, metrics: bytes) -> list[EngineLoad]:
         """Whichever engine's metrics are there; [] when none is recognised."""

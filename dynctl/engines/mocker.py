@@ -11,6 +11,7 @@ from dynctl.engines import kv_dialect, log_lines, vllm_metrics
 from dynctl.engines.arguments import both_spellings, flags, normal_name, normalised, to_json
 from dynctl.engines.base import (
     CONTINUES_MESSAGE,
+    Canary,
     EngineEnvironment,
     EngineInfo,
     EngineLaunch,
@@ -26,6 +27,7 @@ from dynctl.engines.base import (
     RoleSettings,
 )
 from dynctl.engines.checks import Setting, argument, check_names, check_pair, error, number
+from dynctl.engines.requests import one_token
 from dynctl.engines.vllm_disagg import NixlPull
 from dynctl.protocol.instances import Role
 
@@ -100,6 +102,8 @@ class Mocker:
     readiness = Readiness(health="/health", models="/v1/models")
     load_path = "/metrics"
     client_fields = frozenset({"kv_transfer_params"})
+    step_tokens = ("max-num-batched-tokens", 8192)
+    key_variable = "VLLM_API_KEY"
     continuation = CONTINUES_MESSAGE
     transfers: Mapping[str, PrefillDecode] = {"nixl": NixlPull()}
 
@@ -151,6 +155,10 @@ class Mocker:
     def kv_reader(self, block_size: int) -> KvReader:
         """See `kv_dialect.PayloadReader`."""
         return kv_dialect.PayloadReader()
+
+    def canary(self, model: str, role: Role) -> Canary:
+        """A plain completion, whatever the role."""
+        return one_token(model)
 
     def load(self, metrics: bytes) -> list[EngineLoad]:
         """See `vllm_metrics.load`."""

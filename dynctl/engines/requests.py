@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
 from urllib.parse import urlsplit
 
-from dynctl.engines.base import Json
+from dynctl.engines.base import Canary, Json
 
 
 def one_sequence(request: Json) -> bool:
@@ -47,3 +48,9 @@ def host_of(url: str) -> str:
     """The host of a worker's base URL as it is written in one; "" when there is none."""
     host = urlsplit(url).hostname or ""
     return f"[{host}]" if ":" in host else host
+
+
+def one_token(model: str, **fields: Any) -> Canary:
+    """A completion of one token from a prompt too short to fill a block, so that no cache keeps it."""
+    body: Json = {"model": model, "prompt": "1", "max_tokens": 1, "temperature": 0, "stream": False}
+    return Canary("/v1/completions", {**body, **fields})

@@ -11,6 +11,7 @@ from dynctl.engines import kv_dialect, log_lines, vllm_metrics
 from dynctl.engines.arguments import devices, flags, normalised, program, to_json
 from dynctl.engines.base import (
     CONTINUES_MESSAGE,
+    Canary,
     EngineInfo,
     EngineLaunch,
     EngineLoad,
@@ -25,6 +26,7 @@ from dynctl.engines.base import (
     RoleSettings,
 )
 from dynctl.engines.prometheus import samples, whole
+from dynctl.engines.requests import one_token
 from dynctl.engines.sglang_checks import OWNED, PAGE_SIZE, check_role, check_transfer
 from dynctl.engines.sglang_disagg import LINK_FIELDS, BootstrapRoom
 from dynctl.errors import PlacementError
@@ -47,6 +49,9 @@ _COUNTS = {"sglang:num_running_reqs": "running", "sglang:num_queue_reqs": "waiti
 _USAGE = "sglang:token_usage"
 _NAME = re.compile(r"^-{0,2}[a-z0-9][a-z0-9_-]*$")
 
+_NO_TRANSFER = "2.2.2.2"
+"""As `bootstrap_host`: the other leg is played by the engine itself."""
+
 
 class Sglang:
     """`sglang serve`: one process group per node, OpenAI HTTP on the head node."""
@@ -58,6 +63,8 @@ class Sglang:
     readiness = Readiness(health="/ready", models="/v1/models")
     load_path = "/metrics"
     client_fields = LINK_FIELDS | {"routed_dp_rank", "data_parallel_rank"}
+    step_tokens = ("chunked-prefill-size", 0)
+    key_variable = ""
     continuation = CONTINUES_MESSAGE
     transfers: Mapping[str, PrefillDecode] = dict.fromkeys(BACKENDS, BootstrapRoom())
 
@@ -115,6 +122,12 @@ class Sglang:
     def kv_reader(self, block_size: int) -> KvReader:
         """See `kv_dialect.PayloadReader`."""
         return kv_dialect.PayloadReader()
+
+    def canary(self, model: str, role: Role) -> Canary:
+        """Prefill and decode generate alone only with a transfer to the address that stands for none."""
+        if role in ("prefill", "decode"):
+            return one_token(model, bootstrap_host=_NO_TRANSFER, bootstrap_room=0)
+        return one_token(model)
 
     def load(self, metrics: bytes) -> list[EngineLoad]:
         """Load by data-parallel rank (label `dp_rank`); its tensor-parallel ranks repeat values."""

@@ -18,6 +18,7 @@ from dynctl.engines import log_lines, vllm_metrics
 from dynctl.engines.arguments import devices, flags, normalised, program
 from dynctl.engines.base import (
     ArgValue,
+    Canary,
     Continuation,
     EngineInfo,
     EngineLaunch,
@@ -33,6 +34,7 @@ from dynctl.engines.base import (
     RoleSettings,
 )
 from dynctl.engines.checks import number
+from dynctl.engines.requests import one_token
 from dynctl.engines.trtllm_checks import FLAGS, OWNED, check_role, check_transfer, longest_input
 from dynctl.engines.trtllm_disagg import PARAMS, TRANSFER_TIMEOUT_S, ContextFirst
 from dynctl.engines.trtllm_kv import PollReader
@@ -68,6 +70,8 @@ class Trtllm:
     readiness = Readiness(health="/health", models="/v1/models", version="/version", lists_served_name=False)
     load_path = "/metrics"
     client_fields = frozenset({PARAMS})
+    step_tokens = ("max_num_tokens", 8192)
+    key_variable = ""
     continuation = Continuation(chat=None, completion_tokens=None)
     transfers: Mapping[str, PrefillDecode] = dict.fromkeys(BACKENDS, ContextFirst())
 
@@ -107,6 +111,10 @@ class Trtllm:
     def kv_reader(self, block_size: int) -> KvReader:
         """See `trtllm_kv.PollReader`."""
         return PollReader(block_size)
+
+    def canary(self, model: str, role: Role) -> Canary:
+        """A plain completion, whatever the role."""
+        return one_token(model)
 
     def load(self, metrics: bytes) -> list[EngineLoad]:
         """See `load`."""

@@ -11,6 +11,7 @@ from dynctl.engines import kv_dialect, log_lines, vllm_metrics
 from dynctl.engines.arguments import both_spellings, devices, flags, normalised, program, to_json
 from dynctl.engines.base import (
     CONTINUES_MESSAGE,
+    Canary,
     EngineInfo,
     EngineLaunch,
     EngineLoad,
@@ -24,6 +25,7 @@ from dynctl.engines.base import (
     Readiness,
     RoleSettings,
 )
+from dynctl.engines.requests import one_token
 from dynctl.engines.vllm_checks import check_role, check_transfer
 from dynctl.engines.vllm_disagg import NixlPull
 from dynctl.engines.vllm_mooncake import ABORT_S, Mooncake
@@ -102,6 +104,8 @@ class Vllm:
     readiness = Readiness(health="/health", models="/v1/models")
     load_path = "/metrics"
     client_fields = frozenset({"kv_transfer_params", "ec_transfer_params", "vllm_xargs"})
+    step_tokens = ("max-num-batched-tokens", 0)
+    key_variable = "VLLM_API_KEY"
     continuation = CONTINUES_MESSAGE
     transfers: Mapping[str, PrefillDecode] = {"nixl": NixlPull(), **dict.fromkeys(_PROTOCOLS, Mooncake())}
 
@@ -158,6 +162,10 @@ class Vllm:
     def kv_reader(self, block_size: int) -> KvReader:
         """See `kv_dialect.PayloadReader`."""
         return kv_dialect.PayloadReader()
+
+    def canary(self, model: str, role: Role) -> Canary:
+        """A plain completion, whatever the role."""
+        return one_token(model)
 
     def load(self, metrics: bytes) -> list[EngineLoad]:
         """See `vllm_metrics.load`."""

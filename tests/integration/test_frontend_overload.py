@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
-from tests.integration.frontend_harness import Engine, error_of, frontend, make_spec, status
+from dynctl.http.client import Response
+from dynctl.protocol.kv_events import LoadReport
+from dynctl.protocol.specs import BusySpec, FrontendSpec, QueueSpec, RouterSpec
+from tests.integration.frontend_harness import (
+    Engine,
+    Front,
+    error_of,
+    frontend,
+    make_spec,
+    status,
+)
 
 COMPLETION = {"model": "m", "prompt": "hi", "max_tokens": 3}
 
@@ -49,3 +60,101 @@ async def test_a_worker_that_is_gone_is_left_alone_and_says_so() -> None:
         text = await front.metrics()
     assert 'circuit_state{worker="aggregated-1"} 2.0' in text
     assert 'circuit_opened_total{worker="aggregated-1"} 1.0' in text
+
+
+def busy_spec(**queue: Any) -> FrontendSpec:
+    """One request makes a worker busy."""
+    router = RouterSpec(mode="least_loaded", queue=QueueSpec(**queue))
+    return make_spec(router=router, busy=BusySpec(decode_blocks=0.0))
+
+
+def tell_load(front: Front, blocks: int, waiting: int = 0, worker: str = "aggregated-0") -> None:
+    """A load report as a sidecar would send it: `blocks` of 100 in use by others."""
+    report = LoadReport(worker, 1, 0, running=0, waiting=waiting, kv_usage=blocks / 100, kv_blocks=100)
+    front.core.router.on_load(report)
+
+
+async def waiting(front: Front, count: int) -> None:
+    """Until so many requests wait."""
+    async with asyncio.timeout(10):
+        while f'pending_requests{{model="m",policy_class="fcfs",worker_type="aggregated"}} {count}.0' not in (
+            await front.metrics()
+        ):
+            pass
+
+
+def ask(front: Front, prompt: str, **headers: str) -> asyncio.Task[Response]:
+    return asyncio.create_task(front.post("/v1/completions", {**COMPLETION, "prompt": prompt}, headers))
+
+
+async def test_a_full_queue_is_a_429_and_those_in_it_are_served_once_a_worker_is_free() -> None:
+    async with frontend(busy_spec(limit=2), aggregated=[Engine()]) as front:
+        tell_load(front, 50)
+        waiters = [ask(front, "1"), ask(front, "2")]
+        await waiting(front, 2)
+        refused = await front.post("/v1/completions", COMPLETION)
+        assert (refused.status, error_of(refused)["code"]) == (429, "overloaded")
+        assert int(dict(refused.headers)[b"retry-after"]) >= 1
+        tell_load(front, 0)
+        assert [(await one).status for one in waiters] == [200, 200]
+        text = await front.metrics()
+        await front.idle()
+    assert (
+        'router_queue_backpressure_total{model="m",policy_class="fcfs",worker_type="aggregated"} 1.0' in text
+    )
+
+
+async def test_without_a_queue_busy_workers_are_a_429_at_once() -> None:
+    async with frontend(busy_spec(limit=0), aggregated=[Engine()]) as front:
+        tell_load(front, 50)
+        assert (await front.post("/v1/completions", COMPLETION)).status == 429
+        tell_load(front, 0)
+        assert (await front.post("/v1/completions", COMPLETION)).status == 200
+
+
+async def test_who_waits_too_long_gets_a_429_and_its_place_is_free() -> None:
+    async with frontend(busy_spec(limit=1, deadline_s=0.1), aggregated=[Engine()]) as front:
+        tell_load(front, 50)
+        late = await front.post("/v1/completions", COMPLETION)
+        assert (late.status, error_of(late)["code"]) == (429, "overloaded")
+        await waiting(front, 0)
+
+
+async def test_a_client_that_leaves_the_queue_frees_its_place() -> None:
+    engine = Engine()
+    async with frontend(busy_spec(limit=1), aggregated=[engine]) as front:
+        tell_load(front, 50)
+        leaves = ask(front, "leaves")
+        await waiting(front, 1)
+        leaves.cancel()
+        await waiting(front, 0)
+        stays = ask(front, "stays")
+        await waiting(front, 1)
+        tell_load(front, 0)
+        assert (await stays).status == 200
+        await front.idle()
+    assert [body["prompt"] for body in engine.bodies()] == ["stays"]
+
+
+async def test_workers_over_a_threshold_get_nothing_while_another_is_under_it() -> None:
+    engines = [Engine(), Engine()]
+    async with frontend(busy_spec(), aggregated=engines) as front:
+        tell_load(front, 50)
+        tell_load(front, 0, worker="aggregated-1")
+        for _ in range(6):
+            assert (await front.post("/v1/completions", COMPLETION)).status == 200
+    assert (len(engines[0].requests), len(engines[1].requests)) == (0, 6)
+
+
+async def test_no_worker_at_all_is_a_503_not_a_wait() -> None:
+    async with frontend(busy_spec()) as front:
+        assert (await front.post("/v1/completions", COMPLETION)).status == 503
+
+
+async def test_those_who_wait_when_the_last_worker_goes_are_told_so() -> None:
+    async with frontend(busy_spec(), aggregated=[Engine()]) as front:
+        tell_load(front, 50)
+        left = ask(front, "x")
+        await waiting(front, 1)
+        front.core.members_changed([], ["aggregated-0"])
+        assert (await left).status == 503
