@@ -79,6 +79,7 @@ class Core:
             self._members.pop(worker, None)
             for name in _WORKER_SERIES:
                 self.metrics.drop(name, worker=worker)
+            self.metrics.drop("router_peer_requests", peer=worker)
         for member in upserts:
             if member.instance.role != "frontend":
                 known = self._members.get(member.instance.id)
@@ -95,12 +96,13 @@ class Core:
         reasons = self.router.ready(self._spec.roles)
         return {
             "status": "not_ready" if reasons else "ready",
+            "frontend": self._spec.id,
             "model": self._spec.model.name,
             "reasons": reasons,
             "roles": {
                 role: {"ready": ready[role], "wanted": wanted} for role, wanted in self._spec.roles.items()
             },
-            "doubts": self.router.doubts(),
+            "doubts": [*self.router.doubts(), *self.router.peers.doubts()],
         }
 
     def refresh_metrics(self) -> None:
@@ -116,6 +118,11 @@ class Core:
         for worker, state in circuits.states(time.monotonic()).items():
             metrics.gauge("circuit_state", worker=worker).set(STATES.index(state))
             metrics.counter("circuit_opened_total", worker=worker).set(circuits.opened[worker])
+        peers = self.router.peers.states()
+        metrics.gauge("router_peers").set(sum(peer.heard for peer in peers))
+        for peer in peers:
+            metrics.gauge("router_peer_requests", peer=peer.frontend).set(peer.requests)
+            metrics.counter("router_peer_missed_total", peer=peer.frontend).set(peer.missed)
         held = self.router.held()
         for stream in self.router.streams():
             labels = {"worker": stream.worker, "rank": str(stream.rank)}
