@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from dynctl.command import Command
+from dynctl.engines.arguments import step_tokens
 from dynctl.engines.base import (
     Engine,
     EngineEnvironment,
@@ -133,7 +134,9 @@ def worker_command(site: Site, seat: Seat) -> Command:
         index=launch.index,
         node=seat.rank.node,
         backend=recipe.backend,
-        model=model_card(recipe),
+        model=msgspec.structs.replace(
+            model_card(recipe), max_batched_tokens=step_tokens(site.engine.step_tokens, launch.args)
+        ),
         url=seat.url,
         registry=site.endpoints.registry,
         keys_file=KEYS_FILE,
@@ -149,6 +152,8 @@ def worker_command(site: Site, seat: Seat) -> Command:
         bootstrap_port=launch.ports.get("bootstrap", 0),
         kv_transfer=launch.transfer,
         **_kv_fields(source),
+        canary_interval_s=recipe.engine.canary.interval if recipe.engine.canary.enabled else 0.0,
+        canary_timeout_s=recipe.engine.canary.timeout,
         start_timeout_s=recipe.engine.start_timeout,
         drain_timeout_s=recipe.engine.drain_timeout,
         stop_timeout_s=recipe.engine.stop_timeout,

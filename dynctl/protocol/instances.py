@@ -17,7 +17,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
 
     `tokenizer` and `chat_template` are paths readable where the frontend runs, or "" when unknown: then the
     frontend routes without tokens. `max_model_len` in tokens and `block_size` in tokens are what the engine
-    really uses; 0 = not known. `adapters` are LoRA names that the engine serves beside `name`.
+    really uses, `max_batched_tokens` what it computes per step; 0 = not known. `adapters` are LoRA names that
+    the engine serves beside `name`.
     """
 
     name: str

@@ -36,6 +36,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     registers nothing. The incarnation comes by environment DYNCTL_INCARNATION, since it differs per start.
     `kv_endpoints`/`kv_replay_endpoints`: engine publishers by data-parallel rank; empty = none.
     `kv_poll`: where KV events are fetched instead. Neither = the engine tells none.
+    `canary_interval_s`: idle for so long it is asked to generate a token; 0 = never.
     """
 
     id: str
@@ -60,6 +61,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     kv_replay_endpoints: list[str] = []
     kv_topic: str = ""
     kv_poll: KvPollSpec | None = None
+    canary_interval_s: float = 30.0
+    canary_timeout_s: float = 10.0
     start_timeout_s: float = 900.0
     drain_timeout_s: float = 30.0
     stop_timeout_s: float = 10.0

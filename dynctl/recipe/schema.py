@@ -91,6 +91,17 @@ class Model(Section):
         return self.served_name or self.path.rstrip("/").rsplit("/", 1)[-1].removeprefix("builtin:")
 
 
+class Canary(Section):
+    """A generation of one token, for engines that have nothing to do: those that fail get no requests."""
+
+    enabled: bool = True
+    """Ask idle engines whether they still generate."""
+    interval: Annotated[Duration, Field(gt=0)] = 30.0
+    """Idle for so long, an engine is asked."""
+    timeout: Annotated[Duration, Field(gt=0)] = 10.0
+    """How long the token may take; the second in a row that is late takes the worker out of routing."""
+
+
 class EngineSection(Section):
     """Where the engine's code is and what all its processes are given."""
 
@@ -108,6 +119,8 @@ class EngineSection(Section):
     """How the KV cache moves from prefill to decode: nixl (the default), mooncake, mooncake_tcp, ucx."""
     args: Args = Field(default_factory=dict)
     """Arguments passed through to the engine, by their own names: true is a bare flag, a mapping is JSON."""
+    canary: Canary = Field(default_factory=Canary)
+    """Whether idle engines still generate."""
     start_timeout: Duration = 900.0
     """How long an engine may take until it is ready."""
     drain_timeout: Duration = 30.0

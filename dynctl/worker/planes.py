@@ -23,6 +23,7 @@ from dynctl.transport.control import ControlClient, ControlServer, read_body
 from dynctl.transport.engine_events import EngineEventSource
 from dynctl.transport.event_plane import Publisher
 from dynctl.transport.keys import Keys
+from dynctl.worker.canary import CanaryRun
 from dynctl.worker.kv_poll import KvPoller
 from dynctl.worker.kv_relay import KvRelay
 from dynctl.worker.load import report_load, report_of
@@ -49,6 +50,7 @@ class Planes:
         self._spec = spec
         self._incarnation = incarnation
         self._probe = probe
+        self._engine = engine
         keys = Keys.load(spec.keys_file)
         self._publisher = Publisher(keys, f"tcp://{spec.bind_host}:{spec.events_port}")
         self._server = ControlServer(keys, f"tcp://{spec.bind_host}:{spec.control_port}", self._answer)
@@ -64,6 +66,8 @@ class Planes:
         )
         self._registrar: Registrar | None = None
         self._draining = False
+        self._silences: set[str] = set()
+        self._canary: CanaryRun | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._events = self._control = ""
 
@@ -77,13 +81,24 @@ class Planes:
         """Serve an engine: relay its events and load, take the lease."""
         self._relay.attach(engine.ready.info.block_size)
         loop = asyncio.get_running_loop()
+        self._silences.clear()
         self._tasks = [
-            loop.create_task(report_load(self._probe, self._publish_load, self._silent), name="load"),
+            loop.create_task(
+                report_load(self._probe, self._publish_load, partial(self._silent, "load")), name="load"
+            ),
             loop.create_task(self._beat(), name="beat"),
         ]
         if self._spec.kv_poll is not None:
             poller = KvPoller(self._probe.origin, self._spec.kv_poll, self._new_reader, self._relay)
             self._tasks.append(loop.create_task(poller.run(), name="kv_poll"))
+        if self._spec.canary_interval_s:
+            self._canary = CanaryRun(
+                self._generates,
+                self._spec.dp_size,
+                self._spec.canary_interval_s,
+                partial(self._silent, "generation"),
+            )
+            self._tasks.append(loop.create_task(self._canary.run(), name="canary"))
         for task in self._tasks:
             task.add_done_callback(_log_failure)
         instance = self._instance(engine)
@@ -95,11 +110,22 @@ class Planes:
         self._draining = True
         return self._registrar is not None and await self._registrar.set_state("draining")
 
-    async def _silent(self, silent: bool) -> None:
-        """No new requests while the engine does not answer."""
-        logger.warning("engine.%s id=%s", "silent" if silent else "answers_again", self._spec.id)
-        if self._registrar is not None and not self._draining:
-            await self._registrar.set_state("silent" if silent else "ready")
+    async def _silent(self, what: str, silent: bool) -> None:
+        """No new requests while the engine does not answer: its load, or requests (`what`)."""
+        told = "silent" if silent else "answers_again"
+        logger.warning("engine.%s id=%s what=%s", told, self._spec.id, what)
+        before = bool(self._silences)
+        (self._silences.add if silent else self._silences.discard)(what)
+        now = bool(self._silences)
+        if now != before and self._registrar is not None and not self._draining:
+            await self._registrar.set_state("silent" if now else "ready")
+
+    async def _generates(self, rank: int | None) -> str:
+        """Not while it drains: it may refuse then, and must come to rest."""
+        if self._draining:
+            return ""
+        canary = self._engine.canary(self._spec.model.name, self._spec.role)
+        return await self._probe.generates(canary, rank, self._spec.canary_timeout_s)
 
     async def detach(self, reason: str) -> None:
         """The engine has ended, or is to be ended: give the lease back, stop relaying."""
@@ -138,6 +164,8 @@ class Planes:
         self._publisher.publish(KV_TOPIC, batch)
 
     def _publish_load(self, load: EngineLoad) -> None:
+        if self._canary is not None:
+            self._canary.load(load)
         self._publisher.publish(LOAD_TOPIC, report_of(self._spec.id, self._incarnation, load))
 
     def _instance(self, engine: Attached) -> Instance:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import msgspec
 
 from dynctl.engines import catalog
-from dynctl.engines.base import Engine, EngineInfo, EngineLoad, PrefillDecode
+from dynctl.engines.base import Canary, Engine, EngineInfo, EngineLoad, PrefillDecode
 from dynctl.errors import DynctlError, EngineFailed, NotReady, PortInUse, TransportError
 from dynctl.http.client import Client, Origin
 from dynctl.protocol.specs import WorkerSpec
@@ -126,6 +126,27 @@ class Probe:
         response = await self._client.request(self.origin, "GET", path, timeout_s=_HEALTH_S)
         if response.status != 200 and response.status not in _NO_SUCH_PROBE:
             raise NotReady(f"{path} answers {response.status}", where=str(self.origin))
+
+    async def generates(self, canary: Canary, rank: int | None, timeout_s: float) -> str:
+        """Have it generate one token, on `rank` of several; "", or why it has not.
+
+        Whatever it answers below 500 shows that it works, a refusal too: it may know no such request.
+        """
+        headers = [(b"content-type", b"application/json")]
+        if rank is not None:
+            headers.append((b"x-data-parallel-rank", b"%d" % rank))
+        try:
+            response = await self._client.request(
+                self.origin,
+                "POST",
+                canary.path,
+                headers=headers,
+                body=msgspec.json.encode(canary.body),
+                timeout_s=timeout_s,
+            )
+        except TransportError as error:
+            return str(error)
+        return f"{canary.path} answers {response.status}" if response.status >= 500 else ""
 
     async def load(self) -> list[EngineLoad]:
         """The engine's load by rank; [] when it tells none. Raises TransportError."""
