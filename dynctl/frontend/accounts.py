@@ -212,7 +212,7 @@ class Accounts:
                 "model_cancellation_total", model=model, endpoint=endpoint, request_type=request_type
             ).inc()
             self._metrics.gauge("disconnected_clients").inc()
-        elif error_type in ("unavailable", "overload"):
+        elif error_type in ("unavailable", "overload") and labels[0]:
             self._metrics.counter("model_rejection_total", model=labels[0], endpoint=labels[1]).inc()
 
     def _bind(self, model: str, endpoint: str, request_type: str) -> _Series:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from dynctl.frontend.disagg import flow_for
 from dynctl.frontend.export import exporter
 from dynctl.frontend.pipeline import Parts, Pipeline
 from dynctl.frontend.preprocess import Preprocessor
+from dynctl.frontend.pulse import Pulse
 from dynctl.frontend.series import Choices, Stages
 from dynctl.frontend.server import Edge, Routes, tell
 from dynctl.frontend.upstream import Upstream
@@ -39,6 +41,16 @@ _WORKER_SERIES = (
 )
 
 
+_WORKER_ID_SERIES = (
+    "worker_active_decode_blocks",
+    "worker_active_prefill_tokens",
+    "worker_last_time_to_first_token_seconds",
+    "worker_last_input_sequence_tokens",
+    "worker_last_inter_token_latency_seconds",
+    "component_router_worker_registered",
+)
+
+
 class Core:
     """Make it inside a running loop; `routes` is the handler to serve. `close` it at the end."""
 
@@ -50,6 +62,7 @@ class Core:
         self.metrics = Metrics(prefix=spec.metrics_prefix, own={"router_id": spec.id})
         self.accounts = Accounts(self.metrics)
         self._exporter = exporter(spec, self.metrics)
+        self._pulse = Pulse(asyncio.get_running_loop(), self.metrics)
         self.router = Router(spec.router, links, block_size=spec.model.block_size, rng=rng)
         self.models = Models(spec.model)
         self._client = Client()
@@ -69,6 +82,7 @@ class Core:
         await self._client.close()
         if self._preprocessor is not None:
             self._preprocessor.close()
+        self._pulse.cancel()
         if self._exporter is not None:
             await self._exporter.close()
 
@@ -79,6 +93,9 @@ class Core:
             self._members.pop(worker, None)
             for name in _WORKER_SERIES:
                 self.metrics.drop(name, worker=worker)
+            for name in _WORKER_ID_SERIES:
+                self.metrics.drop(name, worker_id=worker)
+            self.accounts.forget(worker)
             self.metrics.drop("router_peer_requests", peer=worker)
         for member in upserts:
             if member.instance.role != "frontend":
@@ -89,6 +106,10 @@ class Core:
         instances = [member.instance for member in self._members.values()]
         self._upstream.circuits.members_changed({one.id: one.role for one in instances})
         self.models.members_changed(instances)
+
+    def http_refused(self, code: str) -> None:
+        """Count a request that the HTTP server refused before it came here."""
+        self.metrics.counter("http_refusals_total", code=code).inc()
 
     def health(self) -> dict[str, Any]:
         """Per role what is wanted and what is there, and why requests cannot be served ([] = they can)."""
@@ -112,8 +133,10 @@ class Core:
         for role in self._spec.roles:
             metrics.gauge("router_workers", role=role).set(ready[role])
         metrics.gauge("model_ready", model=model).set(float(not self.router.ready(self._spec.roles)))
-        for (worker, rank), load in self.router.loads().items():
-            metrics.gauge("router_worker_requests", worker=worker, rank=str(rank)).set(load.requests)
+        metrics.gauge("model_context_length", model=model).set(self.models.max_model_len)
+        metrics.gauge("model_kv_cache_block_size", model=model).set(self.router.block_size)
+        metrics.gauge("lora_adapters", model=model).set(len(self.models.names()) - 1)
+        self._refresh_workers()
         circuits = self._upstream.circuits
         for worker, state in circuits.states(time.monotonic()).items():
             metrics.gauge("circuit_state", worker=worker).set(STATES.index(state))
@@ -131,6 +154,18 @@ class Core:
             metrics.counter("router_kv_gaps_total", **labels).set(stream.gaps)
             metrics.counter("router_kv_reloads_total", **labels).set(stream.reloads)
             metrics.counter("router_kv_worker_resets_total", **labels).set(stream.worker_resets)
+
+    def _refresh_workers(self) -> None:
+        metrics, capacity = self.metrics, 0
+        for (worker, rank), load in self.router.loads().items():
+            metrics.gauge("router_worker_requests", worker=worker, rank=str(rank)).set(load.requests)
+            role = self._members[worker].instance.role
+            labels = {"worker_id": worker, "dp_rank": str(rank), "worker_type": role}
+            metrics.gauge("worker_active_decode_blocks", **labels).set(load.blocks)
+            metrics.gauge("worker_active_prefill_tokens", **labels).set(load.prefill_tokens)
+            metrics.gauge("component_router_worker_registered", worker_id=worker, worker_type=role).set(1)
+            capacity = max(capacity, load.capacity)
+        metrics.gauge("model_total_kv_blocks", model=self._spec.model.name).set(capacity)
 
     def _ready(self) -> Counter[str]:
         return Counter(member.instance.role for member in self._members.values() if member.state == "ready")

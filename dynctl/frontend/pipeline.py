@@ -111,7 +111,7 @@ class Attempt:
 
     def _note(self, role: Role, choice: Choice, seconds: float) -> None:
         choices = self.parts.choices
-        choices.chosen(role, choice.instance.id, seconds, self.prompt.hashing_s)
+        choices.chosen(role, choice.instance.id, seconds)
         if self.prompt.hashes and role != "decode":
             choices.hit_rate(choice.overlap_blocks / len(self.prompt.hashes))
 
@@ -244,6 +244,9 @@ def single_leg(role: Role) -> Flow:
 
 
 _ERROR_TYPES = {
+    "unauthorized": "unauthorized",
+    "unknown_path": "not_found",
+    "method_not_allowed": "validation",
     "request": "validation",
     "context_length_exceeded": "validation",
     "model_not_found": "not_found",

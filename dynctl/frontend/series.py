@@ -69,8 +69,8 @@ class Choices:
         """A request is to be routed."""
         self._started.inc()
 
-    def chosen(self, role: str, worker: str, seconds: float, hashing_s: float) -> None:
-        """A worker was chosen in `seconds`, after the prompt was hashed in `hashing_s`."""
+    def chosen(self, role: str, worker: str, seconds: float) -> None:
+        """A worker was chosen in `seconds`."""
         counter = self._by_worker.get((role, worker))
         if counter is None:
             counter = self._metrics.counter("router_choices_total", role=role, worker=worker)
@@ -79,7 +79,7 @@ class Choices:
         self._ended.inc()
         self._seconds.observe(seconds)
         self._scheduling.observe(seconds * _MS)
-        self._total.observe((seconds + hashing_s) * _MS)
+        self._total.observe(seconds * _MS)
 
     def hit_rate(self, share: float) -> None:
         """The share of a prompt's blocks that the chosen worker is known to hold."""

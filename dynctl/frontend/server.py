@@ -17,7 +17,7 @@ from dynctl.frontend.admission import ApiKeys, Models
 from dynctl.frontend.body import excerpt
 from dynctl.frontend.call import Call, Endpoint, engine_headers, read_form, request_id
 from dynctl.frontend.hints import read_hints
-from dynctl.frontend.pipeline import Pipeline
+from dynctl.frontend.pipeline import Pipeline, error_type_of
 from dynctl.http.server import Exchange, Request
 from dynctl.observability.metrics import CONTENT_TYPE, Metrics
 from dynctl.observability.tracing import Trace, Tracing
@@ -33,9 +33,13 @@ class UnknownPath(RequestError):
 
 
 class WrongMethod(RequestError):
-    """The path is known, the method is not one it takes."""
+    """The path is known, the method is not one it takes: those it takes are in `allowed`."""
 
     kind = "method_not_allowed"
+
+    def __init__(self, path: str, method: str, allowed: str) -> None:
+        super().__init__(f"{excerpt(path)} takes {allowed}, not {method}")
+        self.allowed = allowed
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +147,8 @@ class Routes:
         try:
             await self._route(request, exchange, id_)
         except DynctlError as error:
+            endpoint = self._post.get(request.path)
+            self._edge.accounts.refused(endpoint.label if endpoint else "", error_type_of(error))
             self._refuse(error, exchange, id_)
 
     async def _route(self, request: Request, exchange: Exchange, id_: bytes) -> None:
@@ -152,11 +158,11 @@ class Routes:
             edge.keys.check(request.header(b"authorization"))
         if endpoint is not None:
             if request.method != "POST":
-                raise WrongMethod(f"{path} takes POST, not {request.method}")
+                raise WrongMethod(path, request.method, "POST")
             await self._serve(endpoint, request, exchange, id_)
         elif page is not None or path.startswith("/v1/models/"):
             if request.method not in ("GET", "HEAD"):
-                raise WrongMethod(f"{path} takes GET, not {request.method}")
+                raise WrongMethod(path, request.method, "GET, HEAD")
             if page is not None:
                 page(exchange)
             else:
@@ -172,7 +178,11 @@ class Routes:
             root.set("dynctl.request_id", id_.decode())
             call = self._call(endpoint, request, id_, trace)
             root.set("gen_ai.request.model", call.adapter or edge.models.card.name)
-            await edge.pipeline.serve(call, exchange)
+            try:
+                await edge.pipeline.serve(call, exchange)
+            except DynctlError as error:
+                root.fail(error)
+                self._refuse(error, exchange, id_)
 
     def _call(self, endpoint: Endpoint, request: Request, id_: bytes, trace: Trace) -> Call:
         edge = self._edge
@@ -205,6 +215,8 @@ class Routes:
             headers.append((b"retry-after", b"1"))
         elif what.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
+        elif isinstance(error, WrongMethod):
+            headers.append((b"allow", error.allowed.encode()))
         exchange.respond(what.status, tell(error), headers=headers)
 
     def _live(self, exchange: Exchange) -> None:

@@ -121,6 +121,7 @@ class Frontend:
                 tls=tls,
                 reuse_port=shared and port == spec.port,
             )
+            server.on_refused = self.core.http_refused
             self._servers.append(server)
             if shared and port == spec.port:
                 require_own(spec.host, port)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import secrets
 import socket
 import struct
 from collections.abc import Callable
@@ -38,10 +39,12 @@ class Owner(Protocol):
 
     def begun(self, request: Request, exchange: Exchange) -> None: ...
 
+    def refused(self, code: str) -> None: ...
+
     def settled(self, connection: ServerConnection) -> None: ...
 
 
-def refusal(status: int, code: str, message: str) -> bytes:
+def refusal(status: int, code: str, message: str, id_: bytes) -> bytes:
     """A whole answer with an OpenAI error body, after which the connection is closed."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     body = error_body(message, kind, code=code)
@@ -49,6 +52,7 @@ def refusal(status: int, code: str, message: str) -> bytes:
         (b"content-type", b"application/json"),
         (b"content-length", b"%d" % len(body)),
         (b"connection", b"close"),
+        (b"x-request-id", id_),
     ]
     return response_head(status, headers) + body
 
@@ -259,8 +263,11 @@ class ServerConnection(asyncio.Protocol):
         self._owner.begun(request, exchange)
 
     def _refuse(self, error: HeadError) -> None:
-        logger.info("request.refused peer=%s status=%d reason=%s", self._peer, error.status, error.message)
-        self.write(refusal(error.status, error.code, error.message))
+        id_ = secrets.token_hex(16)
+        status, why = error.status, error.message
+        logger.info("request.refused id=%s peer=%s status=%d why=%s", id_, self._peer, status, why)
+        self._owner.refused(error.code)
+        self.write(refusal(status, error.code, why, id_.encode()))
         self._close_gracefully()
         self._owner.settled(self)
 

@@ -27,7 +27,10 @@ BACKLOG: Final = 4096
 
 
 class Server:
-    """A listening server. `drain` and then `close` it."""
+    """A listening server. `drain` and then `close` it.
+
+    `on_refused` is called with the code of each request that is refused for its HTTP alone.
+    """
 
     def __init__(self, handler: Handler, limits: Limits) -> None:
         self._handler = handler
@@ -38,6 +41,7 @@ class Server:
         self.loop = asyncio.get_running_loop()
         self._sweeper = Sweeper(self.loop, self._look)
         self.limits = limits
+        self.on_refused: Callable[[str], None] | None = None
         self.draining = False
         self.port = 0
 
@@ -125,6 +129,11 @@ class Server:
         task = self.loop.create_task(self._run(request, exchange))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def refused(self, code: str) -> None:
+        """A request was answered here, for its HTTP alone."""
+        if self.on_refused is not None:
+            self.on_refused(code)
 
     def settled(self, connection: ServerConnection) -> None:
         """A connection may have become idle: wake whoever drains."""

@@ -332,7 +332,7 @@ _ROUTING: tuple[Metric, ...] = (
     ),
     _routing("router_overhead_block_hashing_ms", "histogram", "Hashing a prompt.", (), _HASHING_MS),
     _routing("router_overhead_scheduling_ms", "histogram", "Choosing a worker.", (), _OVERHEAD_MS),
-    _routing("router_overhead_total_ms", "histogram", "Hashing and choosing.", (), _OVERHEAD_MS),
+    _routing("router_overhead_total_ms", "histogram", "All of routing but the hashing.", (), _OVERHEAD_MS),
 )
 
 FRONTEND = (*_REQUESTS, *_LATENCY, *_TOKENS, *_CARD, *_FAULTS, *_WORKERS, *_ROUTING)

@@ -313,3 +313,50 @@ async def test_metrics_count_what_happened() -> None:
     assert 'dynctl_frontend_output_tokens_total{model="m"} 42.0' in text
     assert 'dynctl_frontend_time_to_first_token_seconds_count{model="m"} 1.0' in text
     assert 'dynctl_frontend_router_workers{role="aggregated"} 1.0' in text
+
+
+async def test_refusals_before_a_request_is_one_are_counted() -> None:
+    engine = Engine()
+    keys = [hashlib.sha256(b"k").hexdigest()]
+    async with frontend(make_spec(api_key_hashes=keys), aggregated=[engine]) as front:
+        key = {"authorization": "Bearer k"}
+        await front.post("/v1/completions", COMPLETION)
+        await front.post("/v1/completions", b"{", key)
+        await front.post("/v1/completions", {"model": "made-up-by-a-client", "prompt": "x"}, key)
+        await front.call("GET", "/nothing-is-here")
+        text = await front.metrics()
+    labels = 'endpoint="completions",error_type="{}",model="",request_type="unary",status="error"'
+    for error_type in ("unauthorized", "validation", "not_found"):
+        assert f"requests_total{{{labels.format(error_type)}}} 1.0" in text
+    assert 'endpoint="",error_type="not_found"' in text
+    assert "made-up" not in text
+    assert "nothing-is-here" not in text
+
+
+async def test_a_wrong_method_is_told_the_right_ones() -> None:
+    async with frontend(make_spec()) as front:
+        for method, path, allowed in (
+            ("GET", "/v1/completions", b"POST"),
+            ("DELETE", "/v1/models", b"GET, HEAD"),
+            ("POST", "/health", b"GET, HEAD"),
+        ):
+            response = await front.call(method, path)
+            assert response.status == 405
+            assert dict(response.headers)[b"allow"] == allowed
+
+
+async def test_metrics_of_workers_and_model_are_shown_and_go_with_the_worker() -> None:
+    engine = Engine()
+    async with frontend(make_spec(metrics_prefix="dynamo"), aggregated=[engine]) as front:
+        await front.post("/v1/completions", {**COMPLETION, "stream": True})
+        text = await front.metrics()
+        labels = '{dp_rank="0",worker_id="aggregated-0",worker_type="aggregated"}'
+        assert f"dynamo_frontend_worker_active_decode_blocks{labels} 0.0" in text
+        assert f"dynamo_frontend_worker_last_time_to_first_token_seconds{labels} 0.0" in text
+        assert 'dynamo_component_router_requests_total{router_id="frontend-0"} 1.0' in text
+        assert 'dynamo_router_overhead_scheduling_ms_count{router_id="frontend-0"} 1.0' in text
+        assert 'dynamo_frontend_stage_duration_seconds_count{stage="dispatch"} 1.0' in text
+        assert 'dynamo_frontend_queued_requests{model="m"} 0.0' in text
+        assert "dynctl_" not in text
+        front.core.members_changed([], ["aggregated-0"])
+        assert 'worker_id="aggregated-0"' not in await front.metrics()
