@@ -44,11 +44,12 @@ def excerpt(text: str) -> str:
 class Body:
     """One request body. `original` is what the client sent, byte for byte."""
 
-    __slots__ = ("fields", "original")
+    __slots__ = ("fields", "messages", "original")
 
     def __init__(self, original: bytes, fields: dict[str, msgspec.Raw]) -> None:
         self.original = original
         self.fields = fields
+        self.messages: list[Message] | None = None
 
     @classmethod
     def parse(cls, data: bytes) -> Body:
@@ -115,7 +116,16 @@ def field_value(raw: msgspec.Raw, kind: type[T], name: str) -> T | None:
 
 
 def messages(body: Body) -> list[Message]:
-    """The chat messages, top level of each split. Raises RequestError naming the message at fault."""
+    """The chat messages, top level of each split. Raises RequestError naming the message at fault.
+
+    To be read only: they are read once for all who ask.
+    """
+    if body.messages is None:
+        body.messages = _messages(body)
+    return body.messages
+
+
+def _messages(body: Body) -> list[Message]:
     raw = body.fields.get("messages")
     if raw is None:
         raise RequestError("`messages` is missing", where="messages")

@@ -1,7 +1,7 @@
 """A request's prompt as tokens and sequence hashes, for routing; the engine still makes its own.
 
-Whatever cannot be tokenised here (no tokenizer at hand, images, options that change the prompt) is routed
-without hashes, and the reason is counted. Texts above `THREAD_CHARS` are worked on in a thread.
+Whatever cannot be tokenised here (no tokenizer at hand, images, options that change the prompt) is known by
+its bytes alone (`alike`), and the reason is counted. What is long is worked on in a thread.
 """
 
 from __future__ import annotations
@@ -13,14 +13,18 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from dynctl.errors import ContextTooLong
+from dynctl.frontend.alike import alike
 from dynctl.frontend.body import Body, messages, prompt
-from dynctl.kv.hashing import root_hash, sequence_hashes
+from dynctl.frontend.cuts import cuts_of
+from dynctl.frontend.token_cache import Begun, Frame, TokenCache, Tokenised
+from dynctl.kv.hashing import pack_tokens, root_hash, sequence_hashes
 from dynctl.observability.metrics import Metrics
 from dynctl.protocol.instances import ModelCard
 
@@ -32,7 +36,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Kind = Literal["chat", "completions"]
-THREAD_CHARS = 16_384
+DEFAULT_CACHE_BYTES = 128 * 1024 * 1024
+THREAD_CHARS = 8_192
+"""More than so many characters that are left to tokenise are worked on in a thread."""
+_THREAD_BYTES = 512 * 1024
+"""A longer body is not even read on the loop."""
 _SUSPECT_CHARS = 8
 _SLICE_CHARS = 65_536
 _SLICE_SLACK = 64
@@ -54,10 +62,15 @@ class NotTokenised(Exception):
 
 @dataclass(frozen=True, slots=True)
 class PromptFacts:
-    """What routing and admission know of a prompt. `tokens` 0 and `hashes` None = not known."""
+    """What routing and admission know of a prompt. `tokens` 0 and `hashes` None = not known.
+
+    `approximate`: where there are no tokens, hashes of the request's bytes, one for about as many as make a
+    block. Equal ones mean that prompts begin alike; they have nothing to do with an engine's blocks.
+    """
 
     tokens: int = 0
     hashes: Sequence[int] | None = None
+    approximate: Sequence[int] | None = None
     hashing_s: float = field(default=0.0, compare=False)
 
 
@@ -73,26 +86,57 @@ class ModelFiles:
     special_tokens: dict[str, str]
 
 
-class Preprocessor:
-    """Tokenises for one model. `warm` loads tokenizer and template; requests that come before wait for it."""
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One prompt to be worked on. `context` in tokens, 0 = no limit known."""
 
-    def __init__(self, card: ModelCard, metrics: Metrics) -> None:
+    kind: Kind
+    body: Body
+    block_size: int
+    root: int
+    context: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Ends:
+    """The special tokens a tokenizer puts before and after a text (packed)."""
+
+    before: bytes = b""
+    after: bytes = b""
+
+
+class Preprocessor:
+    """Tokenises for one model. `warm` loads tokenizer and template; requests that come before wait for it.
+
+    `cache_bytes`: how large the cache of texts tokenised may be.
+    """
+
+    def __init__(self, card: ModelCard, metrics: Metrics, cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
         self._card = card
         self._metrics = metrics
+        self._cache_bytes = cache_bytes
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenise")
         self._tokenizer: Tokenizer | None = None
+        self._cache: TokenCache | None = None
+        self._ends: _Ends | None = None
         self._template: ChatTemplate | None = None
         self._loading: asyncio.Task[None] | None = None
         self._template_seconds = metrics.histogram("template_seconds")
         self._tokenize_seconds = metrics.histogram("tokenize_seconds")
-        self._tokenize_ms = metrics.histogram("tokenizer_latency_ms", operation="tokenize")
-        self._hashing_ms = metrics.histogram("router_overhead_block_hashing_ms")
+        self._hits = metrics.counter("tokenizer_cache_hits_total")
+        self._misses = metrics.counter("tokenizer_cache_misses_total")
+        self._cached = metrics.counter("tokenizer_cache_cached_tokens_total")
+        self._uncached = metrics.counter("tokenizer_cache_uncached_tokens_total")
 
     def warm(self) -> asyncio.Task[None]:
         """Begin to load, in a thread; the task ends when tokens can be made, or never will be."""
         if self._loading is None:
             self._loading = asyncio.create_task(self._load(), name="preprocess.load")
         return self._loading
+
+    def count(self, text: str) -> int | None:
+        """Tokens of an answer's text, None when there is no tokenizer (yet)."""
+        return None if self._tokenizer is None else len(_ids(self._tokenizer, [text])[0])
 
     def close(self) -> None:
         """Give the threads back without waiting for them."""
@@ -106,33 +150,63 @@ class Preprocessor:
         Raises ContextTooLong, as early as it can be known, for a text far beyond `context` tokens (0: no
         limit known). A prompt that is a little too long is given back, without hashes: the caller judges.
         """
+        root = root_hash(adapter, body.get("cache_salt", str) or "")
         try:
             changed = next((name for name in _PROMPT_CHANGERS if body.has(name)), None)
             if changed is not None:
                 raise NotTokenised(changed)
-            await asyncio.shield(self.warm())
-            root = root_hash(adapter, body.get("cache_salt", str) or "")
-            if len(body.original) <= THREAD_CHARS:
-                return self._prepare(kind, body, block_size, root, context)
-            return await asyncio.get_running_loop().run_in_executor(
-                self._threads, self._prepare, kind, body, block_size, root, context
-            )
+            loading = self.warm()
+            if not loading.done():
+                await asyncio.shield(loading)
+            return await self._prepare(_Job(kind, body, block_size, root, context))
         except NotTokenised as why:
             self._metrics.counter("tokenize_fallbacks_total", reason=why.reason).inc()
-            return UNKNOWN
+            return PromptFacts(approximate=alike(body, block_size, root))
 
-    def _prepare(self, kind: Kind, body: Body, block_size: int, root: int, context: int) -> PromptFacts:
-        chat = kind == "chat"
-        tokens = self._chat_tokens(body, context) if chat else self._completion_tokens(body, context)
-        if block_size <= 0 or len(tokens) > context > 0:
-            return PromptFacts(tokens=len(tokens))
+    def likeness(self, body: Body, block_size: int, adapter: str = "") -> PromptFacts:
+        """What can be said of the prompt of an endpoint whose prompts are not made here."""
+        return PromptFacts(approximate=alike(body, block_size, root_hash(adapter)))
+
+    async def _prepare(self, job: _Job) -> PromptFacts:
+        in_thread = asyncio.get_running_loop().run_in_executor
+        long = len(job.body.original) > _THREAD_BYTES
+        text = await in_thread(self._threads, self._text, job) if long else self._text(job)
+        if not isinstance(text, str):
+            return _facts(len(text), job, sequence_hashes(text, job.block_size or len(text), job.root))
+        cache = self._cache
+        if cache is None:
+            raise NotTokenised("tokenizer_missing")
+        frame = self._frame(job)
         started = time.perf_counter()
-        hashes = sequence_hashes(tokens, block_size, root)
-        hashing_s = time.perf_counter() - started
-        self._hashing_ms.observe(hashing_s * 1000)
-        return PromptFacts(tokens=len(tokens), hashes=hashes, hashing_s=hashing_s)
+        begun = cache.begin(text)
+        uncached = begun.uncached_chars
+        if uncached > THREAD_CHARS:
+            made = await in_thread(self._threads, self._complete, cache, begun, frame, job.context)
+        else:
+            made = self._complete(cache, begun, frame, job.context)
+        self._tokenize_seconds.observe(time.perf_counter() - started)
+        self._note(made)
+        return _facts(made.tokens, job, made.hashes)
 
-    def _chat_tokens(self, body: Body, context: int) -> Sequence[int]:
+    def _note(self, made: Tokenised) -> None:
+        (self._hits if made.cached else self._misses).inc()
+        self._cached.inc(made.cached)
+        self._uncached.inc(made.tokens - made.cached)
+
+    def _text(self, job: _Job) -> str | Sequence[int]:
+        """The text to tokenise, or the tokens where the client gave them."""
+        if job.kind == "chat":
+            return self._chat_text(job.body)
+        given = prompt(job.body)
+        if isinstance(given, list) and len(given) == 1 and not isinstance(given[0], int):
+            given = given[0] if isinstance(given[0], str) else list(given[0])
+        if isinstance(given, str):
+            return given
+        if not given or not all(isinstance(token, int) for token in given):
+            raise NotTokenised("batch" if given else "prompt_missing")
+        return [token for token in given if isinstance(token, int)]
+
+    def _chat_text(self, body: Body) -> str:
         from dynctl.frontend.template import Unrenderable
 
         if self._template is None:
@@ -144,30 +218,20 @@ class Preprocessor:
             logger.debug("prompt.unrenderable why=%s", error)
             raise NotTokenised(error.reason) from error
         self._template_seconds.observe(time.perf_counter() - started)
-        return self._encode(text, context, add_special_tokens=False)
+        return text
 
-    def _completion_tokens(self, body: Body, context: int) -> Sequence[int]:
-        given = prompt(body)
-        if isinstance(given, list) and len(given) == 1 and not isinstance(given[0], int):
-            given = given[0] if isinstance(given[0], str) else list(given[0])
-        if isinstance(given, str):
-            return self._encode(given, context, add_special_tokens=True)
-        if not given or not all(isinstance(token, int) for token in given):
-            raise NotTokenised("batch" if given else "prompt_missing")
-        return [token for token in given if isinstance(token, int)]
+    def _frame(self, job: _Job) -> Frame:
+        """Chat templates write special tokens themselves; to completions they are added."""
+        ends = _Ends() if job.kind == "chat" else self._ends
+        if ends is None:
+            raise NotTokenised("post_processor_unknown")
+        return _frame(max(0, job.block_size), job.root, ends)
 
-    def _encode(self, text: str, context: int, *, add_special_tokens: bool) -> Sequence[int]:
-        tokenizer = self._tokenizer
-        if tokenizer is None:
-            raise NotTokenised("tokenizer_missing")
-        started = time.perf_counter()
-        if context and len(text) > _SUSPECT_CHARS * context:
-            _refuse_far_too_long(tokenizer, text, context)
-        ids = _ids(tokenizer, text, add_special_tokens)
-        seconds = time.perf_counter() - started
-        self._tokenize_seconds.observe(seconds)
-        self._tokenize_ms.observe(seconds * 1000)
-        return ids
+    def _complete(self, cache: TokenCache, begun: Begun, frame: Frame, context: int) -> Tokenised:
+        if context and begun.uncached_chars > _SUSPECT_CHARS * context:
+            assert self._tokenizer is not None
+            _refuse_far_too_long(self._tokenizer, "".join(begun.pieces), context)
+        return cache.complete(begun, frame)
 
     async def _load(self) -> None:
         try:
@@ -185,13 +249,21 @@ class Preprocessor:
             return
         from tokenizers import Tokenizer
 
+        # Pieces of one prompt are not worth a thread each: there is a thread for each prompt.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         try:
             tokenizer = Tokenizer.from_file(str(files.tokenizer_json))
         except Exception as error:  # the library raises bare Exception for a file it cannot read
             raise ValueError(f"{files.tokenizer_json}: {error}") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        self._ends = _ends_of(tokenizer)
+
+        def tokenise(texts: list[str]) -> list[list[int]]:
+            return _ids(tokenizer, texts)
+
         self._tokenizer = tokenizer
+        self._cache = TokenCache(tokenise, cuts_of(files.tokenizer_json.read_bytes()), self._cache_bytes)
         self._load_template(files)
 
     def _load_template(self, files: ModelFiles) -> None:
@@ -206,17 +278,36 @@ class Preprocessor:
             logger.warning("chat_template.unusable model=%s why=%s", self._card.name, error)
 
 
-def _ids(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> Sequence[int]:
+def _facts(tokens: int, job: _Job, hashes: Sequence[int]) -> PromptFacts:
+    known = job.block_size > 0 and (tokens <= job.context or job.context <= 0)
+    return PromptFacts(tokens, hashes if known else None)
+
+
+@lru_cache(maxsize=1024)
+def _frame(block_size: int, root: int, ends: _Ends) -> Frame:
+    """One object for equal frames: comparing them is then quick."""
+    return Frame(block_size, root, ends.before, ends.after)
+
+
+def _ends_of(tokenizer: Tokenizer) -> _Ends | None:
+    """What a post-processor puts around a text; None when it does more than that."""
+    plain, full = (tokenizer.encode("a", add_special_tokens=added).ids for added in (False, True))
+    for at in range(len(full) - len(plain) + 1):
+        if plain and full[at : at + len(plain)] == plain:
+            return _Ends(pack_tokens(full[:at]), pack_tokens(full[at + len(plain) :]))
+    return None
+
+
+def _ids(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     """Of the library's calls the one that lets other threads run meanwhile: `encode` would stop them all."""
-    ids: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
-    return ids
+    return [one.ids for one in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _refuse_far_too_long(tokenizer: Tokenizer, text: str, context: int) -> None:
     """Raises ContextTooLong as soon as the slices so far are more than fits, whatever the cuts have added."""
     count = 0
     for number, start in enumerate(range(0, len(text), _SLICE_CHARS), 1):
-        count += len(_ids(tokenizer, text[start : start + _SLICE_CHARS], False))
+        count += len(_ids(tokenizer, [text[start : start + _SLICE_CHARS]])[0])
         least = count - _SLICE_SLACK * number
         if least > context:
             raise ContextTooLong(

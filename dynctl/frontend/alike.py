@@ -1,0 +1,29 @@
+"""Hashes of a request's bytes, for prompts of which there are no tokens: begin alike, hashed alike. Pure."""
+
+from __future__ import annotations
+
+from xxhash import xxh3_64_intdigest
+
+from dynctl.frontend.body import Body
+
+TOKEN_BYTES = 4
+"""Bytes of JSON text taken for a token: about right for English."""
+DEFAULT_BLOCK_SIZE = 16
+_SEED = 7331  # not that of `kv.hashing`: no such hash may stand for a block of tokens
+_MOST = 4096
+_FIELDS = ("system", "instructions", "tools", "messages", "prompt", "query", "input", "documents", "text")
+"""What a prompt is made of, in the order in which it is put together."""
+
+
+def alike(body: Body, block_size: int, root: int) -> list[int]:
+    """One hash for each `block_size` tokens' worth of the prompt's bytes, covering all before; at most 4096.
+
+    `block_size` in tokens, 0 = not known. `root`: from `kv.hashing.root_hash`.
+    """
+    size = TOKEN_BYTES * (block_size or DEFAULT_BLOCK_SIZE)
+    data = b"".join(bytes(body.fields[name]) for name in _FIELDS if name in body.fields)
+    parent, hashes = root, []
+    for start in range(0, min(len(data) - size + 1, _MOST * size), size):
+        parent = xxh3_64_intdigest(parent.to_bytes(8, "little") + data[start : start + size], _SEED)
+        hashes.append(parent)
+    return hashes

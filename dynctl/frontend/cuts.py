@@ -1,0 +1,205 @@
+"""Where a text may be cut so that the pieces' tokens, put together, are the tokens of the whole. Pure.
+
+Two kinds of places are known to be safe:
+
+- *Before an added token* (`<|im_end|>`): the library splits a text at these before all else, and treats what
+  lies between them apart. Used are tokens whose first character is in no added token but as its first, so
+  that each occurrence is one.
+- *Before a space between two letters*, for tokenizers where it can be shown from their files: the normaliser
+  works character by character, no pre-tokeniser sees across (`patterns`), and either no entry of a BPE
+  vocabulary holds a letter directly before a space, so that no merge can cross, or the words are separated
+  anyway.
+
+A tokenizer of which less can be shown gets fewer places, at worst none.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from dynctl.frontend.patterns import keeps_apart
+
+CHUNK_CHARS = 512
+"""The least length of a piece: short ones cost more to look up than they save."""
+_NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase")
+_UNTOUCHED = ("Digits", "Punctuation")
+_BYTE_SPACE = "Ġ"  # how byte-level tokenizers write a space
+_BYTES_BELOW_80 = r"\x00-\x7f\u0100-\u0121"  # and the rest of ASCII
+_SPACED = re.compile(r"(?:^|[^\W\d_]) (?:$|[^\W\d_])")
+
+
+class AddedToken(msgspec.Struct):
+    """One of `added_tokens`, as `tokenizer.json` has it."""
+
+    content: str
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = True
+
+
+class Model(msgspec.Struct):
+    """The part of `model` that matters here. `vocab`: a mapping for BPE, else left alone."""
+
+    type: str = ""
+    dropout: float | None = None
+    continuing_subword_prefix: str | None = None
+    end_of_word_suffix: str | None = None
+    vocab: msgspec.Raw = msgspec.Raw(b"{}")
+
+
+class Layout(msgspec.Struct):
+    """A `tokenizer.json`. Decode it with msgspec."""
+
+    added_tokens: list[AddedToken] = []
+    normalizer: dict[str, Any] | None = None
+    pre_tokenizer: dict[str, Any] | None = None
+    model: Model = msgspec.field(default_factory=Model)
+
+
+class Cuts:
+    """The places of one tokenizer. `pattern` finds one; None = a text is never cut.
+
+    Pieces have at least `least_chars` - 1 characters; at least 2.
+    """
+
+    def __init__(self, pattern: re.Pattern[str] | None, least_chars: int = CHUNK_CHARS) -> None:
+        self._pattern = pattern
+        self._least_chars = least_chars
+
+    def next(self, text: str, start: int) -> int:
+        """The end of the piece that begins at `start`: a place far enough on, or the text's end.
+
+        It depends on nothing before `start` and but two characters after the place: texts that begin alike
+        are cut alike.
+        """
+        if self._pattern is None or len(text) - start <= self._least_chars:
+            return len(text)
+        found = self._pattern.search(text, start + self._least_chars - 1)
+        if found is None:
+            return len(text)
+        return found.start() if found.lastindex else found.end() - 1
+
+
+def cuts_of(tokenizer_json: bytes, least_chars: int = CHUNK_CHARS) -> Cuts:
+    """The places of the tokenizer that `tokenizer.json` describes; none when it is not of the known form."""
+    try:
+        layout = msgspec.json.decode(tokenizer_json, type=Layout)
+    except (msgspec.MsgspecError, RecursionError):
+        return Cuts(None)
+    if layout.model.dropout:
+        return Cuts(None)
+    openers = _openers(layout.added_tokens)
+    marked = _any_of(sorted(t.content for t in layout.added_tokens if t.content[:1] in openers))
+    parts = [f"({marked})"] if marked else []
+    letter = _letter_before_space(layout)
+    if letter:
+        parts.append(f"{letter} (?={letter})")
+    return Cuts(re.compile("|".join(parts)) if parts else None, least_chars)
+
+
+def _openers(tokens: Sequence[AddedToken]) -> frozenset[str]:
+    """First characters that announce an added token wherever they are part of one."""
+    first = {token.content[0] for token in tokens if token.content}
+    inside = {character for token in tokens for character in token.content[1:]}
+    unfit = {t.content[0] for t in tokens if t.content and (t.normalized or t.lstrip or t.single_word)}
+    return frozenset(c for c in first - inside - unfit if not (c.isalnum() or c.isspace() or c == "_"))
+
+
+def _any_of(words: Iterable[str]) -> str:
+    """A pattern that finds where one of `words` begins, in a time that does not grow with their number."""
+    tails: dict[str, list[str]] = {}
+    for word in words:
+        if not word:
+            return ""
+        tails.setdefault(word[0], []).append(word[1:])
+    branches = [re.escape(head) + _any_of(rest) for head, rest in tails.items()]
+    return branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})" if branches else ""
+
+
+def _letter_before_space(layout: Layout) -> str:
+    """The class of letters between which a space is a safe place, "" when it is not."""
+    if any(_touches_words(token) for token in layout.added_tokens):
+        return ""
+    replaced = _replaced_space(layout.normalizer)
+    found = None if replaced is None else _pre_tokenized(layout.pre_tokenizer, replaced)
+    if found is None:
+        return ""
+    space, separates = found
+    if separates:
+        return r"[^\W\d_]"
+    model = layout.model
+    if model.type != "BPE" or model.continuing_subword_prefix or model.end_of_word_suffix:
+        return ""
+    return _letter_by_vocabulary(msgspec.json.decode(model.vocab, type=dict[str, int]), space)
+
+
+def _touches_words(token: AddedToken) -> bool:
+    """Whether an added token could take part in a space between letters, or reach for it."""
+    content = unicodedata.normalize("NFKC", token.content)
+    reaches = token.lstrip or token.rstrip or token.single_word
+    return bool(_SPACED.search(content)) or (reaches and any(c.isalnum() for c in content[:1] + content[-1:]))
+
+
+def _replaced_space(normalizer: Mapping[str, Any] | None) -> str | None:
+    """What normalisation makes of a space; None when it may look further than at single characters."""
+    if normalizer is None:
+        return " "
+    steps = normalizer.get("normalizers", []) if normalizer.get("type") == "Sequence" else [normalizer]
+    space = " "
+    for step in steps:
+        if step.get("type") == "Replace" and step.get("pattern") == {"String": " "} and space == " ":
+            space = str(step.get("content"))
+        elif step.get("type") not in _NORMALIZERS:
+            return None
+    return space if len(space) == 1 else None
+
+
+def _pre_tokenized(pre_tokenizer: Mapping[str, Any] | None, space: str) -> tuple[str, bool] | None:
+    """How the model sees a space, and whether words are given to it apart; None when neither is known."""
+    if pre_tokenizer is None:
+        return space, False
+    several = pre_tokenizer.get("type") == "Sequence"
+    steps = pre_tokenizer.get("pretokenizers", []) if several else [pre_tokenizer]
+    final = False
+    separates = False
+    for step in steps:
+        kind = step.get("type")
+        if final:
+            return None
+        if kind == "Metaspace":
+            replacement = str(step.get("replacement"))
+            if space not in (" ", replacement):
+                return None
+            space, separates, final = replacement, step.get("split", True) is True, True
+        elif kind == "ByteLevel" and space == " ":
+            space, final = _BYTE_SPACE, True
+        elif not (kind in _UNTOUCHED or (kind == "Split" and _splits_safely(step, space))):
+            return None
+    return space, separates
+
+
+def _splits_safely(step: Mapping[str, Any], space: str) -> bool:
+    pattern = step.get("pattern", {})
+    if "String" in pattern:  # a space that is none any more is never found
+        return bool(pattern["String"] == " " != space)
+    keeps = step.get("behavior") == "Isolated" and not step.get("invert")
+    drops_gaps = step.get("behavior") == "Removed" and step.get("invert") is True
+    return space == " " and (keeps or drops_gaps) and keeps_apart(str(pattern.get("Regex", "(")))
+
+
+def _letter_by_vocabulary(vocabulary: Iterable[str], space: str) -> str:
+    entries = set(vocabulary)
+    if space not in entries:
+        return ""
+    mark = re.escape(space)
+    joined = "\n".join(entry for entry in entries if space in entry[1:])
+    if re.search(f"[A-Za-z]{mark}", joined):
+        return ""
+    others = f"[^\\n{_BYTES_BELOW_80}]{mark}" if space == _BYTE_SPACE else f"[^\\n{mark}]{mark}"
+    return "[A-Za-z]" if re.search(others, joined) else r"[^\W\d_]"

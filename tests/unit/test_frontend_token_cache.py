@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from dynctl.frontend.cuts import Cuts, cuts_of
+from dynctl.frontend.patterns import keeps_apart
+from dynctl.frontend.token_cache import Frame, TokenCache
+from dynctl.kv.hashing import pack_tokens, root_hash, sequence_hashes
+from tests.make_tiny_tokenizer import CORPUS
+from tests.tokenizers_zoo import CL100K, CUT_AT_WORDS, DEEPSEEK, MARKS, O200K, ZOO, made
+
+Make = Callable[[], Tokenizer]
+FRAME = Frame(4, root_hash())
+WORDS = CORPUS.read_text(encoding="utf-8").split()
+ODD = [
+    " ", "  ", "   ", "\n", "\n\n", "\t", " \n ", "\u00a0", "\u3000", "\u200d", "\x00", "\r\n",
+    "'s", "'LL", "3", "12345", "...", "?!\n", "<", "<|", "|>", "<|im_", "x" * 30, "▁", "Ġ",
+    "<mask>", "[tool]", " [tool]  ", "the frontend", "worker",
+    "é", "e\u0301", "\u0301", "\u037a", "\ufb01", "\uff21", "İ", "ß", "²", "Größe",
+    "привет", "мир", "你好", "世界。", "🙂", "🏳️‍🌈",
+]  # fmt: skip
+PARTS = st.one_of(
+    st.sampled_from(sorted(set(WORDS))[:200]),
+    st.sampled_from([*MARKS, *ODD]),
+    st.text(max_size=6),
+)  # fmt: skip
+TEXTS = st.lists(st.one_of(PARTS, PARTS.map(lambda part: " " + part)), max_size=40).map("".join)
+
+
+def ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def cache_of(tokenizer: Tokenizer, least_chars: int, capacity_bytes: int = 1 << 24) -> TokenCache:
+    return TokenCache(
+        lambda texts: [ids(tokenizer, text) for text in texts],
+        cuts_of(tokenizer.to_str().encode(), least_chars),
+        capacity_bytes,
+    )
+
+
+def tokens_in_pieces(tokenizer: Tokenizer, cuts: Cuts, text: str) -> list[int]:
+    found: list[int] = []
+    at = 0
+    while at < len(text):
+        end = cuts.next(text, at)
+        assert end > at
+        found += ids(tokenizer, text[at:end])
+        at = end
+    return found
+
+
+@pytest.mark.parametrize("make", ZOO, ids=lambda make: make.__name__)
+@settings(max_examples=250, deadline=None)
+@given(text=TEXTS, least=st.integers(2, 12))
+def test_pieces_have_the_tokens_of_the_whole(make: Make, text: str, least: int) -> None:
+    tokenizer = made(make)
+    cuts = cuts_of(tokenizer.to_str().encode(), least)
+    assert tokens_in_pieces(tokenizer, cuts, text) == ids(tokenizer, text)
+
+
+@pytest.mark.parametrize("make", ZOO, ids=lambda make: make.__name__)
+def test_prose_is_cut_between_words_where_that_can_be_shown_to_be_safe(make: Make) -> None:
+    tokenizer = made(make)
+    cuts = cuts_of(tokenizer.to_str().encode(), 8)
+    prose = " ".join(word for word in WORDS if word.isalpha())[:2000]
+    assert (cuts.next(prose, 0) < 30) == (make.__name__ in CUT_AT_WORDS)
+    assert tokens_in_pieces(tokenizer, cuts, prose) == ids(tokenizer, prose)
+
+
+@pytest.mark.parametrize("make", ZOO[:-1], ids=lambda make: make.__name__)
+def test_chats_are_cut_at_special_tokens(make: Make) -> None:
+    cuts = cuts_of(made(make).to_str().encode(), 8)
+    text = "1234567890<|im_end|>1234567890"
+    # A token that takes the spaces before it makes all that begin as it does unfit.
+    assert cuts.next(text, 0) == (len(text) if make.__name__ == "odd_added_tokens" else 10)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    texts=st.lists(st.tuples(st.integers(0, 40), TEXTS), min_size=2, max_size=8),
+    capacity=st.sampled_from([0, 3000, 1 << 24]),
+    size=st.integers(1, 5),
+)
+def test_cached_tokens_and_hashes_are_those_of_the_uncached_text(
+    texts: list[tuple[int, str]], capacity: int, size: int
+) -> None:
+    tokenizer = made(ZOO[0])
+    cache = cache_of(tokenizer, 5, capacity)
+    last = ""
+    for kept, text in texts:
+        last = last[:kept] + text
+        frames = [
+            Frame(size, root_hash()),
+            Frame(size + 1, root_hash("adapter")),
+            Frame(size, root_hash(), pack_tokens([1, 2]), pack_tokens([3])),
+        ]
+        for frame, around in zip(frames, (((), ()), ((), ()), ((1, 2), (3,))), strict=True):
+            found = cache.complete(cache.begin(last), frame)
+            whole = [*around[0], *ids(tokenizer, last), *around[1]]
+            assert found.tokens == len(whole)
+            assert found.hashes == sequence_hashes(whole, frame.block_size, frame.root)
+        assert cache.size_bytes <= capacity
+
+
+def test_a_shared_prefix_is_tokenised_once() -> None:
+    tokenizer = made(ZOO[0])
+    cache = cache_of(tokenizer, 64)
+    shared = " ".join(WORDS[:600])
+    first = cache.complete(cache.begin(shared + " alpha beta"), FRAME)
+    second = cache.complete(cache.begin(shared + " gamma delta"), FRAME)
+    assert first.cached == 0
+    assert second.cached > 0.95 * second.tokens
+    assert cache.complete(cache.begin(shared + " alpha beta"), FRAME).cached == first.tokens
+
+
+def test_the_longest_unused_go_first_and_memory_stays_bounded() -> None:
+    cache = cache_of(made(ZOO[0]), 32, capacity_bytes=60_000)
+    rng = random.Random(1)
+    hot = " ".join(rng.choices(WORDS, k=60))
+    for _ in range(200):
+        assert cache.size_bytes <= 60_000
+        cache.complete(cache.begin(hot), FRAME)
+        cache.complete(cache.begin(" ".join(rng.choices(WORDS, k=60))), FRAME)
+    assert not cache.begin(hot).pieces
+    assert len(cache) < 100
+
+
+def test_threads_get_the_same_hashes() -> None:
+    tokenizer = made(ZOO[0])
+    cache = cache_of(tokenizer, 16, capacity_bytes=200_000)
+    rng = random.Random(2)
+    shared = " ".join(WORDS[:100])
+    texts = [f"{shared} {' '.join(rng.choices(WORDS, k=30))}" for _ in range(200)]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda text: cache.complete(cache.begin(text), FRAME), texts))
+    for text, one in zip(texts, found, strict=True):
+        assert one.hashes == sequence_hashes(ids(tokenizer, text), FRAME.block_size, FRAME.root)
+
+
+@pytest.mark.parametrize("pattern", [CL100K, O200K, DEEPSEEK, r"\p{N}{1,3}(?=(\d{3})+(?!\d))", "[一-龥]+"])
+def test_patterns_of_published_tokenizers_keep_words_apart(pattern: str) -> None:
+    assert keeps_apart(pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"\w+ \w+", ".+", r"[^\n]+", r"\p{L}+\s*", r"(\p{L}| )+", r"\S+\s?",  # hold a letter and a space
+        r"\p{L}+(?=\s)", r"\p{L}+$", r"\p{L}+(?! )", r"a\b", r"(?<=x)y", r"^x",  # look around
+        r"[\p{L}&&[a-z]]", r"\p{Cyrillic}", r"[[:alpha:]]", r"a{x}", "(a", "[a",  # not read
+        r"\p{L", r"\1", "a)", r"\pL",
+    ],
+)  # fmt: skip
+def test_patterns_that_may_cross_a_space_or_are_not_understood_are_not_trusted(pattern: str) -> None:
+    assert not keeps_apart(pattern)
+
+
+@pytest.mark.parametrize("layout", [b"", b"[]", b'{"model":{"type":"BPE","dropout":0.1}}', b"{}"])
+def test_an_unknown_layout_is_never_cut(layout: bytes) -> None:
+    text = "some words of prose " * 100
+    assert cuts_of(layout, 4).next(text, 0) == len(text)
