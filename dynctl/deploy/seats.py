@@ -21,6 +21,7 @@ from dynctl.engines.base import (
 )
 from dynctl.protocol.instances import ModelCard, Role
 from dynctl.protocol.specs import (
+    ApiKeySpec,
     BusySpec,
     EngineProcess,
     FrontendSpec,
@@ -112,10 +113,11 @@ def frontend_command(site: Site, index: int, host: Host, ports: Mapping[str, int
         limits=_limits(recipe),
         busy=_busy(recipe),
         migration=msgspec.convert(recipe.frontend.migration.model_dump(), MigrationSpec),
-        api_key_hashes=[key.removeprefix("sha256:") for key in recipe.frontend.api_key],
+        api_keys=_api_keys(recipe),
         tls_cert=recipe.frontend.tls.cert if recipe.frontend.tls else "",
         tls_key=recipe.frontend.tls.key if recipe.frontend.tls else "",
         metrics_prefix=recipe.frontend.metrics_prefix,
+        tokenizer_cache_bytes=recipe.frontend.tokenizer_cache,
         tracing=_tracing(recipe),
         sync_timeout_s=recipe.frontend.sync_timeout,
         drain_timeout_s=recipe.engine.drain_timeout,
@@ -242,6 +244,19 @@ def _router(recipe: Recipe) -> RouterSpec:
     given["session_affinity"]["ttl_s"] = given["session_affinity"].pop("ttl")
     given["queue"]["deadline_s"] = given["queue"].pop("deadline")
     return msgspec.convert(given, RouterSpec)
+
+
+def _api_keys(recipe: Recipe) -> list[ApiKeySpec]:
+    """The recipe's keys, which are digests by now."""
+    return [
+        ApiKeySpec(
+            name=key.name,
+            sha256=key.key.removeprefix("sha256:").lower(),
+            max_concurrent=key.max_concurrent,
+            admin=key.admin,
+        )
+        for key in recipe.frontend.api_key
+    ]
 
 
 def _busy(recipe: Recipe) -> BusySpec:

@@ -1,37 +1,12 @@
-"""Which requests are let in: the right key, a model that is served, a prompt that fits. Pure."""
+"""Which requests are let in: a model that is served, a prompt that fits. Pure."""
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 from collections.abc import Iterable
 
-from dynctl.errors import ContextTooLong, ModelNotFound, RequestError, Unauthorized
+from dynctl.errors import ContextTooLong, ModelNotFound, RequestError
 from dynctl.frontend.body import Body, excerpt
 from dynctl.protocol.instances import Instance, ModelCard
-
-
-class ApiKeys:
-    """The keys that open `/v1`. `hashes` are SHA-256 hex digests; none = everybody may."""
-
-    def __init__(self, hashes: Iterable[str]) -> None:
-        self._hashes = tuple(digest.lower().encode() for digest in hashes)
-
-    @property
-    def asked_for(self) -> bool:
-        """Whether a key is needed at all."""
-        return bool(self._hashes)
-
-    def check(self, authorization: bytes | None) -> None:
-        """Raises Unauthorized unless the header carries one of the keys; a near miss takes as long as any."""
-        if not self._hashes:
-            return
-        scheme, _, key = (authorization or b"").partition(b" ")
-        if scheme.lower() != b"bearer" or not key.strip():
-            raise Unauthorized("an API key is needed", hint="send `Authorization: Bearer <key>`")
-        digest = hashlib.sha256(key.strip()).hexdigest().encode()
-        if not any([hmac.compare_digest(digest, known) for known in self._hashes]):
-            raise Unauthorized("the API key is not valid here")
 
 
 class Models:

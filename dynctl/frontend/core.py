@@ -14,10 +14,13 @@ from typing import Any
 
 from dynctl.engines import catalog
 from dynctl.frontend.accounts import Accounts
-from dynctl.frontend.admission import ApiKeys, Models
+from dynctl.frontend.admission import Models
 from dynctl.frontend.circuit import STATES
 from dynctl.frontend.disagg import flow_for
 from dynctl.frontend.export import exporter
+from dynctl.frontend.gate import Gate
+from dynctl.frontend.keys import ApiKeys
+from dynctl.frontend.migrate import Migrations
 from dynctl.frontend.pipeline import Parts, Pipeline
 from dynctl.frontend.preprocess import Preprocessor
 from dynctl.frontend.pulse import Pulse
@@ -65,9 +68,16 @@ class Core:
         self._pulse = Pulse(asyncio.get_running_loop(), self.metrics)
         self.router = Router(spec.router, links, block_size=spec.model.block_size, rng=rng)
         self.models = Models(spec.model)
+        self.gate = Gate(
+            self.router, _prompt_roles(spec), spec.router.queue, spec.busy, self.metrics, spec.model.name
+        )
         self._client = Client()
         self._upstream = Upstream(self._client, spec.limits, self.metrics)
-        self._preprocessor = Preprocessor(spec.model, self.metrics) if spec.router.mode == "kv" else None
+        self._preprocessor = (
+            Preprocessor(spec.model, self.metrics, spec.tokenizer_cache_bytes)
+            if spec.router.mode == "kv"
+            else None
+        )
         self.routes = Routes(self._edge(rng))
 
     def warm(self) -> None:
@@ -170,10 +180,15 @@ class Core:
     def _ready(self) -> Counter[str]:
         return Counter(member.instance.role for member in self._members.values() if member.state == "ready")
 
+    def _count(self, text: str) -> int | None:
+        """Tokens of a text, where that can be known here."""
+        return self._preprocessor.count(text) if self._preprocessor is not None else None
+
     def _edge(self, rng: Random) -> Edge:
         spec = self._spec
         parts = Parts(
             router=self.router,
+            gate=self.gate,
             upstream=self._upstream,
             models=self.models,
             metrics=self.metrics,
@@ -181,6 +196,9 @@ class Core:
             choices=Choices(self.metrics),
             rng=rng,
             preprocessor=self._preprocessor,
+            migrations=Migrations(
+                spec.migration, self._engine.continuation, self.metrics, spec.model.name, self._count
+            ),
             tell=tell,
             request_timeout_s=spec.limits.request_timeout_s,
         )
@@ -189,7 +207,7 @@ class Core:
         return Edge(
             pipeline=Pipeline(parts, flow, other),
             models=self.models,
-            keys=ApiKeys(spec.api_key_hashes),
+            keys=ApiKeys(spec.api_keys, self.metrics),
             accounts=self.accounts,
             metrics=self.metrics,
             tracing=Tracing(
@@ -202,3 +220,9 @@ class Core:
             owned_fields=self._engine.client_fields,
             started_at=int(time.time()),
         )
+
+
+def _prompt_roles(spec: FrontendSpec) -> list[Role]:
+    """The roles a prompt goes through, in order."""
+    present: list[Role] = ["prefill", "decode"] if "prefill" in spec.roles else ["aggregated"]
+    return present

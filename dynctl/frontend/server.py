@@ -13,10 +13,11 @@ import msgspec
 
 from dynctl.errors import DynctlError, Overloaded, RequestError, TransportError
 from dynctl.frontend.accounts import Accounts
-from dynctl.frontend.admission import ApiKeys, Models
+from dynctl.frontend.admission import Models
 from dynctl.frontend.body import excerpt
 from dynctl.frontend.call import Call, Endpoint, engine_headers, read_form, request_id
 from dynctl.frontend.hints import read_hints
+from dynctl.frontend.keys import ApiKey, ApiKeys
 from dynctl.frontend.pipeline import Pipeline, error_type_of
 from dynctl.http.server import Exchange, Request
 from dynctl.observability.metrics import CONTENT_TYPE, Metrics
@@ -154,12 +155,13 @@ class Routes:
     async def _route(self, request: Request, exchange: Exchange, id_: bytes) -> None:
         path, edge = request.path, self._edge
         endpoint, page = self._post.get(path), self._get.get(path)
+        key: ApiKey | None = None
         if path.startswith("/v1/") or endpoint is not None:
-            edge.keys.check(request.header(b"authorization"))
+            key = edge.keys.check(request.header(b"authorization"))
         if endpoint is not None:
             if request.method != "POST":
                 raise WrongMethod(path, request.method, "POST")
-            await self._serve(endpoint, request, exchange, id_)
+            await self._serve_for(key, endpoint, request, exchange, id_)
         elif page is not None or path.startswith("/v1/models/"):
             if request.method not in ("GET", "HEAD"):
                 raise WrongMethod(path, request.method, "GET, HEAD")
@@ -170,13 +172,28 @@ class Routes:
         else:
             raise UnknownPath(f"there is nothing at {excerpt(path)}")
 
-    async def _serve(self, endpoint: Endpoint, request: Request, exchange: Exchange, id_: bytes) -> None:
+    async def _serve_for(
+        self, key: ApiKey | None, endpoint: Endpoint, request: Request, exchange: Exchange, id_: bytes
+    ) -> None:
+        """Within the limit of the key it came with. Raises Overloaded beyond."""
+        if key is None:
+            await self._serve("", endpoint, request, exchange, id_)
+            return
+        key.enter()
+        try:
+            await self._serve(key.name, endpoint, request, exchange, id_)
+        finally:
+            key.leave()
+
+    async def _serve(
+        self, key: str, endpoint: Endpoint, request: Request, exchange: Exchange, id_: bytes
+    ) -> None:
         edge = self._edge
         trace = edge.tracing.of(request.headers)
         with trace.root as root:
             root.set("url.path", endpoint.path)
             root.set("dynctl.request_id", id_.decode())
-            call = self._call(endpoint, request, id_, trace)
+            call = self._call(key, endpoint, request, id_, trace)
             root.set("gen_ai.request.model", call.adapter or edge.models.card.name)
             try:
                 await edge.pipeline.serve(call, exchange)
@@ -184,7 +201,7 @@ class Routes:
                 root.fail(error)
                 self._refuse(error, exchange, id_)
 
-    def _call(self, endpoint: Endpoint, request: Request, id_: bytes, trace: Trace) -> Call:
+    def _call(self, key: str, endpoint: Endpoint, request: Request, id_: bytes, trace: Trace) -> Call:
         edge = self._edge
         form = read_form(endpoint, request.body, edge.models, edge.owned_fields)
         hints = read_hints(request.headers, form.body)
@@ -199,6 +216,7 @@ class Routes:
             account=edge.accounts.open(form.model, endpoint.label, stream=form.stream),
             trace=trace,
             hints=hints,
+            key=key,
         )
 
     def _refuse(self, error: DynctlError, exchange: Exchange, id_: bytes) -> None:

@@ -215,7 +215,6 @@ _FAULTS: tuple[Metric, ...] = (
     Metric("circuit_opened_total", "counter", "Times a worker was left alone: it had failed.", ("worker",)),
     Metric("upstream_failures_total", "counter", "Failed calls to a worker's engine.", ("worker", "reason")),
     Metric("trace_spans_total", "counter", "Spans for the collector; outcome: sent, dropped.", ("outcome",)),
-    Metric("trace_spans_total", "counter", "Spans for the collector; outcome: sent, dropped.", ("outcome",)),
     Metric("handoffs_refused_total", "counter", "Prefill answers not given to decode, and why.", ("reason",)),
 )
 
@@ -259,6 +258,9 @@ _WORKERS: tuple[Metric, ...] = (
         "Times a worker lost its engine's KV events for good, as it says.",
         _RANK,
     ),
+    Metric("api_key_requests_total", "counter", "Requests let in with an API key.", ("key",)),
+    Metric("api_key_inflight_requests", "gauge", "Requests under way with an API key.", ("key",)),
+    Metric("api_key_rejections_total", "counter", "Requests beyond an API key's limit.", ("key",)),
     Metric("router_queue_pending_requests", "gauge", "Requests that wait for a worker.", _QUEUE),
     Metric("router_queue_pending_isl_tokens", "gauge", "Prompt tokens of the requests that wait.", _QUEUE),
     Metric("router_queue_pending_cached_tokens", "gauge", "Of these, tokens known to be cached.", _QUEUE),

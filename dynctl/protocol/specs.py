@@ -180,6 +180,17 @@ class MigrationSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens: int = 131_072
 
 
+class ApiKeySpec(msgspec.Struct, frozen=True, kw_only=True):
+    """An API key by its SHA-256 hex digest. `max_concurrent` requests at once per frontend, 0 = no limit;
+    `admin`: it may change settings too.
+    """
+
+    name: str
+    sha256: str
+    max_concurrent: int = 0
+    admin: bool = False
+
+
 class FrontendSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One frontend. `roles` is what the model needs before it is ready: replicas wanted by role. `kv_transfer` is
     how the KV cache moves from prefill to decode ("" = the engine's own default).
@@ -188,7 +199,7 @@ class FrontendSpec(msgspec.Struct, frozen=True, kw_only=True):
     has in flight; 0 = there are no others. `own_port` 0 = `port` is its alone; else it shares that with the
     other frontends of its node, and answers at this one too.
     `sync_timeout_s`: how long it may wait for the workers' KV indexes before it listens.
-    `api_key_hashes` are SHA-256 hex digests; empty = no key asked for.
+    `api_keys` empty = no key asked for.
     """
 
     id: str
@@ -210,10 +221,11 @@ class FrontendSpec(msgspec.Struct, frozen=True, kw_only=True):
     limits: LimitsSpec = LimitsSpec()
     migration: MigrationSpec = MigrationSpec()
     busy: BusySpec = BusySpec()
-    api_key_hashes: list[str] = []
+    api_keys: list[ApiKeySpec] = []
     tls_cert: str = ""
     tls_key: str = ""
     metrics_prefix: str = "dynctl"
+    tokenizer_cache_bytes: int = 128 * 1024 * 1024
     tracing: TracingSpec = TracingSpec()
     sync_timeout_s: float = 10.0
     drain_timeout_s: float = 30.0

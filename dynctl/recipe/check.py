@@ -120,6 +120,13 @@ def _frontend_hosts(frontend: Frontend) -> Iterator[Finding]:
         )
 
 
+def _api_keys(recipe: Recipe, engine: Engine) -> Iterator[Finding]:
+    names = [key.name for key in recipe.frontend.api_key]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            yield _error(f"frontend.api_key.{i}.name", f"there are two API keys named '{name}'")
+
+
 def _environment(recipe: Recipe, engine: Engine) -> Iterator[Finding]:
     given = [name for name in ("venv", "python") if getattr(recipe.engine, name) is not None]
     if len(given) > 1:
@@ -219,6 +226,7 @@ def _model(loaded: LoadedRecipe, engine: Engine) -> Iterator[Finding]:
 _RULES: tuple[Callable[[Recipe, Engine], Iterator[Finding]], ...] = (
     _roles,
     _frontend,
+    _api_keys,
     _environment,
     _urls,
     _hosts,

@@ -14,7 +14,7 @@ from dynctl.errors import RecipeError
 from dynctl.recipe import override
 from dynctl.recipe.model_files import ModelFiles, hub_directory, is_hub_id, is_path, read_facts, tokenizer_in
 from dynctl.recipe.problems import Problem, as_error, did_you_mean
-from dynctl.recipe.schema import Recipe, RoleSection
+from dynctl.recipe.schema import ApiKey, Recipe, RoleSection
 from dynctl.recipe.shipped import find_recipe, shipped_recipes
 from dynctl.recipe.source import Document, Keys, read_document
 from dynctl.recipe.validate import validate, where_of
@@ -199,19 +199,21 @@ class _Resolver:
             facts = None
         return ModelFiles(directory, tokenizer_in(at_hand), template, facts)
 
-    def _digests(self, keys: Sequence[str]) -> list[str]:
+    def _digests(self, keys: Sequence[ApiKey]) -> list[ApiKey]:
+        """The keys by digest instead of as they are; those that are a problem are left out."""
         digests = []
-        for i, text in enumerate(keys):
+        for i, given in enumerate(keys):
             at: Keys = ("frontend", "api_key", i)
-            if _DIGEST.fullmatch(text):
-                digests.append(text)
+            if _DIGEST.fullmatch(given.key):
+                digests.append(given)
                 continue
-            key = self._secret(at, text)
+            key = self._secret(at, given.key)
             if key is None:
                 continue
             if len(key) < _SHORTEST_KEY:
                 self._problem(at, "an API key is too short", f"at least {_SHORTEST_KEY} characters")
-            digests.append("sha256:" + hashlib.sha256(key.encode()).hexdigest())
+            digest = "sha256:" + hashlib.sha256(key.encode()).hexdigest()
+            digests.append(given.model_copy(update={"key": digest}))
         return digests
 
     def _secret(self, at: Keys, text: str) -> str | None:

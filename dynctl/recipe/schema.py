@@ -17,6 +17,7 @@ from dynctl.recipe.units import Duration, Size
 ROLES: tuple[Role, ...] = ("prefill", "decode", "aggregated", "encode")
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,46}[a-z0-9])?")
 _ORIGIN = re.compile(r"https?://([\w.-]+|\[[0-9a-fA-F:.]+\])(:\d{1,5})?/?", re.ASCII)
+_KEY_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _PERCENTILE = re.compile(r"p\d{1,2}(\.\d+)?")
 
 
@@ -52,8 +53,19 @@ def _env_value(value: object) -> object:
     raise ValueError('must be a string; quote it ("1", "true")')
 
 
-def _one_or_more(value: object) -> object:
-    return [value] if isinstance(value, str) else value
+def _api_keys(value: object) -> object:
+    """One key or a list of them; a text alone is a key without a name."""
+    given = value if isinstance(value, list) else [value]
+    return [
+        {"name": f"key-{number}", "key": one} if isinstance(one, str) else one
+        for number, one in enumerate(given, 1)
+    ]
+
+
+def _key_name(value: str) -> str:
+    if not _KEY_NAME.fullmatch(value):
+        raise ValueError(f"must be letters, digits, dots, dashes and underscores, at most 64, not {value!r}")
+    return value
 
 
 Count = Annotated[int, Field(ge=1)]
@@ -222,6 +234,19 @@ class Tracing(Section):
     """Share of the traces begun here that are recorded; where a client began it, it decides."""
 
 
+class ApiKey(Section):
+    """A key that opens the API. Only its digest is kept."""
+
+    name: Annotated[str, AfterValidator(_key_name)]
+    """What it is called in logs and metrics."""
+    key: Annotated[str, Field(min_length=1)]
+    """The key itself, env:NAME, file:PATH, or sha256:HEX."""
+    max_concurrent: Annotated[int, Field(ge=0)] = 0
+    """Most requests at once, in each frontend; more are refused (429). 0: no limit."""
+    admin: bool = False
+    """Whether it may change settings while running (/busy_threshold)."""
+
+
 class Admission(Section):
     """From where on a worker is busy: it is passed over, and when all are, requests wait or are refused."""
 
@@ -246,14 +271,20 @@ class Frontend(Section):
     """Hosts of the inventory to spread them over, in turn; default: the first one."""
     sync_timeout: Duration = 10.0
     """How long a starting frontend waits for the workers' KV indexes before it serves without them."""
-    api_key: Annotated[list[str], BeforeValidator(_one_or_more)] = Field(default_factory=list)
-    """Keys that clients must send, one or a list: the key itself, env:NAME, file:PATH, or sha256:HEX."""
+    api_key: Annotated[
+        list[ApiKey],
+        BeforeValidator(_api_keys, json_schema_input_type=str | ApiKey | list[str | ApiKey]),
+    ] = Field(default_factory=list)
+    """Keys that clients must send, one or a list: the key itself, env:NAME, file:PATH, sha256:HEX, or more.
+    """
     admission: Admission = Field(default_factory=Admission)
     """When workers count as busy; changed while running at /busy_threshold."""
     tls: Tls | None = None
     """Serve HTTPS."""
     metrics_prefix: Literal["dynctl", "dynamo"] = "dynctl"
     """What the names in /metrics begin with; `dynamo`: dashboards made for NVIDIA Dynamo work as they are."""
+    tokenizer_cache: Size = 128 * 1024 * 1024
+    """Memory for the tokens of what prompts begin with; 0: every prompt is tokenised anew."""
     tracing: Tracing | None = None
     """Send OpenTelemetry spans to a collector."""
     limits: Limits = Field(default_factory=Limits)

@@ -12,7 +12,7 @@ import pytest
 
 from dynctl.http.server import Exchange, Request
 from dynctl.protocol.instances import ModelCard
-from dynctl.protocol.specs import LimitsSpec
+from dynctl.protocol.specs import ApiKeySpec, LimitsSpec
 from tests.integration.frontend_harness import (
     Engine,
     chat_token,
@@ -201,7 +201,7 @@ async def test_only_known_headers_reach_the_engine() -> None:
 
 async def test_api_keys_guard_v1_and_stay_out_of_engines() -> None:
     engine = Engine()
-    spec = make_spec(api_key_hashes=[hashlib.sha256(b"right").hexdigest()])
+    spec = make_spec(api_keys=[ApiKeySpec(name="k", sha256=hashlib.sha256(b"right").hexdigest())])
     async with frontend(spec, aggregated=[engine]) as front:
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic right"}):
             for method, path in (("POST", "/v1/completions"), ("GET", "/v1/models"), ("POST", "/tokenize")):
@@ -317,8 +317,8 @@ async def test_metrics_count_what_happened() -> None:
 
 async def test_refusals_before_a_request_is_one_are_counted() -> None:
     engine = Engine()
-    keys = [hashlib.sha256(b"k").hexdigest()]
-    async with frontend(make_spec(api_key_hashes=keys), aggregated=[engine]) as front:
+    keys = [ApiKeySpec(name="k", sha256=hashlib.sha256(b"k").hexdigest())]
+    async with frontend(make_spec(api_keys=keys), aggregated=[engine]) as front:
         key = {"authorization": "Bearer k"}
         await front.post("/v1/completions", COMPLETION)
         await front.post("/v1/completions", b"{", key)

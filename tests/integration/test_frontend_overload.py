@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from typing import Any
 
 from dynctl.http.client import Response
 from dynctl.protocol.kv_events import LoadReport
-from dynctl.protocol.specs import BusySpec, FrontendSpec, QueueSpec, RouterSpec
+from dynctl.protocol.specs import ApiKeySpec, BusySpec, FrontendSpec, QueueSpec, RouterSpec
 from tests.integration.frontend_harness import (
     Engine,
     Front,
+    answers,
     error_of,
     frontend,
+    hangs,
+    in_turn,
     make_spec,
     status,
 )
@@ -158,3 +162,23 @@ async def test_those_who_wait_when_the_last_worker_goes_are_told_so() -> None:
         await waiting(front, 1)
         front.core.members_changed([], ["aggregated-0"])
         assert (await left).status == 503
+
+
+async def test_a_key_with_too_many_requests_is_a_429_and_its_next_one_is_served_when_one_has_ended() -> None:
+    engine = Engine(in_turn(hangs, answers))
+    digest = hashlib.sha256(b"right").hexdigest()
+    spec = make_spec(api_keys=[ApiKeySpec(name="team", sha256=digest, max_concurrent=1)])
+    key = {"authorization": "Bearer right"}
+    async with frontend(spec, aggregated=[engine]) as front:
+        first = asyncio.create_task(front.post("/v1/completions", COMPLETION, key))
+        await engine.wait(lambda: len(engine.requests) == 1)
+        refused = await front.post("/v1/completions", COMPLETION, key)
+        assert (refused.status, error_of(refused)["code"]) == (429, "overloaded")
+        assert int(dict(refused.headers)[b"retry-after"]) >= 1
+        first.cancel()
+        await engine.wait(lambda: engine.cancelled == 1)
+        assert (await front.post("/v1/completions", COMPLETION, key)).status == 200
+        text = await front.metrics()
+    assert 'api_key_rejections_total{key="team"} 1.0' in text
+    assert "right" not in text
+    assert digest not in text

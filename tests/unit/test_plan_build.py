@@ -98,7 +98,7 @@ def test_specs_are_what_the_processes_read(tmp_path: Path) -> None:
     frontend = msgspec.json.decode(files["specs/frontend-0.json"], type=FrontendSpec)
     assert frontend.roles == {"prefill": 1, "decode": 2}
     assert frontend.membership == plan.membership
-    assert len(frontend.api_key_hashes[0]) == 64
+    assert [(key.name, len(key.sha256)) for key in frontend.api_keys] == [("key-1", 64)]
 
 
 def test_stored_whole_and_printed_masked(tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_wrong_fields_name_file_line_and_what_is_valid(tmp_path: Path, old: str,
         ),
         (
             "frontend: {api_key: [1]}",
-            "r.yaml:8: 'frontend.api_key.0' must be a string, not a whole",
+            "r.yaml:8: 'frontend.api_key.0' must be a mapping of keys, not a whole",
         ),
         ("target: moon", "r.yaml:8: 'target' must be local, ssh or slurm"),
     ],
@@ -250,11 +250,23 @@ def test_api_keys_are_kept_as_digests_only(tmp_path: Path) -> None:
     text = GOOD + "frontend: {api_key: [literal-key, 'env:KEY', 'file:key']}\n"
     loaded = load(tmp_path, text, KEY="from-environment")
     keys = ("literal-key", "from-environment", "from-a-file")
-    assert loaded.recipe.frontend.api_key == [
+    assert [key.key for key in loaded.recipe.frontend.api_key] == [
         "sha256:" + hashlib.sha256(key.encode()).hexdigest() for key in keys
     ]
     assert not any(key in lock_text(loaded, "1") for key in keys)
     assert len(load(tmp_path, GOOD + "frontend: {api_key: literal-key}\n").recipe.frontend.api_key) == 1
+
+
+def test_api_keys_have_names_and_limits_of_their_own(tmp_path: Path) -> None:
+    text = GOOD + "frontend: {api_key: [plain-key, {name: batch, key: 'env:KEY', max_concurrent: 4}]}\n"
+    loaded = load(tmp_path, text, KEY="from-environment")
+    assert [(key.name, key.max_concurrent) for key in loaded.recipe.frontend.api_key] == [
+        ("key-1", 0),
+        ("batch", 4),
+    ]
+    locked = lock_text(loaded, "1")
+    assert "from-environment" not in locked
+    assert load(tmp_path, locked).recipe == loaded.recipe
 
 
 def test_lock_loads_as_the_same_recipe(tmp_path: Path) -> None:
