@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,6 +99,16 @@ def counter(metrics: str, name: str, **labels: str) -> float:
         if found and all(f'{k}="{v}"' in (found.group(1) or "") for k, v in labels.items()):
             total += float(found.group(2))
     return total
+
+
+def eventually(check: Callable[[], bool], within_s: float = 30.0) -> bool:
+    """Whether `check` holds before time is up."""
+    ends = time.monotonic() + within_s
+    while time.monotonic() < ends:
+        if check():
+            return True
+        time.sleep(0.02)
+    return False
 
 
 def owned(run_id: str) -> list[int]:

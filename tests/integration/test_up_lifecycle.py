@@ -8,8 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -18,20 +17,11 @@ import pytest
 
 from dynctl.deploy.ports import listening
 from tests.conftest import REQUIRE_ALL
-from tests.deployment import RECIPES, Cli, Deployment, end_all, get, owned, up
+from tests.deployment import RECIPES, Cli, Deployment, end_all, eventually, get, owned, up
 
 QUICKSTART = RECIPES / "quickstart.yaml"
 FREE_PORT = ("--set", "frontend.port=0")
 SLOW = ("--set", "engine.args.fault-slow-start=60")
-
-
-def eventually(check: Callable[[], bool], within_s: float = 30.0) -> bool:
-    ends = time.monotonic() + within_s
-    while time.monotonic() < ends:
-        if check():
-            return True
-        time.sleep(0.02)
-    return False
 
 
 @pytest.fixture
