@@ -69,7 +69,7 @@ def decode(payload: bytes) -> EngineKvBatch:
     """
     try:
         raw = msgspec.msgpack.decode(payload)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CodecError(f"KV event payload is not msgpack: {error}") from error
     if not (isinstance(raw, list) and len(raw) >= 2 and isinstance(raw[1], list)):
         raise CodecError("KV event payload is not [timestamp, [event, ...], rank]")

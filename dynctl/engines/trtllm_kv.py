@@ -29,6 +29,17 @@ _LEVELS: dict[int, Tier] = {0: "G1", 1: "G2"}
 _U64 = (1 << 64) - 1
 
 
+_MALFORMED = (
+    msgspec.DecodeError,
+    KeyError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
+
+
 class PollReader:
     """Keeps what one worker's answers mean together: window size, numbers seen, partial blocks, sizes.
 
@@ -54,7 +65,7 @@ class PollReader:
             for item in raw:
                 rank = int(item.get("attention_dp_rank") or 0)
                 by_rank.setdefault(rank, []).extend(self._event(rank, item))
-        except (msgspec.DecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except _MALFORMED as error:
             raise CodecError(f"KV events of the engine are malformed: {error!r}") from error
         return [
             EngineKvBatch(timestamp=now_s, rank=rank, events=events)
