@@ -19,7 +19,7 @@ from dynctl.http.client import Client, Origin
 from dynctl.protocol.instances import ModelCard
 from dynctl.protocol.specs import RouterSpec
 from tests.integration.frontend_harness import DEADLINE_S, Front, frontend, make_spec
-from tests.integration.test_frontend_process import free_port
+from tests.integration.frontend_plane import free_port
 
 ASSETS = Path(dynctl.mocker.__file__).parent / "assets" / "tiny"
 CARD = ModelCard(name="m", path=str(ASSETS), block_size=16)

@@ -4,189 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import socket
-import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
-from dynctl.discovery.registry import Registry
-from dynctl.errors import PeerLost
-from dynctl.http.client import Client, Origin, Response, Timeouts
+from dynctl.http.client import Timeouts
 from dynctl.http.server import Exchange, Request
 from dynctl.kv.hashing import root_hash, sequence_hashes
 from dynctl.protocol.exits import read_last_words
-from dynctl.protocol.instances import Instance, ModelCard
-from dynctl.protocol.kv_events import KV_TOPIC, KvBatch, KvSync, KvSyncReply, Stored
-from dynctl.protocol.registry import Member, Register
-from dynctl.protocol.specs import FrontendSpec, RouterSpec
-from dynctl.transport.control import ControlServer, read_body
-from dynctl.transport.event_plane import Publisher
-from dynctl.transport.keys import Keys
-from tests.integration.frontend_harness import DEADLINE_S, Engine, make_spec, sse, token
-
-ANY_PORT = "tcp://127.0.0.1:0"
-BLOCK = 4
-TOKENS = list(range(100, 140))
-
-
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
-
-
-class Plane:
-    """A registry and the sidecars of workers, in this process."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
-        self.keys = Keys.generate()
-        self.keys.save(run_dir / "keys.json")
-        self.publisher = Publisher(self.keys, ANY_PORT)
-        self.membership = self.publisher.start()
-        self.registry = Registry(self.publisher)
-        self.control = ControlServer(self.keys, ANY_PORT, self.registry.handle)
-        self.registry_endpoint = self.control.start()
-        self.registry.start()
-        self.sidecars: list[Sidecar] = []
-        self.process: asyncio.subprocess.Process | None = None
-        self.client = Client()
-
-    def spec(self, **fields: Any) -> FrontendSpec:
-        return make_spec(
-            **{
-                "port": free_port(),
-                "registry": self.registry_endpoint,
-                "membership": self.membership,
-                "keys_file": "keys.json",
-                **fields,
-            }
-        )
-
-    async def start(self, spec: FrontendSpec) -> None:
-        (self.run_dir / "frontend-0.json").write_bytes(msgspec.json.encode(spec))
-        self.origin = Origin("http", "127.0.0.1", spec.port)
-        env = {**os.environ, "DYNCTL_PROCESS": spec.id, "DYNCTL_INCARNATION": "3"}
-        argv = [sys.executable, "-m", "dynctl.frontend", "--spec", "frontend-0.json"]
-        self.process = await asyncio.create_subprocess_exec(
-            *argv, cwd=self.run_dir, env=env, stderr=asyncio.subprocess.PIPE
-        )
-
-    async def join(self, index: int, engine: Engine, **card: Any) -> Sidecar:
-        sidecar = Sidecar(self.keys, index, engine, card)
-        self.sidecars.append(sidecar)
-        call = Register(instance=sidecar.instance)
-        await self.registry.handle("registry.register", msgspec.Raw(msgspec.msgpack.encode(call)))
-        return sidecar
-
-    async def call(self, method: str, path: str, body: Any = None) -> Response:
-        data = b"" if body is None else json.dumps(body).encode()
-        return await self.client.request(self.origin, method, path, body=data, timeout_s=DEADLINE_S)
-
-    async def until(self, condition: Callable[[Response], bool], path: str = "/health") -> Response:
-        """Poll a page until it is as wanted."""
-        async with asyncio.timeout(DEADLINE_S * 2):
-            while True:
-                assert self.process is not None
-                assert self.process.returncode is None
-                try:
-                    response = await self.call("GET", path)
-                    if condition(response):
-                        return response
-                except PeerLost:
-                    pass  # it does not listen yet
-                await asyncio.sleep(0.02)
-
-    def member(self, id_: str) -> Member | None:
-        return next((one for one in self.registry.members() if one.instance.id == id_), None)
-
-    async def stop(self) -> None:
-        if self.process is not None and self.process.returncode is None:
-            self.process.kill()
-            await self.process.wait()
-        await self.client.close()
-        await self.registry.close()
-        await self.control.close()
-        self.publisher.close()
-        for sidecar in self.sidecars:
-            await sidecar.stop()
-        await asyncio.sleep(0.01)
-
-
-class Sidecar:
-    """What a worker's sidecar shows to frontends: numbered KV events and the answer to "kv.sync"."""
-
-    def __init__(self, keys: Keys, index: int, engine: Engine, card: dict[str, Any]) -> None:
-        self.publisher = Publisher(keys, ANY_PORT)
-        self.control = ControlServer(keys, ANY_PORT, self._handle)
-        self.batches: list[KvBatch] = []
-        self.instance = Instance(
-            id=f"aggregated-{index}",
-            incarnation=1,
-            role="aggregated",
-            index=index,
-            node="n",
-            pid=1,
-            started_at=0.0,
-            url=engine.url,
-            model=ModelCard(name="m", **card),
-            events=self.publisher.start(),
-            control=self.control.start(),
-        )
-
-    def store(self, hashes: list[int]) -> None:
-        batch = KvBatch(
-            worker=self.instance.id,
-            incarnation=1,
-            rank=0,
-            seq=len(self.batches),
-            events=[Stored(hashes)],
-            block_size=BLOCK,
-        )
-        self.batches.append(batch)
-        self.publisher.publish(KV_TOPIC, batch)
-
-    async def _handle(self, op: str, body: msgspec.Raw) -> msgspec.Struct:
-        asked = read_body(body, KvSync)
-        return KvSyncReply(
-            incarnation=1,
-            rank=asked.rank,
-            next_seq=len(self.batches),
-            batches=self.batches[asked.from_seq :],
-            block_size=BLOCK,
-        )
-
-    async def stop(self) -> None:
-        self.publisher.close()
-        await self.control.close()
-
-
-@asynccontextmanager
-async def plane(run_dir: Path) -> AsyncIterator[Plane]:
-    there = Plane(run_dir)
-    try:
-        yield there
-    finally:
-        await there.stop()
+from dynctl.protocol.specs import RouterSpec
+from tests.integration.frontend_harness import DEADLINE_S, Engine, sse, token
+from tests.integration.frontend_plane import BLOCK, TOKENS, plane, two_engines
 
 
 @pytest.fixture
 async def engines() -> AsyncIterator[list[Engine]]:
-    group = [Engine(), Engine()]
-    for engine in group:
-        await engine.start()
-    yield group
-    for engine in group:
-        await engine.stop()
+    async with two_engines() as group:
+        yield group
 
 
 async def test_it_serves_registers_and_leaves_on_sigterm(tmp_path: Path, engines: list[Engine]) -> None:
