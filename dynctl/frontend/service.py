@@ -79,10 +79,10 @@ class Frontend:
         self._watcher.start()
         await self._know_workers()
         await self._listen()
-        servers, port = self._servers, self._servers[0].port
+        servers, port = self._servers, self._servers[-1].port
         self.core.metrics.gauge("connections").read = lambda: float(sum(one.connections for one in servers))
         self._registrar = Registrar(
-            self._registry, self._instance(servers[-1].port, events), on_superseded=self._ending.replaced
+            self._registry, self._instance(servers[0].port, events), on_superseded=self._ending.replaced
         )
         self._registrar.start()
         return port
@@ -108,11 +108,11 @@ class Frontend:
         metrics.gauge("start_unsynced_ranks").set(len(behind))
 
     async def _listen(self) -> None:
-        """Open the public port; where that is shared, an address of its own too."""
+        """Open the public port; where that is shared, one of its own before."""
         spec, tls, shared = self._spec, _tls(self._spec), bool(self._spec.own_port)
         if shared:
             require_own(spec.host, spec.port)
-        for port in (spec.port, spec.own_port) if shared else (spec.port,):
+        for port in (spec.own_port, spec.port) if shared else (spec.port,):
             server = await serve(
                 self.core.routes,
                 host=spec.host,
