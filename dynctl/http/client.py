@@ -11,6 +11,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from dynctl.errors import CodecError, ConnectFailed, DeadlineExceeded, PeerLost
+from dynctl.http.direct import Readers
 from dynctl.http.heads import Headers, request_head
 from dynctl.http.pool import IdlePool
 from dynctl.http.stream import Sink, Stream
@@ -92,6 +93,7 @@ class Client:
         self._tls = tls
         self._resend = resend
         self._loop = asyncio.get_running_loop()
+        self.readers = Readers(self._loop)
         self._pool: IdlePool[UpstreamConnection] = IdlePool(max_idle=max_idle, idle_expiry_s=idle_expiry_s)
         self._open: dict[UpstreamConnection, Origin] = {}
         self._sweeper = Sweeper(self._loop, self._look)
@@ -151,6 +153,7 @@ class Client:
         self._pool.clear()
         for connection in list(self._open):
             connection.abort()
+        self.readers.close()
         self._sweeper.stop()
 
     # --- from the connections

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Callable
 from typing import Final, Protocol, cast
 
+from dynctl.http import direct
 from dynctl.http.exchange import Exchange
 from dynctl.http.heads import HeadError, response_head
 from dynctl.http.limits import Limits
@@ -67,6 +68,7 @@ class ServerConnection(asyncio.Protocol):
     __slots__ = (
         "_exchange",
         "_lingering",
+        "_own",
         "_owner",
         "_peer",
         "_read_paused",
@@ -86,6 +88,7 @@ class ServerConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._exchange: Exchange | None = None
         self._stage: Stage = "idle"
+        self._own: socket.socket | None = None
         self._peer = ""
         self._read_paused = False
         self._lingering = False
@@ -126,6 +129,8 @@ class ServerConnection(asyncio.Protocol):
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
             exchange.lost()
+        if self._own is not None:
+            self._own.close()
         self._owner.closed(self)
 
     def pause_writing(self) -> None:
@@ -155,8 +160,13 @@ class ServerConnection(asyncio.Protocol):
             self._transport.write(data)
 
     def raw_writer(self) -> Callable[[bytes], None]:
-        """The transport's own write, for a body that is framed already."""
-        return self._transport.write if self._transport is not None else self.write
+        """The shortest way out, for a body that is framed already."""
+        transport = self._transport
+        if transport is None:
+            return self.write
+        if self._own is None:
+            self._own = direct.own_socket(transport)
+        return transport.write if self._own is None else direct.writer(transport, self._own)
 
     def exchange_done(self, *, keep_alive: bool) -> None:
         """The answer is complete: close, or go on to the next request."""

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import math
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Final, Protocol, cast
 
 from dynctl.errors import DeadlineExceeded, PeerLost
+from dynctl.http.direct import READ_BYTES, Readers, delay_acknowledgements, own_socket
 from dynctl.http.framing import BodyReader, ChunkReader, CloseReader, Framing, FramingError, LengthReader
 from dynctl.http.heads import HEAD_END, HeadError, ResponseHead, parse_response_head
 from dynctl.http.stream import Feed, Stream
+
+LONG_PIECES: Final = 4
+"""After so many pieces a body is one of many: from then on it is read past the transport."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +36,7 @@ class Owner(Protocol):
     """What a connection needs of its client."""
 
     header_bytes: int
+    readers: Readers
 
     def idle(self, connection: UpstreamConnection) -> None: ...
 
@@ -46,12 +52,15 @@ class UpstreamConnection(asyncio.Protocol):
     __slots__ = (
         "_buffer",
         "_closes",
+        "_direct",
         "_feed",
         "_head_only",
         "_heard",
         "_keep_alive",
+        "_own",
         "_owner",
         "_paused",
+        "_pieces",
         "_read",
         "_stall_s",
         "_stream",
@@ -72,7 +81,9 @@ class UpstreamConnection(asyncio.Protocol):
         self._feed: Feed | None = None
         self._buffer = bytearray()
         self._head_only = self._keep_alive = self._closes = False
-        self._heard = self._paused = False
+        self._heard = self._paused = self._direct = False
+        self._own: socket.socket | None = None
+        self._pieces = 0
         self._stall_s = math.inf
         self.loop = asyncio.get_running_loop()
         self.origin = origin
@@ -85,9 +96,17 @@ class UpstreamConnection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
+        if self._read is None:
+            self._head_received(data)
+            return
+        self._pieces += 1
+        self._body_received(data)
+        if self._pieces == LONG_PIECES and self._read is not None and not self._paused:
+            self._read_directly()
+
+    def _body_received(self, data: bytes) -> None:
         read = self._read
         if read is None:
-            self._head_received(data)
             return
         self._heard = True
         try:
@@ -102,6 +121,12 @@ class UpstreamConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
+        self._lost(exc)
+        if self._own is not None:
+            self._own.close()
+        self._owner.closed(self)
+
+    def _lost(self, exc: Exception | None) -> None:
         if exc is None and self._closes:
             self._complete(None)
         elif self.busy:
@@ -110,7 +135,53 @@ class UpstreamConnection(asyncio.Protocol):
             lost = PeerLost(f"the connection was lost before {stage}{reason}", where=self.origin)
             # What is not the network's error was raised by the sink and belongs to whoever relays.
             self._fail(lost if exc is None or isinstance(exc, OSError) else exc)
-        self._owner.closed(self)
+
+    # --- past the transport
+
+    def _read_directly(self) -> None:
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        if self._own is None:
+            self._own = own_socket(transport)
+            if self._own is None:
+                return
+        transport.pause_reading()
+        delay_acknowledgements(self._own)
+        self._direct = True
+        self._owner.readers.add(self._own, self._readable)
+
+    def _readable(self) -> None:
+        """Take what is there. An end is left to the transport, which finds it too."""
+        own = self._own
+        assert own is not None
+        while self._direct and not self._paused:
+            try:
+                data = own.recv(READ_BYTES)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._lost(error)
+                return
+            if not data:
+                self._read_by_transport()
+                return
+            try:
+                self._body_received(data)
+            except Exception as error:  # raised by the sink: whoever relays is to see it
+                self._fail(error)
+                return
+            if len(data) < READ_BYTES:
+                return
+
+    def _read_by_transport(self) -> None:
+        if not self._direct:
+            return
+        self._direct = False
+        assert self._own is not None
+        self._owner.readers.remove(self._own)
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
 
     # --- from the client
 
@@ -169,7 +240,13 @@ class UpstreamConnection(asyncio.Protocol):
         self._heard = True
         if self._transport is None or self._transport.is_closing():
             return
-        if paused:
+        if self._direct:
+            assert self._own is not None
+            if paused:
+                self._owner.readers.remove(self._own)
+            else:
+                self._owner.readers.add(self._own, self._readable)
+        elif paused:
             self._transport.pause_reading()
         else:
             self._transport.resume_reading()
@@ -215,6 +292,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._keep_alive = head.keep_alive
         framing, reader = self._body_reader(head)
         self._closes = framing == "close"
+        self._pieces = 0
         self._stream = stream = Stream(self, head, framing, self.origin)
         self._heard = True
         self.deadline = self.loop.time() + self._stall_s
@@ -263,6 +341,7 @@ class UpstreamConnection(asyncio.Protocol):
     def _complete(self, error: Exception | None) -> None:
         """No answer is coming any more: free the connection, tell whoever waits."""
         self.pause(False)
+        self._read_by_transport()
         stream, self._stream = self._stream, None
         waiter, self._waiter = self._waiter, None
         self._read = self._feed = None
