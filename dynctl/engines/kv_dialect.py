@@ -105,7 +105,7 @@ def _as_map(item: Any) -> Mapping[str, Any]:
 
 
 def _stored(fields: Mapping[str, Any]) -> EngineStored | None:
-    tier = _TIERS.get(fields.get("medium"))
+    tier = _tier(fields)
     kind = fields.get("kv_cache_spec_kind")
     if tier is None or (kind is not None and kind not in _WHOLE_PREFIX_KINDS):
         return None
@@ -116,14 +116,13 @@ def _stored(fields: Mapping[str, Any]) -> EngineStored | None:
         return None
     parent = fields["parent_block_hash"]
     lora = _lora_name(fields)
-    usable, salt = _read_extra_keys(fields, len(hashes), lora, first_of_prompt=parent is None)
-    if usable == 0:
-        return None
+    extras, salt = _read_extra_keys(fields, len(hashes), lora, first_of_prompt=parent is None)
     return EngineStored(
-        block_hashes=hashes[:usable],
+        block_hashes=hashes,
         parent=None if parent is None else _hash(parent),
-        token_ids=tokens[: usable * size],
+        token_ids=tokens,
         block_size=size,
+        extras=extras,
         tier=tier,
         lora_name=lora,
         cache_salt=salt,
@@ -132,11 +131,17 @@ def _stored(fields: Mapping[str, Any]) -> EngineStored | None:
 
 
 def _removed(fields: Mapping[str, Any]) -> EngineRemoved | None:
-    tier = _TIERS.get(fields.get("medium"))
+    tier = _tier(fields)
     if tier is None:
         return None
     hashes = [_hash(value) for value in fields["block_hashes"]]
     return EngineRemoved(block_hashes=hashes, tier=tier, group=fields.get("group_idx") or 0)
+
+
+def _tier(fields: Mapping[str, Any]) -> Tier | None:
+    """By medium; what lies on another machine than the publisher's is remote whatever it lies on."""
+    tier = _TIERS.get(fields.get("medium"))
+    return "G4" if tier is not None and fields.get("locality") == "REMOTE" else tier
 
 
 def _hash(value: Any) -> EngineHash:
@@ -165,25 +170,23 @@ def _lora_name(fields: Mapping[str, Any]) -> str:
 
 def _read_extra_keys(
     fields: Mapping[str, Any], blocks: int, lora: str, *, first_of_prompt: bool
-) -> tuple[int, str]:
-    """How many leading blocks depend on tokens, adapter and salt alone, and the salt.
+) -> tuple[list[bytes], str]:
+    """What each block depends on beside tokens, adapter and salt ([] = nothing), and the salt.
 
-    vLLM lists a block's further keys untagged: adapter name, (media id, offset) pairs, the salt (first block
-    of a prompt only), digests of embeds. Blocks that hold media or embeds have placeholder token ids, so
-    the chain ends before them. SGLang has a `cache_salt` field instead.
+    vLLM lists a block's further keys untagged: adapter name, (media id, offset) pairs, the salt (text; first
+    block of a prompt only), digests of embeds (bytes). SGLang has a `cache_salt` field instead, and puts the
+    identity of images into the token ids.
     """
     salt = str(fields.get("cache_salt") or "")
-    extra = fields.get("extra_keys")
-    if not extra:
-        return blocks, salt
-    for number, keys in enumerate(extra[:blocks]):
+    extras: list[bytes] = []
+    for number, keys in enumerate((fields.get("extra_keys") or ())[:blocks]):
         rest = list(keys or ())
         if lora and rest and rest[0] == lora:
             rest.pop(0)
-        if not rest:
-            continue
-        if number == 0 and first_of_prompt and len(rest) == 1 and isinstance(rest[0], str):
-            salt = rest[0]
-        else:
-            return number, salt
-    return blocks, salt
+        if number == 0 and first_of_prompt:
+            at = next((at for at, key in enumerate(rest) if isinstance(key, str)), None)
+            salt = salt if at is None else rest.pop(at)
+        extras.append(msgspec.msgpack.encode(rest) if rest else b"")
+    if not any(extras):
+        return [], salt
+    return extras + [b""] * (blocks - len(extras)), salt

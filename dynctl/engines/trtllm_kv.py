@@ -109,8 +109,7 @@ class PollReader:
             name = int(block["block_hash"]) & _U64
             tokens = [_token(token) for token in block["tokens"]]
             tier = _LEVELS.get(int(block.get("cache_level") or 0))
-            plain = not block.get("mm_keys") and not any(_extra(token) for token in block["tokens"])
-            if len(tokens) != self._block_size or not plain or tier is None or parent in hidden:
+            if len(tokens) != self._block_size or tier is None or parent in hidden:
                 hidden.add(name)
             else:
                 event = EngineStored(
@@ -119,6 +118,7 @@ class PollReader:
                     token_ids=tokens,
                     block_size=self._block_size,
                     tier=tier,
+                    extras=_extras(block),
                     lora_name=str(data.get("lora_name") or block.get("lora_name") or ""),
                     cache_salt=str(data.get("cache_salt") or block.get("cache_salt") or ""),
                 )
@@ -155,5 +155,10 @@ def _token(token: Any) -> int:
     return int(token["token_id"]) if isinstance(token, dict) else int(token)
 
 
-def _extra(token: Any) -> bool:
-    return isinstance(token, dict) and bool(token.get("token_extra_id"))
+def _extras(block: Json) -> list[bytes]:
+    """What the block depends on beside its token ids: media by key, and ids that stand for embeddings."""
+    ids = [token.get("token_extra_id") or 0 for token in block["tokens"] if isinstance(token, dict)]
+    media = block.get("mm_keys")
+    if not media and not any(ids):
+        return []
+    return [msgspec.json.encode([media or [], ids if any(ids) else []], order="sorted")]

@@ -2,7 +2,8 @@
 
 hash(i) = XXH3-64(hash(i-1) as 8 bytes little-endian + the block's token ids as u32 little-endian, seed 1337);
 the hash before the first block is `root_hash`. So equal hashes mean equal prefixes (and equal LoRA adapter
-and cache salt), whatever engine holds the block.
+and cache salt), whatever engine holds the block. A block that images or embeddings are part of, whose token
+ids are placeholders, has the engine's own name for them hashed too.
 """
 
 from __future__ import annotations
@@ -52,6 +53,19 @@ def sequence_hashes(tokens: Sequence[int] | bytes, block_size: int, root: int) -
     return hashes
 
 
-def extend(parent_hash: int, tokens: Sequence[int] | bytes, block_size: int) -> list[int]:
-    """The hashes of the full blocks of `tokens` that follow the block `parent_hash`."""
-    return sequence_hashes(tokens, block_size, parent_hash)
+def extend(
+    parent_hash: int, tokens: Sequence[int] | bytes, block_size: int, extras: Sequence[bytes] = ()
+) -> list[int]:
+    """The hashes of the full blocks of `tokens` that follow the block `parent_hash`.
+
+    `extras`: what else each block depends on, appended to what is hashed; () = nothing.
+    """
+    if not any(extras):
+        return sequence_hashes(tokens, block_size, parent_hash)
+    data = tokens if isinstance(tokens, bytes) else pack_tokens(tokens)
+    size, parent, hashes = block_size * TOKEN_BYTES, parent_hash, []
+    for number, extra in enumerate(extras):
+        block = data[number * size : (number + 1) * size]
+        parent = xxh3_64_intdigest(parent.to_bytes(8, "little") + block + extra, SEED)
+        hashes.append(parent)
+    return hashes

@@ -117,7 +117,8 @@ class Translator:
     def _hashes(self, event: EngineStored, parent: EngineHash | None) -> list[int] | None:
         """dynctl's hashes of the blocks of `event`; None (and counted) when they cannot be known."""
         count = len(event.block_hashes)
-        if event.block_size < 1 or len(event.token_ids) != count * event.block_size:
+        extras = len(event.extras) in (0, count)
+        if event.block_size < 1 or len(event.token_ids) != count * event.block_size or not extras:
             self.skipped.malformed += count
             return None
         before = root_hash(event.lora_name, event.cache_salt) if parent is None else self._own.get(parent)
@@ -125,7 +126,7 @@ class Translator:
             self.skipped.unknown_parent += count
             return None
         try:
-            return extend(before, event.token_ids, event.block_size)
+            return extend(before, event.token_ids, event.block_size, event.extras)
         except RequestError:
             self.skipped.malformed += count
             return None

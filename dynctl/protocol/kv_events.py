@@ -23,6 +23,8 @@ class EngineStored(msgspec.Struct, frozen=True, kw_only=True):
     """Blocks the engine now holds: consecutive; the first one's parent is `parent` (None = prompt start).
 
     `token_ids` holds len(block_hashes) * block_size ids. `group` is the KV cache group of a hybrid model.
+    `extras`: per block what its hash depends on beside tokens, adapter and salt (images, embeddings), b"" =
+    nothing; [] = nothing for all of them.
     """
 
     block_hashes: list[EngineHash]
@@ -33,6 +35,7 @@ class EngineStored(msgspec.Struct, frozen=True, kw_only=True):
     lora_name: str = ""
     cache_salt: str = ""
     group: int = 0
+    extras: list[bytes] = []
 
 
 class EngineRemoved(msgspec.Struct, frozen=True, kw_only=True):

@@ -161,18 +161,37 @@ def test_salt_as_sglang_names_it() -> None:
     assert only(batch(stored(cache_salt="s2"))).cache_salt == "s2"
 
 
-def test_chain_ends_before_a_block_with_media() -> None:
+def test_a_block_with_media_keeps_its_place_in_the_chain_and_their_identity() -> None:
     event = only(batch(stored(extra_keys=[None, [["image-hash", 0]]])))
-    assert (event.block_hashes, event.token_ids) == ([11], [1, 2])
+    other = only(batch(stored(extra_keys=[None, [["image-hash", -2]]])))
+    assert (event.block_hashes, event.token_ids) == ([11, 12], [1, 2, 3, 4])
+    assert event.extras[0] == b"" != event.extras[1] != other.extras[1]
+    assert only(batch(stored(extra_keys=[None, None]))).extras == []
 
 
-@pytest.mark.parametrize("keys", [[["image", 0]], ["salt", "embeds-digest"], [b"digest"]])
-def test_prompt_that_starts_with_more_than_tokens_is_skipped(keys: list[Any]) -> None:
-    assert kv_dialect.decode(batch(stored(extra_keys=[keys, None]))).events == []
+@pytest.mark.parametrize(
+    ("keys", "salt"),
+    [
+        ([["image", 0]], ""),
+        (["salt", "embeds-digest"], "salt"),
+        ([["image", 0], "s"], "s"),
+        ([b"digest"], ""),
+    ],
+)
+def test_what_a_prompt_starts_with_beside_tokens_is_told_from_its_salt(keys: list[Any], salt: str) -> None:
+    event = only(batch(stored(extra_keys=[keys, None])))
+    assert event.cache_salt == salt
+    assert [bool(extra) for extra in event.extras] == [True, False]
 
 
 def test_further_key_in_a_later_event_is_no_salt() -> None:
-    assert kv_dialect.decode(batch(stored(parent_block_hash=9, extra_keys=[["x"], None]))).events == []
+    event = only(batch(stored(parent_block_hash=9, extra_keys=[["x"], None])))
+    assert event.cache_salt == ""
+    assert event.extras[0]
+
+
+def test_identities_of_fewer_blocks_than_stored_are_filled_up() -> None:
+    assert len(only(batch(stored(extra_keys=[[["image", 0]]]))).extras) == 2
 
 
 def test_adapter_known_by_its_local_number_alone_matches_no_request() -> None:
@@ -211,3 +230,21 @@ def test_bytes_that_are_no_batch(payload: bytes) -> None:
 def test_malformed_event(event: Any) -> None:
     with pytest.raises(CodecError, match="malformed"):
         kv_dialect.decode(batch(event))
+
+
+@pytest.mark.parametrize(
+    ("fields", "tier"),
+    [
+        ({}, "G1"),
+        ({"medium": "CPU"}, "G2"),
+        ({"medium": "CPU_PINNED"}, "G2"),
+        ({"medium": "DISK"}, "G3"),
+        ({"medium": "STORAGE", "locality": "LOCAL"}, "G3"),
+        ({"medium": "STORAGE", "locality": "REMOTE"}, "G4"),
+        ({"medium": "EXTERNAL"}, "G4"),
+    ],
+)
+def test_media_of_every_engine_are_told_apart_in_stores_and_removals(fields: Any, tier: str) -> None:
+    assert only(batch(stored(**fields))).tier == tier
+    gone = kv_dialect.decode(batch({"type": "BlockRemoved", "block_hashes": [11], **fields})).events
+    assert [event.tier for event in gone if isinstance(event, EngineRemoved)] == [tier]

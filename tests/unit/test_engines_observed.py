@@ -205,11 +205,18 @@ class TestTrtllmPoll:
         assert poll(polled(None, polled_block(1, 5, 6), polled_block(2, 7))) == [kept(1, None, [5, 6])]
         assert poll({"type": "removed", "block_hashes": [2, 1, 9]}) == [EngineRemoved(block_hashes=[1])]
 
-    def test_blocks_with_media_and_what_follows_them_are_hidden(self) -> None:
-        media = polled_block(1, 5, 6, mm_keys=[{"type": "mm_key"}])
-        assert Poll()(polled(None, media, polled_block(2, 7, 8))) == []
+    def test_blocks_with_media_are_named_apart_and_what_follows_them_is_kept(self) -> None:
+        seen = []
+        for key in ({"hash": "a"}, {"hash": "b"}):
+            media = polled_block(1, 5, 6, mm_keys=[key])
+            first, then = Poll()(polled(None, media, polled_block(2, 7, 8)))
+            assert isinstance(first, EngineStored)
+            assert then == kept(2, 1, [7, 8])
+            seen += first.extras
         extra = {**polled_block(1), "tokens": [{"token_id": 1, "token_extra_id": 9}, {"token_id": 2}]}
-        assert Poll()(polled(None, extra)) == []
+        (embedded,) = Poll()(polled(None, extra))
+        assert isinstance(embedded, EngineStored)
+        assert len({*seen, *embedded.extras}) == 3
 
     def test_plain_token_lists_and_unknown_levels(self) -> None:
         plain = {**polled_block(1), "tokens": [5, 6]}

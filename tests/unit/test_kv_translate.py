@@ -104,6 +104,31 @@ def test_two_names_of_the_same_tokens_hold_the_block_until_both_are_gone() -> No
     assert feed(translator, removed(2)) == [Removed(OWN[:1])]
 
 
+def test_images_make_other_blocks_of_the_same_placeholders_and_chains_go_on_after_them() -> None:
+    def with_images(names: list[EngineHash], extras: list[bytes]) -> EngineStored:
+        return EngineStored(
+            block_hashes=names, parent=None, token_ids=[1, 2, 3, 4], block_size=2, extras=extras
+        )
+
+    plain, one, other = (Translator(0) for _ in range(3))
+    hashes = [
+        feed(translator, with_images([11, 12], extras), stored([13], [5, 6], parent=12))
+        for translator, extras in ((plain, []), (one, [b"", b"image"]), (other, [b"", b"other"]))
+    ]
+    told = [event.hashes for events in hashes for event in events if isinstance(event, Stored)]
+    assert len(told) == 3
+    assert len({found[0] for found in told}) == 1
+    assert len({found[1] for found in told}) == len({found[2] for found in told}) == 3
+    assert one.skipped.unknown_parent == 0
+
+
+def test_identities_that_do_not_fit_the_blocks_are_malformed() -> None:
+    translator = Translator(0)
+    event = EngineStored(block_hashes=[1, 2], parent=None, token_ids=[1, 2], block_size=1, extras=[b"x"])
+    assert feed(translator, event) == []
+    assert translator.skipped.malformed == 2
+
+
 def test_removal_for_another_cache_group_is_not_ours() -> None:
     translator = Translator(0)
     feed(translator, stored([1], TOKENS[:2]))
