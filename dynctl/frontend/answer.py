@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 from dynctl.errors import DynctlError, EngineFailed, TransportError
 from dynctl.frontend.call import Call
+from dynctl.frontend.migrate import Move, Rest, Story, break_off, last_words
 from dynctl.frontend.refusal import openai_error
 from dynctl.frontend.stream import (
     SSE_HEADERS,
@@ -39,18 +41,46 @@ _OF_A_BODY = frozenset((b"content-type", b"content-encoding", b"content-language
 class Answer:
     """`error_type` is the metric's word for an engine's own refusal that was passed on; "" = none."""
 
-    def __init__(self, call: Call, exchange: Exchange, tell: Tell) -> None:
+    def __init__(self, call: Call, exchange: Exchange, tell: Tell, story: Story | None = None) -> None:
         self._call = call
         self._exchange = exchange
         self._tell = tell
-        self._relay: Relay | None = None
+        self._story = story
+        self._move: Move | None = None
+        self._relay: Relay | Rest | None = None
         self._workers: list[str] = []
         self.error_type = ""
 
     @property
     def begun(self) -> bool:
         """Whether the client has been sent anything of a stream."""
+        return self._move is not None or self.leg_begun
+
+    @property
+    def leg_begun(self) -> bool:
+        """Whether the present leg has said anything."""
         return self._relay is not None and self._relay.begun
+
+    def told(self) -> Story | None:
+        """What the client was told, for another leg to go on from; None when that cannot be known."""
+        if isinstance(self._relay, Relay):
+            if self._story is None or not self._relay.kept:
+                return None
+            self._story.keep(list(self._relay.pieces))
+            self._relay.pieces.clear()
+        return self._story
+
+    def go_on(self, move: Move) -> None:
+        """The next leg is to say the rest."""
+        self._relay, self._move = None, move
+
+    def finish(self, move: Move) -> None:
+        """There is no rest: end the stream."""
+        assert self._story is not None
+        self._move = move
+        self._story.write(self._exchange, last_words(self._story, move.joint))
+        self._story.end(self._exchange)
+        move.done("success")
 
     def prefilled_by(self, worker: str) -> None:
         """Name the prefill worker of this attempt in the answer's headers."""
@@ -69,7 +99,13 @@ class Answer:
         self.whole(response, workers)
 
     def whole(self, response: Response, workers: list[str]) -> None:
-        """Give an engine's whole answer to the client, its refusals (4xx) too: these in OpenAI's shape."""
+        """Give an engine's whole answer to the client, its refusals (4xx) too: these in OpenAI's shape.
+
+        Raises EngineFailed when the client has been sent the beginning of another.
+        """
+        if self.begun:
+            told = response.body[:300].decode("utf-8", "replace")
+            raise EngineFailed(f"another worker would not go on with the answer: {response.status} {told}")
         self._judge(response.status)
         headers = self._headers(response.headers, workers)
         if response.status >= 400:
@@ -84,6 +120,9 @@ class Answer:
         if not self._call.stream or response.status != 200:
             self.whole(response, [worker])
             return
+        if self._move is not None:
+            self._finished_rest(response)
+            return
         options = self._call.body.get("stream_options", dict) or {}
         events = as_events(response.body, usage=bool(options.get("include_usage")))
         self._count(response.body)
@@ -91,13 +130,37 @@ class Answer:
         self._exchange.write(events)
         self._exchange.end()
 
+    def _finished_rest(self, response: Response) -> None:
+        """Prefill has said all that was left to be said."""
+        assert self._move is not None
+        assert self._story is not None
+        ways = Ways(head=partial(self._move.done, "success"), give_up=_nothing, first_token=_nothing)
+        rest = self._relay = Rest(
+            self._exchange, self._call.account, ways, self._story, self._move.joint, "close"
+        )
+        rest.feed(as_events(response.body, usage=self._move.joint.wants_usage))
+        rest.count_tokens()
+        if rest.ended_early:
+            raise EngineFailed(f"prefill's answer is none: {rest.refusal}")
+        rest.complete()
+
     def break_off(self, error: DynctlError) -> bool:
         """End a stream that the client has begun to read, and tell why. False when nothing was sent yet."""
-        if self._relay is None or not self._relay.begun:
-            return False
+        if not self.begun or self._exchange.ended:
+            return self._exchange.ended
         logger.warning("stream.broken id=%s why=%s", self._call.request_id, error)
-        self._relay.break_off(self._tell(error))
+        if self._move is not None and not self.leg_begun:
+            assert self._story is not None
+            self._move.done("failure")
+            break_off(self._story, self._exchange, self._tell(error))
+        elif self._relay is not None:
+            self._relay.break_off(self._tell(error))
         return True
+
+    def left(self) -> None:
+        """The client has gone."""
+        if self._move is not None and not self.leg_begun:
+            self._move.done("cancelled")
 
     async def _stream(self, upstream: Upstream, leg: Leg, load: Load, workers: list[str]) -> None:
         self._relay = None
@@ -131,18 +194,33 @@ class Answer:
             framing: Literal["chunked", "raw"] = "chunked" if stream.framing == "close" else "raw"
             exchange.start(stream.status, self._headers(stream.headers, workers, stream), framing=framing)
 
-        ways = Ways(head=head, give_up=stream.abort, first_token=load.first_token)
-        relay = self._relay = Relay(exchange, self._call.account, ways)
+        relay = self._relay = self._sink(stream, head, load)
         exchange.on_pause, exchange.on_resume = stream.pause, stream.resume
         try:
             await stream.relay(relay)
+        except TransportError:
+            if not (isinstance(relay, Rest) and relay.over):
+                raise
         finally:
             exchange.on_pause = exchange.on_resume = None
             relay.count_tokens()
         refusal = self._refusal()
         if refusal is not None:
             raise upstream.failed(leg, refusal)
+        if relay.ended_early:
+            raise upstream.failed(leg, EngineFailed("the engine's stream ended before its answer did"))
         relay.complete()
+
+    def _sink(self, stream: Stream, head: Callable[[], None], load: Load) -> Relay | Rest:
+        """What takes the leg's bytes: as they are, or as the rest of what another leg has said."""
+        account, move, story = self._call.account, self._move, self._story
+        if move is None or story is None:
+            if story is not None:
+                story.begin(stream.framing)
+            ways = Ways(head=head, give_up=stream.abort, first_token=load.first_token)
+            return Relay(self._exchange, account, ways, story, stream.framing)
+        ways = Ways(head=partial(move.done, "success"), give_up=stream.abort, first_token=load.first_token)
+        return Rest(self._exchange, account, ways, story, move.joint, stream.framing)
 
     def _count(self, body: bytes) -> None:
         account = self._call.account
@@ -162,3 +240,7 @@ class Answer:
                 headers += [pair for pair in given if pair[0] == b"content-length"]
         headers.append((b"x-dynctl-workers", ",".join(workers).encode()))
         return headers
+
+
+def _nothing() -> None:
+    """There is no engine to tell."""

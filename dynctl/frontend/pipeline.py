@@ -1,13 +1,13 @@
 """One request from start to end. Read this first.
 
     prompt = tokens and hashes of the prompt, where the router can use them
-    refuse what does not fit the model
+    refuse what does not fit the model; wait while all workers are busy (`gate`)
     as often as it is worth it:
         choose worker(s)  →  [prefill]  →  the leg that answers  →  bytes to the client
 
-Until the client has seen the first byte, a failed attempt is made again elsewhere (`retry`). After it, the
-stream ends with an error event. Whatever happens, tickets are given back, the other leg is cancelled, and the
-client hears within the request's deadline.
+Until the client has seen the first byte, a failed attempt is made again elsewhere (`retry`). After it,
+another worker says the rest (`migrate`), or the stream ends with an error event. Whatever happens, tickets
+are given back, the other leg is cancelled, and the client hears within the request's deadline.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from dynctl.errors import DeadlineExceeded, DynctlError, PeerLost, Rejected
 from dynctl.frontend.admission import Models, check_context
 from dynctl.frontend.answer import Answer, Tell
 from dynctl.frontend.call import Call
+from dynctl.frontend.gate import Gate
+from dynctl.frontend.migrate import PATIENCE_S, Migrations
 from dynctl.frontend.preprocess import UNKNOWN, Preprocessor, PromptFacts
+from dynctl.frontend.queue import Ask
 from dynctl.frontend.retry import AttemptFailed, Attempts, Budget
 from dynctl.frontend.series import Choices, Stages
 from dynctl.frontend.upstream import Leg, Upstream
@@ -35,6 +38,8 @@ from dynctl.router.service import Choice, Router, RouteRequest
 
 logger = logging.getLogger(__name__)
 
+_LOOK_AGAIN_S = 0.1
+
 
 @dataclass(frozen=True, slots=True)
 class Parts:
@@ -43,6 +48,7 @@ class Parts:
     """
 
     router: Router
+    gate: Gate
     upstream: Upstream
     models: Models
     metrics: Metrics
@@ -50,6 +56,7 @@ class Parts:
     choices: Choices
     rng: Random
     preprocessor: Preprocessor | None
+    migrations: Migrations
     tell: Tell
     request_timeout_s: float
 
@@ -57,7 +64,7 @@ class Parts:
 class Attempt:
     """What one attempt of one call has at hand; the flows below work on it."""
 
-    __slots__ = ("answer", "attempts", "call", "parts", "prompt")
+    __slots__ = ("answer", "attempts", "call", "moves", "parts", "prompt", "waits_until_s")
 
     def __init__(self, parts: Parts, call: Call, answer: Answer) -> None:
         self.parts = parts
@@ -65,6 +72,8 @@ class Attempt:
         self.answer = answer
         self.prompt: PromptFacts = UNKNOWN
         self.attempts = Attempts(parts.rng)
+        self.moves = 0
+        self.waits_until_s = 0.0
 
     def choose(self, role: Role) -> Choice:
         """A worker of `role` that has not failed this call. Raises Rejected, or the last failure."""
@@ -82,7 +91,8 @@ class Attempt:
         choices.begun()
         started = time.perf_counter()
         refused: Rejected | None = None
-        for exclude in self.attempts.exclusions(self.parts.upstream.shunned()):
+        avoided = self.parts.upstream.shunned() | self.parts.gate.crowded(role)
+        for exclude in self.attempts.exclusions(avoided):
             try:
                 choice = router.choose(self._request(role, exclude))
             except Rejected as error:
@@ -150,7 +160,7 @@ class Pipeline:
         task = asyncio.current_task()
         assert task is not None
         exchange.on_disconnect = partial(_cancel, task)
-        answer = Answer(call, exchange, self._parts.tell)
+        answer = Answer(call, exchange, self._parts.tell, self._parts.migrations.story(call))
         error_type = "internal"
         try:
             async with asyncio.timeout(self._parts.request_timeout_s):
@@ -164,10 +174,12 @@ class Pipeline:
             if not exchange.disconnected:
                 raise
             error_type = "cancelled"
+            answer.left()
             task.uncancel()
         except DynctlError as error:
             error_type = error_type_of(error)
-            raise
+            if not answer.break_off(error):
+                raise
         finally:
             exchange.on_disconnect = None
             call.account.close(error_type)
@@ -185,14 +197,42 @@ class Pipeline:
             call.account.prompt(attempt.prompt.tokens)
             field = "messages" if call.endpoint.kind == "chat" else "prompt"
             check_context(attempt.prompt.tokens, call.asked, self._parts.models.max_model_len, field)
+            if self._parts.gate.closed() and not call.hints.dry_run:
+                await self._wait_for_turn(attempt)
         while True:
             try:
                 await flow(attempt)
                 return answer.error_type
             except AttemptFailed as failure:
-                if answer.break_off(failure.cause):
-                    return error_type_of(failure.cause)
-                await self._before_next(attempt, failure)
+                if not answer.leg_begun:
+                    await self._before_next(attempt, failure)
+                elif not await self._move(call, attempt, failure):
+                    return answer.error_type
+            except (Rejected, PeerLost):
+                if not answer.begun or time.monotonic() > attempt.waits_until_s:
+                    raise
+                # No worker is left just now, and half the answer was said: one may come.
+                attempt.attempts = Attempts(self._parts.rng)
+                await asyncio.sleep(_LOOK_AGAIN_S)
+
+    async def _move(self, call: Call, attempt: Attempt, failure: AttemptFailed) -> bool:
+        """Have the rest of the answer said elsewhere; False when there is none. Raises what prevents it."""
+        answer = attempt.answer
+        story = answer.told()
+        if story is None:
+            raise failure.cause
+        story.prompt_tokens = story.prompt_tokens or attempt.prompt.tokens
+        rest, move = self._parts.migrations.next(call, story, attempt.moves, failure.cause)
+        if rest is None:
+            answer.finish(move)
+            return False
+        answer.go_on(move)
+        attempt.moves += 1
+        attempt.waits_until_s = time.monotonic() + PATIENCE_S
+        attempt.attempts = Attempts(self._parts.rng, failed=failure.failed)
+        attempt.call = rest
+        attempt.prompt = await self._prompt(rest)
+        return True
 
     async def _prompt(self, call: Call) -> PromptFacts:
         preprocessor, kind = self._parts.preprocessor, call.endpoint.kind
@@ -205,6 +245,14 @@ class Pipeline:
             call.adapter,
             context=self._parts.models.max_model_len,
         )
+
+    async def _wait_for_turn(self, attempt: Attempt) -> None:
+        """Wait while all workers are busy. Raises Overloaded."""
+        gate, prompt = self._parts.gate, attempt.prompt
+        cached = self._parts.router.cached_tokens(prompt.hashes or ()) if gate.by_length else 0
+        span = attempt.call.trace.span("queue")
+        with self._parts.stages.enter("queue", span):
+            await gate.wait(Ask(prompt.tokens, cached, attempt.call.hints.priority))
 
     async def _before_next(self, attempt: Attempt, failure: AttemptFailed) -> None:
         """Wait a little, or raise the failure's cause when enough has been tried.
@@ -220,6 +268,8 @@ class Pipeline:
             self._parts.metrics.counter("retries_refused_total", reason=failure.cause.kind).inc()
             raise failure.cause
         self._parts.metrics.counter("retries_total", reason=failure.cause.kind).inc()
+        if not attempt.answer.begun:
+            self._parts.migrations.counted_retry()
         logger.info("request.retried id=%s why=%s", attempt.call.request_id, failure.cause)
         await asyncio.sleep(pause_s)
 

@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from dynctl.http.server import Exchange, Request
-from dynctl.protocol.specs import LimitsSpec
+from dynctl.protocol.specs import LimitsSpec, MigrationSpec
 from tests.integration.frontend_harness import (
     Engine,
     answers,
@@ -27,6 +27,7 @@ from tests.integration.frontend_harness import (
 
 COMPLETION = {"model": "m", "prompt": "hi"}
 STREAMED = {**COMPLETION, "stream": True}
+NEVER_MOVED = MigrationSpec(limit=0)
 
 
 @pytest.fixture
@@ -164,7 +165,7 @@ async def test_an_error_as_first_event_of_a_stream_is_retried_elsewhere() -> Non
 async def test_a_worker_lost_mid_stream_ends_it_with_an_error_event() -> None:
     events = sse(token("a"), token("b"))[:2]
     engines = [Engine(dies_after(*events)), Engine()]  # type: ignore[arg-type]
-    async with frontend(make_spec(), aggregated=engines) as front:
+    async with frontend(make_spec(migration=NEVER_MOVED), aggregated=engines) as front:
         response = await front.post("/v1/completions", STREAMED)
         text = await front.metrics()
     assert response.body.startswith(b"".join(events))
@@ -178,7 +179,7 @@ async def test_a_worker_lost_mid_stream_ends_it_with_an_error_event() -> None:
 async def test_the_openai_client_sees_the_error_of_a_broken_stream() -> None:
     engine = Engine(dies_after(*sse(token("a"))[:1]))  # type: ignore[arg-type]
     async with (
-        frontend(make_spec(), aggregated=[engine]) as front,
+        frontend(make_spec(migration=NEVER_MOVED), aggregated=[engine]) as front,
         openai.AsyncOpenAI(base_url=front.url + "/v1", api_key="x", max_retries=0) as client,
     ):
         stream = await client.completions.create(model="m", prompt="x", stream=True)
@@ -189,7 +190,7 @@ async def test_the_openai_client_sees_the_error_of_a_broken_stream() -> None:
 
 async def test_a_stream_cut_inside_an_event_is_cut_for_the_client_too() -> None:
     engine = Engine(dies_after(sse(token("a"))[0], b'data: {"choi'))  # type: ignore[arg-type]
-    async with frontend(make_spec(), aggregated=[engine]) as front:
+    async with frontend(make_spec(migration=NEVER_MOVED), aggregated=[engine]) as front:
         reader, writer = await asyncio.open_connection("127.0.0.1", front.server.port)
         body = json.dumps(STREAMED).encode()
         head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
@@ -220,7 +221,7 @@ async def test_a_stream_that_stalls_ends_with_an_error_event() -> None:
 
     engine = Engine(stalls)
     limits = LimitsSpec(first_byte_timeout_s=0.3, request_timeout_s=10, stall_timeout_s=0.3)
-    async with frontend(make_spec(limits=limits), aggregated=[engine]) as front:
+    async with frontend(make_spec(limits=limits, migration=NEVER_MOVED), aggregated=[engine]) as front:
         response = await front.post("/v1/completions", STREAMED)
         assert b'"type":"timeout"' in response.body
         await engine.wait(lambda: engine.cancelled == 1)
