@@ -50,9 +50,19 @@ class RunDir:
         return self.path / "keys.json"
 
     @property
+    def engine_key(self) -> Path:
+        """The API key of the deployment's engines."""
+        return self.path / "engine.key"
+
+    @property
     def state(self) -> Path:
         """What runs and how it is."""
         return self.path / "state.json"
+
+    @property
+    def adapters(self) -> Path:
+        """The LoRA adapters loaded at run time."""
+        return self.path / "adapters.json"
 
     @property
     def events(self) -> Path:

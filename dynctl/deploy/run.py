@@ -15,7 +15,7 @@ import msgspec
 from dynctl.deploy.home import LOCK_S, Home, RunDir, new_run_id
 from dynctl.deploy.plan import Plan, PlannedProcess, build_plan
 from dynctl.deploy.ports import holder, listen_error, listening
-from dynctl.deploy.preflight import require_local, require_programs
+from dynctl.deploy.preflight import require_certificate, require_local, require_programs
 from dynctl.deploy.seats import RunContext
 from dynctl.deploy.state import (
     ENDED,
@@ -37,7 +37,7 @@ from dynctl.recipe.load import LoadedRecipe, load_recipe
 from dynctl.recipe.lock import lock_text
 from dynctl.topology.inventory import LOCAL, Inventory, inventory_for
 from dynctl.topology.ports import first_port_of
-from dynctl.transport.keys import Keys
+from dynctl.transport.keys import Keys, save_engine_key
 
 logger = logging.getLogger(__name__)
 
@@ -168,6 +168,7 @@ def begin(checked: Checked, site: Site) -> Up:
     with site.home.locked(_PORTS, deadline_s=LOCK_S):
         plan = plan_run(checked, site, context)
         require_programs(plan, checked.loaded, site.environ)
+        require_certificate(checked.loaded)
         run = write_run(plan, lock_text(checked.loaded, site.version), site.home)
     handle = start_controller(run, plan, 1, site.launcher)
     return Up(name, run, plan.url, handle, adopted=False)
@@ -253,6 +254,7 @@ def write_run(plan: Plan, lock: str, home: Home) -> RunDir:
     run = home.create_run(plan.run_id, files)
     with _disk_of(run):
         Keys.generate().save(run.keys)
+        save_engine_key(run.engine_key)
     home.point(plan.name, run)
     return run
 

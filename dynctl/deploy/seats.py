@@ -38,6 +38,7 @@ from dynctl.topology.inventory import Host
 from dynctl.topology.ports import FIRST_PORT
 
 KEYS_FILE = "keys.json"
+ENGINE_KEY_FILE = "engine.key"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,7 @@ def frontend_command(site: Site, index: int, host: Host, ports: Mapping[str, int
         router=_router(recipe),
         limits=_limits(recipe),
         busy=_busy(recipe),
+        engine_key_file=_engine_key_file(site),
         migration=msgspec.convert(recipe.frontend.migration.model_dump(), MigrationSpec),
         api_keys=_api_keys(recipe),
         tls_cert=recipe.frontend.tls.cert if recipe.frontend.tls else "",
@@ -154,6 +156,8 @@ def worker_command(site: Site, seat: Seat) -> Command:
         bootstrap_port=launch.ports.get("bootstrap", 0),
         kv_transfer=launch.transfer,
         **_kv_fields(source),
+        engine_key_file=_engine_key_file(site),
+        engine_key_variable=site.engine.key_variable,
         canary_interval_s=recipe.engine.canary.interval if recipe.engine.canary.enabled else 0.0,
         canary_timeout_s=recipe.engine.canary.timeout,
         start_timeout_s=recipe.engine.start_timeout,
@@ -244,6 +248,11 @@ def _router(recipe: Recipe) -> RouterSpec:
     given["session_affinity"]["ttl_s"] = given["session_affinity"].pop("ttl")
     given["queue"]["deadline_s"] = given["queue"].pop("deadline")
     return msgspec.convert(given, RouterSpec)
+
+
+def _engine_key_file(site: Site) -> str:
+    """Where the key is that the engines ask for; "" = these ask for none."""
+    return ENGINE_KEY_FILE if site.engine.key_variable else ""
 
 
 def _api_keys(recipe: Recipe) -> list[ApiKeySpec]:

@@ -16,6 +16,7 @@ from dynctl.frontend.hints import NO_HINTS, Hints
 from dynctl.http.server import Request
 from dynctl.observability.tracing import Trace
 
+Headers = tuple[tuple[bytes, bytes], ...]
 Kind = Literal["chat", "completions", "other"]
 
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
@@ -90,7 +91,11 @@ def request_id(request: Request) -> bytes:
     return given if given and _REQUEST_ID.fullmatch(given) else secrets.token_hex(16).encode()
 
 
-def engine_headers(request: Request, id_: bytes, *, pass_key: bool) -> tuple[tuple[bytes, bytes], ...]:
-    """What of the client's headers the engine is to see; its key only where this frontend asks for none."""
+def engine_headers(
+    request: Request, id_: bytes, own: Headers, *, pass_key: bool
+) -> tuple[tuple[bytes, bytes], ...]:
+    """`own`, and what of the client's headers the engine is to see: its key only where nobody here asks for
+    one, neither this frontend nor the engine (then `own` holds that).
+    """
     passed = (*_PASSED_ON, b"authorization") if pass_key else _PASSED_ON
-    return ((b"x-request-id", id_), *(pair for pair in request.headers if pair[0] in passed))
+    return ((b"x-request-id", id_), *own, *(pair for pair in request.headers if pair[0] in passed))

@@ -34,6 +34,7 @@ from dynctl.protocol.instances import Role
 from dynctl.protocol.registry import Member
 from dynctl.protocol.specs import FrontendSpec
 from dynctl.router.service import Router, WorkerLinks
+from dynctl.transport.keys import bearer, load_engine_key
 
 _WORKER_SERIES = (
     "circuit_state",
@@ -67,6 +68,8 @@ class Core:
         self._exporter = exporter(spec, self.metrics)
         self._pulse = Pulse(asyncio.get_running_loop(), self.metrics)
         self.router = Router(spec.router, links, block_size=spec.model.block_size, rng=rng)
+        self.engine_headers = (bearer(load_engine_key(spec.engine_key_file)),) if spec.engine_key_file else ()
+        """What engines ask for with every request: their key."""
         self.models = Models(spec.model)
         self.gate = Gate(
             self.router, _prompt_roles(spec), spec.router.queue, spec.busy, self.metrics, spec.model.name
@@ -218,6 +221,7 @@ class Core:
             health=self.health,
             refresh=self.refresh_metrics,
             owned_fields=self._engine.client_fields,
+            engine_headers=self.engine_headers,
             started_at=int(time.time()),
         )
 

@@ -15,7 +15,7 @@ from dynctl.errors import DynctlError, Overloaded, RequestError, TransportError
 from dynctl.frontend.accounts import Accounts
 from dynctl.frontend.admission import Models
 from dynctl.frontend.body import excerpt
-from dynctl.frontend.call import Call, Endpoint, engine_headers, read_form, request_id
+from dynctl.frontend.call import Call, Endpoint, Headers, engine_headers, read_form, request_id
 from dynctl.frontend.hints import read_hints
 from dynctl.frontend.keys import ApiKey, ApiKeys
 from dynctl.frontend.pipeline import Pipeline, error_type_of
@@ -105,7 +105,9 @@ Health = Callable[[], dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """What the routes need. `refresh` brings metrics up to date; only dynctl may set `owned_fields`."""
+    """What the routes need. `refresh` brings metrics up to date; only dynctl may set `owned_fields`.
+    `engine_headers` go to engines with every request: the key they ask for.
+    """
 
     pipeline: Pipeline
     models: Models
@@ -116,7 +118,13 @@ class Edge:
     health: Health
     refresh: Callable[[], None]
     owned_fields: frozenset[str]
+    engine_headers: Headers
     started_at: int
+
+    @property
+    def passes_keys(self) -> bool:
+        """Whether clients' keys are for the engines: nobody here has one of their own."""
+        return not self.engine_headers and not self.keys.asked_for
 
 
 def tell(error: DynctlError) -> bytes:
@@ -212,7 +220,7 @@ class Routes:
             stream=form.stream,
             asked=form.asked,
             request_id=id_,
-            headers=engine_headers(request, id_, pass_key=not edge.keys.asked_for),
+            headers=engine_headers(request, id_, edge.engine_headers, pass_key=edge.passes_keys),
             account=edge.accounts.open(form.model, endpoint.label, stream=form.stream),
             trace=trace,
             hints=hints,

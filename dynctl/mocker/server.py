@@ -48,9 +48,10 @@ Route = Callable[[Request, Exchange], Awaitable[None]]
 
 
 class Api:
-    """Routes requests. `event_sources`: what `/kv_event_sources` tells, by rank."""
+    """Routes requests. `event_sources`: what `/kv_event_sources` tells, by rank; `key`: what /v1 asks for."""
 
-    def __init__(self, engine: SimulatedEngine, event_sources: dict[str, Any]) -> None:
+    def __init__(self, engine: SimulatedEngine, event_sources: dict[str, Any], key: str = "") -> None:
+        self._key = key.encode()
         self._engine = engine
         self._serving = engine.serving
         self._event_sources = event_sources
@@ -78,6 +79,9 @@ class Api:
 
     async def __call__(self, request: Request, exchange: Exchange) -> None:
         """Answer one request."""
+        if self._key and request.path.startswith("/v1") and not self._knows(request):
+            exchange.respond(401, b'{"error":"Unauthorized"}')
+            return
         route = self._routes.get((request.method, request.path))
         if route is not None:
             await route(request, exchange)
@@ -85,6 +89,11 @@ class Api:
             exchange.respond(405, _detail("Method Not Allowed"))
         else:
             exchange.respond(404, _detail("Not Found"))
+
+    def _knows(self, request: Request) -> bool:
+        """As vLLM checks its API key."""
+        scheme, _, key = (request.header(b"authorization") or b"").partition(b" ")
+        return scheme.lower() == b"bearer" and secrets.compare_digest(key, self._key)
 
     # --- answers
 

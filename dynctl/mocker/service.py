@@ -60,7 +60,10 @@ async def run(options: Options) -> int:
         stack.push_async_callback(engine.close)
         sources = _start_publishers(engine, stack)
         server = await serve(
-            Api(engine, sources), host=options.host, port=options.port, limits=Limits(body_timeout_s=300.0)
+            Api(engine, sources, os.environ.get("VLLM_API_KEY", "")),
+            host=options.host,
+            port=options.port,
+            limits=Limits(body_timeout_s=300.0),
         )
         stack.push_async_callback(server.close)
         engine.address = (options.host, server.port)

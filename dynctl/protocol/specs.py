@@ -36,7 +36,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     registers nothing. The incarnation comes by environment DYNCTL_INCARNATION, since it differs per start.
     `kv_endpoints`/`kv_replay_endpoints`: engine publishers by data-parallel rank; empty = none.
     `kv_poll`: where KV events are fetched instead. Neither = the engine tells none.
-    `canary_interval_s`: idle for so long it is asked to generate a token; 0 = never.
+    `engine_key_file` holds the API key that the engine is given as `engine_key_variable` and asks for; "" =
+    none. `canary_interval_s`: idle for so long it is asked to generate a token; 0 = never.
     """
 
     id: str
@@ -61,6 +62,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     kv_replay_endpoints: list[str] = []
     kv_topic: str = ""
     kv_poll: KvPollSpec | None = None
+    engine_key_file: str = ""
+    engine_key_variable: str = ""
     canary_interval_s: float = 30.0
     canary_timeout_s: float = 10.0
     start_timeout_s: float = 900.0
@@ -199,7 +202,7 @@ class FrontendSpec(msgspec.Struct, frozen=True, kw_only=True):
     has in flight; 0 = there are no others. `own_port` 0 = `port` is its alone; else it shares that with the
     other frontends of its node, and answers at this one too.
     `sync_timeout_s`: how long it may wait for the workers' KV indexes before it listens.
-    `api_keys` empty = no key asked for.
+    `api_keys` empty = no key asked for. `engine_key_file` holds the key that engines ask for ("" = none).
     """
 
     id: str
@@ -222,6 +225,7 @@ class FrontendSpec(msgspec.Struct, frozen=True, kw_only=True):
     migration: MigrationSpec = MigrationSpec()
     busy: BusySpec = BusySpec()
     api_keys: list[ApiKeySpec] = []
+    engine_key_file: str = ""
     tls_cert: str = ""
     tls_key: str = ""
     metrics_prefix: str = "dynctl"

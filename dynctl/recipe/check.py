@@ -137,6 +137,18 @@ def _environment(recipe: Recipe, engine: Engine) -> Iterator[Finding]:
         yield _error(f"engine.{name}", f"backend {recipe.backend} starts no engine; remove it")
 
 
+def _engine_keys(recipe: Recipe, engine: Engine) -> Iterator[Finding]:
+    """The engines' own key is made anew for each deployment and known to nobody else."""
+    places = [("engine.env", recipe.engine.env)]
+    places += [(f"roles.{role}.env", section.env) for role, section in recipe.roles.present().items()]
+    for at, env in places:
+        if engine.key_variable and engine.key_variable in env:
+            yield _error(
+                f"{at}.{engine.key_variable}",
+                "dynctl gives the engines a key of their own; clients' keys are frontend.api_key",
+            )
+
+
 def _urls(recipe: Recipe, engine: Engine) -> Iterator[Finding]:
     for role, section in recipe.roles.present().items():
         at = f"roles.{role}"
@@ -227,6 +239,7 @@ _RULES: tuple[Callable[[Recipe, Engine], Iterator[Finding]], ...] = (
     _roles,
     _frontend,
     _api_keys,
+    _engine_keys,
     _environment,
     _urls,
     _hosts,

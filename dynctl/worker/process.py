@@ -11,6 +11,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 from dynctl.errors import LaunchError
 from dynctl.protocol.specs import EngineProcess
@@ -42,7 +43,7 @@ class EngineChild:
         program = find_program(engine.argv[0], cwd, environment.get("PATH", os.defpath))
         try:
             log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with log.open("ab") as output:
+            with _open_log(log) as output:
                 log_start = output.tell()
                 process = await asyncio.create_subprocess_exec(
                     program,
@@ -157,6 +158,11 @@ def find_program(name: str, cwd: str, path: str) -> str:
         what = f"{name} is not executable" if there else f"the engine's program {name!r} does not exist"
         raise LaunchError(what, where=candidate, hint="set engine.venv, engine.python or engine.container")
     return found
+
+
+def _open_log(path: Path) -> BinaryIO:
+    """For appending; readable for its owner alone, since engines may log what clients say."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600), "ab")
 
 
 def _die_with(parent: int) -> Callable[[], None]:

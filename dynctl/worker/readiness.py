@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -11,13 +12,14 @@ import msgspec
 from dynctl.engines import catalog
 from dynctl.engines.base import Canary, Engine, EngineInfo, EngineLoad, PrefillDecode
 from dynctl.errors import DynctlError, EngineFailed, NotReady, PortInUse, TransportError
-from dynctl.http.client import Client, Origin
+from dynctl.http.client import Client, Origin, Response
 from dynctl.protocol.specs import WorkerSpec
 from dynctl.worker.listeners import find_holder, is_former_self, listening_inodes
 
 logger = logging.getLogger(__name__)
 
 _PROBE_S = 5.0
+_ADMIN_S = 50.0
 _HEALTH_S = 25.0
 """An engine may answer its health probe by running a request."""
 _FIRST_PAUSE_S = 0.05
@@ -65,12 +67,19 @@ class Bootstrap:
 
 
 class Probe:
-    """Asks one engine over HTTP."""
+    """Asks one engine over HTTP. `headers` go with every request: the key it asks for."""
 
     def __init__(
-        self, client: Client, engine: Engine, url: str, model: str, bootstrap: Bootstrap | None = None
+        self,
+        client: Client,
+        engine: Engine,
+        url: str,
+        model: str,
+        bootstrap: Bootstrap | None = None,
+        headers: Sequence[tuple[bytes, bytes]] = (),
     ) -> None:
         self.origin = Origin.parse(url)
+        self._headers = tuple(headers)
         self._client = client
         self._engine = engine
         self._model = model
@@ -113,7 +122,7 @@ class Probe:
         path = self._engine.readiness.version
         if not path:
             return ""
-        response = await self._client.request(self.origin, "GET", path, timeout_s=_PROBE_S)
+        response = await self._ask(path, _PROBE_S)
         try:
             return msgspec.json.decode(response.body, type=_Version).version if response.status == 200 else ""
         except msgspec.DecodeError:
@@ -123,7 +132,7 @@ class Probe:
     async def healthy(self) -> None:
         """Raises NotReady or TransportError unless the health probe answers 200 or there is none."""
         path = self._engine.readiness.health
-        response = await self._client.request(self.origin, "GET", path, timeout_s=_HEALTH_S)
+        response = await self._ask(path, _HEALTH_S)
         if response.status != 200 and response.status not in _NO_SUCH_PROBE:
             raise NotReady(f"{path} answers {response.status}", where=str(self.origin))
 
@@ -132,7 +141,7 @@ class Probe:
 
         Whatever it answers below 500 shows that it works, a refusal too: it may know no such request.
         """
-        headers = [(b"content-type", b"application/json")]
+        headers = [*self._headers, (b"content-type", b"application/json")]
         if rank is not None:
             headers.append((b"x-data-parallel-rank", b"%d" % rank))
         try:
@@ -148,16 +157,33 @@ class Probe:
             return str(error)
         return f"{canary.path} answers {response.status}" if response.status >= 500 else ""
 
+    async def post(self, path: str, body: Mapping[str, str]) -> tuple[int, str]:
+        """Have the engine do something to itself: status and text of its answer. Raises TransportError."""
+        response = await self._client.request(
+            self.origin,
+            "POST",
+            path,
+            headers=[*self._headers, (b"content-type", b"application/json")],
+            body=msgspec.json.encode(body),
+            timeout_s=_ADMIN_S,
+        )
+        return response.status, response.body.decode("utf-8", "replace")
+
     async def load(self) -> list[EngineLoad]:
         """The engine's load by rank; [] when it tells none. Raises TransportError."""
         return self._engine.load(await self._metrics())
 
     async def _metrics(self) -> bytes:
-        response = await self._client.request(self.origin, "GET", self._engine.load_path, timeout_s=_PROBE_S)
+        response = await self._ask(self._engine.load_path, _PROBE_S)
         return response.body if response.status == 200 else b""
 
+    async def _ask(self, path: str, timeout_s: float) -> Response:
+        return await self._client.request(
+            self.origin, "GET", path, headers=self._headers, timeout_s=timeout_s
+        )
+
     async def _get(self, path: str, timeout_s: float) -> bytes:
-        response = await self._client.request(self.origin, "GET", path, timeout_s=timeout_s)
+        response = await self._ask(path, timeout_s)
         if response.status != 200:
             raise NotReady(f"{path} answers {response.status}", where=str(self.origin))
         return response.body

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from dynctl.engines import catalog
 from dynctl.engines.base import Engine
 from dynctl.errors import (
@@ -23,6 +25,7 @@ from dynctl.errors import (
 )
 from dynctl.http.client import Client
 from dynctl.protocol.specs import EngineProcess, WorkerSpec
+from dynctl.transport.keys import bearer, load_engine_key
 from dynctl.worker.listeners import find_holder
 from dynctl.worker.load import wait_until_idle
 from dynctl.worker.planes import Attached, Planes
@@ -76,9 +79,10 @@ class Worker:
             return await self._follow()
         client = Client()
         spec = self._spec
-        probe = Probe(client, self._engine, spec.url, spec.model.name, bootstrap_of(spec))
         planes: Planes | None = None
         try:
+            headers = [bearer(load_engine_key(spec.engine_key_file))] if spec.engine_key_file else []
+            probe = Probe(client, self._engine, spec.url, spec.model.name, bootstrap_of(spec), headers)
             planes = Planes(self._spec, self._incarnation, self._engine, probe)
             planes.open()
             if self._spec.engine is None:
@@ -98,11 +102,13 @@ class Worker:
         self._stop.set()
 
     async def _start(self, engine: EngineProcess) -> EngineChild | Ending:
+        spec = self._spec
         try:
-            return await EngineChild.start(
-                engine, Path(self._spec.engine_log or f"logs/{self._spec.id}.engine.log")
-            )
-        except LaunchError as error:
+            if spec.engine_key_file:
+                env = {**engine.env, spec.engine_key_variable: load_engine_key(spec.engine_key_file)}
+                engine = msgspec.structs.replace(engine, env=env)
+            return await EngineChild.start(engine, Path(spec.engine_log or f"logs/{spec.id}.engine.log"))
+        except (LaunchError, TransportError) as error:
             return Ending(error, permanent=True)
 
     async def _follow(self) -> Ending | None:
@@ -129,7 +135,9 @@ class Worker:
             ready = await self._until_ready(child, probe)
             if not isinstance(ready, Ready):
                 return ready
-            planes.attach(Attached(ready, child.pid), self._superseded.set)
+            await _first(planes.equip(ready), child.wait(), self._stop.wait())
+            if child.exit_code is None:
+                planes.attach(Attached(ready, child.pid), self._superseded.set)
             logger.info("worker.ready id=%s engine_pid=%d", self._spec.id, child.pid)
             await _first(child.wait(), self._stop.wait(), self._superseded.wait())
             if self._superseded.is_set():
@@ -175,6 +183,7 @@ class Worker:
             ready = await self._external_ready(probe)
             if ready is None:
                 return None
+            await _first(planes.equip(ready), self._stop.wait())
             planes.attach(Attached(ready, 0), self._superseded.set)
             logger.info("worker.attached id=%s url=%s", self._spec.id, self._spec.url)
             await _first(self._external_gone(probe), self._stop.wait(), self._superseded.wait())

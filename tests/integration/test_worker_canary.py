@@ -6,11 +6,13 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from dynctl.http.client import Client, Origin
 from dynctl.protocol.instances import ModelCard
 from dynctl.protocol.specs import EngineProcess, WorkerSpec
+from dynctl.transport.keys import save_engine_key
 from tests.integration.worker_rig import Rig, until
 
 
@@ -64,3 +66,19 @@ async def test_canaries_leave_the_prefix_cache_as_it_is(rig: Rig) -> None:
     while await canaries() < 3:
         pass
     assert b'"cached":[]' in (await ask_mocker(rig, "GET", "/mock/state")).replace(b" ", b"")
+
+
+async def test_a_sidecar_knows_the_key_its_engine_asks_for(rig: Rig) -> None:
+    """Readiness, load and canary would else be refused, and the engine never be ready."""
+    save_engine_key(rig.run_dir / "engine.key")
+    spec = mocker(rig, canary_interval_s=0.25)
+    rig.start(msgspec.structs.replace(spec, engine_key_file="engine.key", engine_key_variable="VLLM_API_KEY"))
+    await rig.ready()
+    client, origin = Client(), Origin.parse(f"http://127.0.0.1:{rig.port}")
+    try:
+        models = await client.request(origin, "GET", "/v1/models", timeout_s=10)
+    finally:
+        await client.close()
+    assert models.status == 401
+    while b"vllm:request_success_total" not in await ask_mocker(rig, "GET", "/metrics"):
+        pass

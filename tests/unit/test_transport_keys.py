@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dynctl.errors import TransportError
-from dynctl.transport.keys import Keys
+from dynctl.transport.keys import Keys, load_engine_key, save_engine_key
 
 
 def test_saved_keys_are_read_back_and_private(tmp_path: Path) -> None:
@@ -82,3 +82,19 @@ def test_save_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="directory"):
         Keys.generate().save(target)
     assert [p.name for p in tmp_path.iterdir()] == ["keys.json"]
+
+
+def test_an_engines_key_is_private_new_each_time_and_never_empty(tmp_path: Path) -> None:
+    made = []
+    for name in ("a", "b"):
+        save_engine_key(tmp_path / name)
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o600
+        made.append(load_engine_key(tmp_path / name))
+    assert made[0] != made[1]
+    assert min(map(len, made)) >= 32
+    (tmp_path / "a").write_text("\n")
+    with pytest.raises(TransportError, match="empty"):
+        load_engine_key(tmp_path / "a")
+    (tmp_path / "b").chmod(0o644)
+    with pytest.raises(TransportError, match="open to others"):
+        load_engine_key(tmp_path / "b")
