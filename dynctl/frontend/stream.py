@@ -174,7 +174,9 @@ class Relay:
             return data
         whole, self._rest = data[:cut], data[cut:]
         self._usual = _NEVER if self._rest else _tail(whole)
-        return self._before_refusal(whole) if _REFUSED.search(whole) else whole
+        if b'"abort"' in whole or b'"error"' in whole:
+            return self._before_refusal(whole)
+        return whole
 
     def _before_refusal(self, whole: bytes) -> bytes:
         """The events before one that is a refusal, framed anew; all, when none is one."""

@@ -7,6 +7,7 @@ choices, guided decoding, a tool call or reasoning begun) `CannotContinue` says 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ Kind = Literal["chat", "completions"]
 
 DATA = b"data:"
 DONE = b"[DONE]"
-_EVENT_ENDS = (b"\n\n", b"\r\n\r\n")
+_EVENT_END = re.compile(rb"\n\r?\n")
 _GUIDED = (
     "guided_json",
     "guided_regex",
@@ -44,12 +45,10 @@ def split_events(data: bytes) -> tuple[list[bytes], bytes]:
     """The whole server-sent events in `data`, each with its empty line, and what is left over."""
     events: list[bytes] = []
     start = 0
-    while True:
-        ends = [at + len(end) for end in _EVENT_ENDS if (at := data.find(end, start)) >= 0]
-        if not ends:
-            return events, data[start:]
-        events.append(data[start : min(ends)])
-        start = min(ends)
+    for end in _EVENT_END.finditer(data):
+        events.append(data[start : end.end()])
+        start = end.end()
+    return events, data[start:]
 
 
 def event_data(event: bytes) -> bytes:
