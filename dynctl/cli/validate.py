@@ -8,7 +8,7 @@ from dynctl.cli import options
 from dynctl.cli.plan import PREVIEW
 from dynctl.cli.render import data, json_data, prose
 from dynctl.deploy.plan import build_plan
-from dynctl.deploy.preflight import require_programs
+from dynctl.deploy.preflight import require_certificate, require_programs
 from dynctl.recipe.check import check_recipe
 from dynctl.recipe.load import load_recipe
 from dynctl.topology.inventory import inventory_for
@@ -32,6 +32,7 @@ def validate(
     if placed:
         made = build_plan(loaded, inventory_for(loaded.recipe, loaded.file, inventory), (), PREVIEW)
         require_programs(made, loaded, os.environ)
+        require_certificate(loaded)
     for warning in warnings:
         prose(warning, style="warning")
     if not placed:

@@ -7,7 +7,8 @@ import shutil
 from collections.abc import Mapping
 
 from dynctl.deploy.plan import Plan
-from dynctl.errors import RecipeError
+from dynctl.errors import LaunchError, RecipeError
+from dynctl.http.certificate import fault
 from dynctl.recipe.load import LoadedRecipe
 from dynctl.topology.inventory import LOCAL, Inventory
 
@@ -50,6 +51,20 @@ def require_programs(plan: Plan, loaded: LoadedRecipe, environ: Mapping[str, str
         interpreter = interpreter_of(found)
         if interpreter and not os.path.exists(interpreter):
             raise _dangling(found, interpreter, loaded)
+
+
+def require_certificate(loaded: LoadedRecipe) -> None:
+    """The frontend's certificate and key can be used, today. Raises RecipeError."""
+    tls = loaded.recipe.frontend.tls
+    if tls is None or loaded.recipe.target != "local":
+        return
+    where = loaded.where("frontend.tls.cert")
+    try:
+        doubt = fault(tls.cert, tls.key)
+    except LaunchError as error:
+        raise RecipeError(f"{error.message} ({error.where})", where=where, hint=error.hint) from error
+    if doubt:
+        raise RecipeError(f"no client will take the TLS certificate: {doubt} ({tls.cert})", where=where)
 
 
 def interpreter_of(program: str) -> str:

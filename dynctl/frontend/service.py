@@ -11,7 +11,6 @@ import ssl
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
-from pathlib import Path
 
 from dynctl.discovery.client import Registrar, Watcher
 from dynctl.errors import LaunchError, Superseded
@@ -19,6 +18,7 @@ from dynctl.frontend.core import Core
 from dynctl.frontend.links import Links
 from dynctl.frontend.peers import PeerTalk
 from dynctl.frontend.shared_port import require_own
+from dynctl.http import certificate
 from dynctl.http.server import Limits, Server, serve
 from dynctl.protocol.inflight import INFLIGHT_TOPIC
 from dynctl.protocol.instances import Instance
@@ -71,6 +71,7 @@ class Frontend:
         self._ending = ending
         self._registrar: Registrar | None = None
         self._servers: list[Server] = []
+        self._tls: ssl.SSLContext | None = None
 
     async def start(self) -> int:
         """Follow the membership, listen, register. Returns the port. Raises PortInUse, LaunchError."""
@@ -109,7 +110,8 @@ class Frontend:
 
     async def _listen(self) -> None:
         """Open the public port; where that is shared, one of its own before."""
-        spec, tls, shared = self._spec, _tls(self._spec), bool(self._spec.own_port)
+        spec, shared = self._spec, bool(self._spec.own_port)
+        self._tls = tls = _tls(spec)
         if shared:
             require_own(spec.host, spec.port)
         for port in (spec.own_port, spec.port) if shared else (spec.port,):
@@ -126,8 +128,24 @@ class Frontend:
             if shared and port == spec.port:
                 require_own(spec.host, port)
 
+    def renew(self) -> None:
+        """From the next connection on use the certificate that is in the files now; not one that is bad."""
+        spec = self._spec
+        if self._tls is None:
+            return
+        try:
+            certificate.load(self._tls, spec.tls_cert, spec.tls_key)
+        except LaunchError as error:
+            logger.warning("certificate.kept why=%s", error)
+        else:
+            logger.info("certificate.renewed file=%s", spec.tls_cert)
+
     async def stop(self) -> None:
-        """Stop accepting, let requests finish within the drain time, leave the registry, close everything."""
+        """Stop accepting, let requests finish within the drain time, leave the registry, close everything.
+
+        Those that have not finished by then are told so.
+        """
+        self.core.drain()
         if self._registrar is not None and not self._ending.superseded:
             await self._registrar.set_state("draining", LEAVE_S)
         left = await asyncio.gather(*(one.drain(self._spec.drain_timeout_s) for one in self._servers))
@@ -183,12 +201,16 @@ class Frontend:
 
 
 async def run(spec: FrontendSpec, incarnation: int) -> None:
-    """Serve until SIGTERM or SIGINT. Raises LaunchError, or Superseded when another took the seat."""
+    """Serve until SIGTERM or SIGINT; SIGHUP renews the certificate.
+
+    Raises LaunchError, or Superseded when another took the seat.
+    """
     ending = Ending(asyncio.Event())
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ending.asked)
     frontend = Frontend(spec, incarnation, ending)
+    loop.add_signal_handler(signal.SIGHUP, frontend.renew)
     try:
         port = await _unless_ended(frontend.start(), ending)
         if port is not None:
@@ -231,14 +253,8 @@ def _limits(spec: FrontendSpec) -> Limits:
 def _tls(spec: FrontendSpec) -> ssl.SSLContext | None:
     if not spec.tls_cert:
         return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        context.load_cert_chain(Path(spec.tls_cert), Path(spec.tls_key) if spec.tls_key else None)
-    except (OSError, ssl.SSLError) as error:
-        raise LaunchError(
-            f"the TLS certificate or key cannot be used: {error}",
-            where=spec.tls_cert,
-            hint="PEM files, the key not encrypted",
-        ) from error
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context = certificate.server_context(spec.tls_cert, spec.tls_key)
+    doubt = certificate.fault(spec.tls_cert, spec.tls_key)
+    if doubt:
+        logger.warning("certificate.invalid file=%s why=%s", spec.tls_cert, doubt)
     return context

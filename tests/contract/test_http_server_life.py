@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,8 @@ import pytest
 from dynctl.errors import LaunchError, PortInUse
 from dynctl.http.runtime import run
 from dynctl.http.server import Exchange, Limits, Request, serve
-from tests.contract.http_wire import GET, Recorder, Wire, on_uvloop, served, stream_three, until
+from tests.certificates import make_certificate
+from tests.contract.http_wire import GET, QUICK, Recorder, Wire, on_uvloop, served, stream_three, until
 
 
 @on_uvloop
@@ -95,11 +96,7 @@ async def test_a_port_in_use_is_named_and_can_be_shared_when_asked() -> None:
 
 @pytest.mark.debian("openssl")
 def test_tls(tmp_path: Path) -> None:
-    key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
-    name = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
-    out = ["-keyout", str(key), "-out", str(cert)]
-    argv = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    subprocess.run([*argv, "-days", "2", *name, *out], check=True, capture_output=True)
+    cert, key = make_certificate(tmp_path)
     run(asyncio.wait_for(_tls_scenario(cert, key), 20))
 
 
@@ -118,4 +115,31 @@ async def _tls_scenario(cert: Path, key: Path) -> None:
     too_long = await client.request(origin, "POST", "/", body=b"x" * 101, timeout_s=5)
     assert too_long.status == 413
     await client.close()
+    await server.close()
+
+
+@pytest.mark.debian("openssl")
+def test_a_client_that_never_ends_its_tls_handshake_is_let_go(tmp_path: Path) -> None:
+    """Nor one that ends it and then drips: the deadlines of plain HTTP hold inside TLS."""
+    cert, key = make_certificate(tmp_path)
+    run(asyncio.wait_for(_slow_tls_scenario(cert, key), 20))
+
+
+async def _slow_tls_scenario(cert: Path, key: Path) -> None:
+    here = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    here.load_cert_chain(cert, key)
+    server = await serve(Recorder(), host="127.0.0.1", port=0, limits=QUICK, tls=here)
+    silent = await Wire.to(server.port)
+    hello = await Wire.to(server.port)
+    hello.send(b"\x16\x03\x01\x02\x00\x01")
+    there = ssl.create_default_context(cafile=str(cert))
+    slow = Wire(*await asyncio.open_connection("127.0.0.1", server.port, ssl=there))
+    slow.send(b"POST /x HTTP/1.1\r\nHost:")
+    for wire in (silent, hello):
+        with suppress(ConnectionError):
+            assert await wire.rest() == b""
+    assert b"408" in await slow.rest()
+    for wire in (silent, hello, slow):
+        await wire.close()
+    await until(lambda: server.connections == 0)
     await server.close()
