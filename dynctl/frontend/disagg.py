@@ -141,10 +141,11 @@ class _Concurrent:
         try:
             refusal = await _race(attempt.answer, first, second)
         finally:
-            answered = second.done() and not second.cancelled() and second.exception() is None
+            over = _went_well(second) and not attempt.answer.error_type
             for task, leg in ((first, prefill_leg), (second, decode_leg)):
-                if task.cancel() and not answered:
+                if not (over or _went_well(task)):
                     attempt.parts.upstream.abort(leg, contract.abort(link))
+                task.cancel()
             await asyncio.gather(first, second, return_exceptions=True)
         if refusal is not None:
             attempt.answer.whole(refusal, [prefill.instance.id])
@@ -208,6 +209,11 @@ async def _race(
             return response
     await decode
     return None
+
+
+def _went_well(task: asyncio.Task[Any]) -> bool:
+    """Whether a leg has come to its end; any other may still be at work in its engine."""
+    return task.done() and not task.cancelled() and task.exception() is None
 
 
 async def _prefill(attempt: Attempt, prefill: Choice, leg: Leg) -> Response:
