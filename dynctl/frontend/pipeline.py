@@ -156,7 +156,9 @@ class Pipeline:
         self._budget = Budget()
 
     async def serve(self, call: Call, exchange: Exchange) -> None:
-        """Answer a call, or raise the DynctlError to answer it with. Ends when the client goes away."""
+        """Answer a call, or raise the DynctlError to answer it with. Ends when the client goes away, and by a
+        word of it when the server is closed.
+        """
         task = asyncio.current_task()
         assert task is not None
         exchange.on_disconnect = partial(_cancel, task)
@@ -171,11 +173,15 @@ class Pipeline:
             if not answer.break_off(late):
                 raise late from None
         except asyncio.CancelledError:
-            if not exchange.disconnected:
-                raise
-            error_type = "cancelled"
-            answer.left()
             task.uncancel()
+            if exchange.disconnected:
+                error_type = "cancelled"
+                answer.left()
+                return
+            error_type = "unavailable"
+            stopping = Rejected("this frontend is stopping", hint="send the request again")
+            if not answer.break_off(stopping):
+                raise stopping from None
         except DynctlError as error:
             error_type = error_type_of(error)
             if not answer.break_off(error):

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 Handler = Callable[[Request, Exchange], Awaitable[None]]
 
 BACKLOG: Final = 4096
+LAST_WORDS_S: Final = 1.0
+"""What clients have, at the end, to read why their answer is not complete and to close."""
 
 
 class Server:
@@ -38,6 +40,7 @@ class Server:
         self._connections: set[ServerConnection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._settled: asyncio.Future[None] | None = None
+        self._emptied: asyncio.Future[None] | None = None
         self.loop = asyncio.get_running_loop()
         self._sweeper = Sweeper(self.loop, self._look)
         self.limits = limits
@@ -74,15 +77,19 @@ class Server:
         return self._busy()
 
     async def close(self) -> None:
-        """Cut what is left and wait for the handlers to end. Handlers still at work are cancelled."""
+        """Cancel handlers still at work, let what they say then reach its client, cut what is left."""
         self.stop_accepting()
-        for connection in list(self._connections):
-            connection.abort()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+            if self._connections:
+                self._emptied = self.loop.create_future()
+                await asyncio.wait([self._emptied], timeout=LAST_WORDS_S)
+                self._emptied = None
+        for connection in list(self._connections):
+            connection.abort()
         self._sweeper.stop()
 
     async def listen(self, address: tuple[str, int], tls: ssl.SSLContext | None, reuse_port: bool) -> None:
@@ -123,6 +130,8 @@ class Server:
         """Count a connection out."""
         self._connections.discard(connection)
         self.settled(connection)
+        if self._emptied is not None and not self._emptied.done() and not self._connections:
+            self._emptied.set_result(None)
 
     def begun(self, request: Request, exchange: Exchange) -> None:
         """Hand a whole request to the handler."""
