@@ -12,6 +12,7 @@ import signal
 import time
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -40,6 +41,7 @@ from dynctl.deploy.logs import tail
 from dynctl.deploy.plan import Plan
 from dynctl.deploy.state import RunState, SeatRecord, encode_state
 from dynctl.deploy.status import telling_lines, view_of
+from dynctl.discovery.adapters import Adapters
 from dynctl.discovery.lease import Changes
 from dynctl.discovery.registry import Registry
 from dynctl.errors import DiscoveryError, LaunchError
@@ -82,6 +84,7 @@ class Controller:
         self._supervisor = Supervisor(state)
         self._publisher = Publisher(parts.keys, parts.plan.membership)
         self._registry = Registry(self._publisher, on_change=self._members_changed)
+        self._adapters = Adapters(_content(parts.run.adapters), partial(write_atomic, parts.run.adapters))
         self._server = ControlServer(parts.keys, parts.plan.registry, self._answer)
         self._ref = RunRef(parts.run.run_id, parts.run.path)
         self._todo: deque[Instruction] = deque()
@@ -152,13 +155,16 @@ class Controller:
     async def _answer(self, op: str, body: msgspec.Raw) -> msgspec.Struct | None:
         if op.startswith("registry."):
             return await self._registry.handle(op, body)
+        if op.startswith("adapters."):
+            return self._adapters.handle(op, body)
         if op in ("controller.ps", "controller.status"):
             return view_of(self._state, str(self._parts.run.path), procfs.alive)
         if op == "controller.down":
             drain_s = read_body(body, DownCall).drain_s
             self._feed(Stop(max(0.0, drain_s)))
             return DownReply(controller_pid=self._state.controller.pid)
-        raise DiscoveryError(f"unknown op {op!r}", hint="registry.*, controller.ps, .status or .down")
+        hint = "registry.*, adapters.*, controller.ps, .status or .down"
+        raise DiscoveryError(f"unknown op {op!r}", hint=hint)
 
     def _poll(self) -> None:
         """Look which processes have ended."""
@@ -281,6 +287,16 @@ class Controller:
         except OSError as error:
             # As for the state: the event is in the log, where there is room.
             logger.error("events.unwritable error=%s", error)
+
+
+def _content(path: Path) -> bytes:
+    """A file's content, b"" when there is none. Raises LaunchError."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise LaunchError(f"it cannot be read: {error.strerror}", where=str(path)) from error
 
 
 def run_dir_of(path: str) -> RunDir:

@@ -80,6 +80,12 @@ class Registrar:
         self._state = state
         return await self._say(self._patience_s(deadline_s))
 
+    async def update(self, instance: Instance, deadline_s: float = _DEADLINE_S) -> bool:
+        """The same incarnation has changed: register it anew; True when the registry has heard."""
+        self._instance = instance
+        self._known = False
+        return await self._say(self._patience_s(deadline_s))
+
     async def leave(self, reason: str, deadline_s: float = _DEADLINE_S) -> None:
         """Give the lease back and stop; a registry that does not answer lets it expire."""
         await self.close()

@@ -168,6 +168,14 @@ class Features:
 
 
 @dataclass(frozen=True, slots=True)
+class LoraPaths:
+    """HTTP paths. Both take {"lora_name"}, `load` also {"lora_path"}; they answer 200 when it is done."""
+
+    load: str
+    unload: str
+
+
+@dataclass(frozen=True, slots=True)
 class Readiness:
     """How to know that the engine really serves: `health` answers 200, and `models` lists the served name.
 
@@ -339,6 +347,8 @@ class Engine(Protocol):
     readiness: Readiness
     load_path: str
     """HTTP path of the metrics that `load` reads."""
+    lora: LoraPaths | None
+    """Where LoRA adapters are loaded and unloaded while it runs; None = it cannot."""
     client_fields: frozenset[str]
     """Top-level request fields that only dynctl may set; removed from what clients send."""
     step_tokens: tuple[str, int]

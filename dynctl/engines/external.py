@@ -17,6 +17,7 @@ from dynctl.engines.base import (
     Finding,
     KvReader,
     KvSource,
+    LoraPaths,
     ModelFacts,
     Parallel,
     PrefillDecode,
@@ -45,6 +46,7 @@ class External:
     owned_args: Mapping[str, str] = {}
     readiness = Readiness(health="/health", models="/v1/models")
     load_path = "/metrics"
+    lora = LoraPaths("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
     client_fields = Vllm.client_fields | Sglang.client_fields | Trtllm.client_fields
     step_tokens = ("", 0)
     key_variable = ""

@@ -20,6 +20,7 @@ from dynctl.engines.base import (
     Finding,
     KvReader,
     KvSource,
+    LoraPaths,
     ModelFacts,
     Parallel,
     PrefillDecode,
@@ -101,6 +102,7 @@ class Mocker:
     owned_args = OWNED
     readiness = Readiness(health="/health", models="/v1/models")
     load_path = "/metrics"
+    lora = LoraPaths("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
     client_fields = frozenset({"kv_transfer_params"})
     step_tokens = ("max-num-batched-tokens", 8192)
     key_variable = "VLLM_API_KEY"

@@ -15,6 +15,7 @@ from dynctl.engines.base import (
     EngineInfo,
     EngineLaunch,
     EngineLoad,
+    LoraPaths,
     Features,
     Finding,
     KvReader,
@@ -62,6 +63,7 @@ class Sglang:
     owned_args: Mapping[str, str] = OWNED
     readiness = Readiness(health="/ready", models="/v1/models")
     load_path = "/metrics"
+    lora = LoraPaths("/load_lora_adapter", "/unload_lora_adapter")
     client_fields = LINK_FIELDS | {"routed_dp_rank", "data_parallel_rank"}
     step_tokens = ("chunked-prefill-size", 0)
     key_variable = ""

@@ -69,6 +69,7 @@ class Trtllm:
     # It lists the model's path or the last part of it; a flag for the served name came with 1.3.
     readiness = Readiness(health="/health", models="/v1/models", version="/version", lists_served_name=False)
     load_path = "/metrics"
+    lora = None
     client_fields = frozenset({PARAMS})
     step_tokens = ("max_num_tokens", 8192)
     key_variable = ""

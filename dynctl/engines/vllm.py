@@ -19,6 +19,7 @@ from dynctl.engines.base import (
     Finding,
     KvReader,
     KvSource,
+    LoraPaths,
     ModelFacts,
     Parallel,
     PrefillDecode,
@@ -103,6 +104,7 @@ class Vllm:
     owned_args = OWNED
     readiness = Readiness(health="/health", models="/v1/models")
     load_path = "/metrics"
+    lora = LoraPaths("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
     client_fields = frozenset({"kv_transfer_params", "ec_transfer_params", "vllm_xargs"})
     step_tokens = ("max-num-batched-tokens", 0)
     key_variable = "VLLM_API_KEY"
@@ -275,4 +277,6 @@ def _environment(launch: EngineLaunch, number: int) -> dict[str, str]:
     elif launch.disaggregated:
         env["VLLM_NIXL_SIDE_CHANNEL_HOST"] = rank.address
         env["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(launch.ports["nixl"])
+    if normalised(launch.args).get("enable-lora"):
+        env.setdefault("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     return env

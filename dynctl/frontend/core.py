@@ -30,7 +30,7 @@ from dynctl.frontend.upstream import Upstream
 from dynctl.http.client import Client
 from dynctl.observability.metrics import Metrics
 from dynctl.observability.tracing import Tracing
-from dynctl.protocol.instances import Role
+from dynctl.protocol.instances import Instance, Role
 from dynctl.protocol.registry import Member
 from dynctl.protocol.specs import FrontendSpec
 from dynctl.router.service import Router, WorkerLinks
@@ -179,6 +179,10 @@ class Core:
             metrics.gauge("component_router_worker_registered", worker_id=worker, worker_type=role).set(1)
             capacity = max(capacity, load.capacity)
         metrics.gauge("model_total_kv_blocks", model=self._spec.model.name).set(capacity)
+
+    def ready_workers(self) -> list[Instance]:
+        """Those that get requests now."""
+        return [member.instance for member in self._members.values() if member.state == "ready"]
 
     def _ready(self) -> Counter[str]:
         return Counter(member.instance.role for member in self._members.values() if member.state == "ready")

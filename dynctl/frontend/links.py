@@ -10,6 +10,7 @@ import logging
 
 import msgspec
 
+from dynctl.protocol.adapters import AdaptersHeld, SyncAdapters
 from dynctl.protocol.inflight import INFLIGHT_TOPIC, Inflight
 from dynctl.protocol.instances import Instance
 from dynctl.protocol.kv_events import KV_TOPIC, LOAD_TOPIC, KvBatch, KvSync, KvSyncReply, LoadReport
@@ -22,6 +23,7 @@ from dynctl.transport.keys import Keys
 logger = logging.getLogger(__name__)
 
 SYNC_DEADLINE_S = 5.0
+ADAPTERS_DEADLINE_S = 65.0
 
 
 class Links:
@@ -63,11 +65,19 @@ class Links:
             client.close()
         self._clients.clear()
 
+    async def sync_adapters(self, instance: Instance) -> AdaptersHeld:
+        """Have a worker load and unload adapters now. Raises DynctlError."""
+        client = self._client(instance)
+        return await client.call("adapters.sync", SyncAdapters(), AdaptersHeld, ADAPTERS_DEADLINE_S)
+
     async def _sync(self, instance: Instance, request: KvSync) -> KvSyncReply:
+        return await self._client(instance).call("kv.sync", request, KvSyncReply, SYNC_DEADLINE_S)
+
+    def _client(self, instance: Instance) -> ControlClient:
         client = self._clients.get(instance.control)
         if client is None:
             client = self._clients[instance.control] = ControlClient(self._keys, instance.control)
-        return await client.call("kv.sync", request, KvSyncReply, SYNC_DEADLINE_S)
+        return client
 
     def _receive(self, topic: bytes, body: bytes) -> None:
         router = self._router

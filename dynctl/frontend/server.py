@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
@@ -19,6 +19,7 @@ from dynctl.frontend.call import Call, Endpoint, Headers, engine_headers, read_f
 from dynctl.frontend.hints import read_hints
 from dynctl.frontend.keys import ApiKey, ApiKeys
 from dynctl.frontend.pipeline import Pipeline, error_type_of
+from dynctl.frontend.thresholds import Thresholds, check_may_change
 from dynctl.http.server import Exchange, Request
 from dynctl.observability.metrics import CONTENT_TYPE, Metrics
 from dynctl.observability.tracing import Trace, Tracing
@@ -56,6 +57,7 @@ STATUSES: dict[str, Told] = {
     "request": Told(400, "invalid_request_error"),
     "context_length_exceeded": Told(400, "invalid_request_error", "context_length_exceeded"),
     "unauthorized": Told(401, "authentication_error", "invalid_api_key"),
+    "forbidden": Told(403, "permission_error", "forbidden"),
     "model_not_found": Told(404, "invalid_request_error", "model_not_found"),
     "unknown_path": Told(404, "invalid_request_error", "unknown_path"),
     "method_not_allowed": Told(405, "invalid_request_error", "method_not_allowed"),
@@ -103,6 +105,12 @@ Health = Callable[[], dict[str, Any]]
 """The state as /health shows it; its `reasons` are empty when requests can be served."""
 
 
+_THRESHOLDS = "/busy_threshold"
+
+Action = Callable[[bytes], Awaitable[dict[str, Any]]]
+"""Does what a body asks for, and tells what came of it. Raises DynctlError."""
+
+
 @dataclass(frozen=True, slots=True)
 class Edge:
     """What the routes need. `refresh` brings metrics up to date; only dynctl may set `owned_fields`.
@@ -110,6 +118,7 @@ class Edge:
     """
 
     pipeline: Pipeline
+    thresholds: Thresholds
     models: Models
     keys: ApiKeys
     accounts: Accounts
@@ -148,6 +157,8 @@ class Routes:
             "/metrics": self._metrics,
             "/v1/models": self._models,
         }
+        self.actions: dict[str, Action] = {}
+        """What POST does at further paths; they need a key as all of /v1 does."""
 
     async def __call__(self, request: Request, exchange: Exchange) -> None:
         """Answer one request, whatever it is."""
@@ -164,12 +175,18 @@ class Routes:
         path, edge = request.path, self._edge
         endpoint, page = self._post.get(path), self._get.get(path)
         key: ApiKey | None = None
-        if path.startswith("/v1/") or endpoint is not None:
+        if path.startswith("/v1/") or endpoint is not None or path == _THRESHOLDS:
             key = edge.keys.check(request.header(b"authorization"))
         if endpoint is not None:
             if request.method != "POST":
                 raise WrongMethod(path, request.method, "POST")
             await self._serve_for(key, endpoint, request, exchange, id_)
+        elif path in self.actions:
+            if request.method != "POST":
+                raise WrongMethod(path, request.method, "POST")
+            exchange.respond(200, msgspec.json.encode(await self.actions[path](request.body)))
+        elif path == _THRESHOLDS:
+            self._busy_threshold(key, request, exchange)
         elif page is not None or path.startswith("/v1/models/"):
             if request.method not in ("GET", "HEAD"):
                 raise WrongMethod(path, request.method, "GET, HEAD")
@@ -179,6 +196,18 @@ class Routes:
                 self._model(path.removeprefix("/v1/models/"), exchange)
         else:
             raise UnknownPath(f"there is nothing at {excerpt(path)}")
+
+    def _busy_threshold(self, key: ApiKey | None, request: Request, exchange: Exchange) -> None:
+        thresholds = self._edge.thresholds
+        if request.method == "POST":
+            check_may_change(key, request)
+            told = thresholds.change(request.body)
+            logger.info("thresholds.changed key=%s to=%s", key.name if key else "", told)
+        elif request.method in ("GET", "HEAD"):
+            told = thresholds.shown()
+        else:
+            raise WrongMethod(_THRESHOLDS, request.method, "GET, HEAD, POST")
+        exchange.respond(200, msgspec.json.encode(told))
 
     async def _serve_for(
         self, key: ApiKey | None, endpoint: Endpoint, request: Request, exchange: Exchange, id_: bytes

@@ -12,14 +12,18 @@ import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
 
+import msgspec
+
 from dynctl.discovery.client import Registrar, Watcher
-from dynctl.errors import LaunchError, Superseded
+from dynctl.errors import LaunchError, Rejected, Superseded, TransportError
 from dynctl.frontend.core import Core
 from dynctl.frontend.links import Links
+from dynctl.frontend.lora import AdapterActions, Ways
 from dynctl.frontend.peers import PeerTalk
 from dynctl.frontend.shared_port import require_own
 from dynctl.http import certificate
 from dynctl.http.server import Limits, Server, serve
+from dynctl.protocol.adapters import AdapterList
 from dynctl.protocol.inflight import INFLIGHT_TOPIC
 from dynctl.protocol.instances import Instance
 from dynctl.protocol.kv_events import KV_TOPIC, LOAD_TOPIC
@@ -33,6 +37,7 @@ logger = logging.getLogger(__name__)
 FIRST_VIEW_S = 1.0
 VIEW_S = 5.0
 LEAVE_S = 1.0
+LIST_S = 2.0
 
 
 @dataclass(slots=True)
@@ -68,6 +73,7 @@ class Frontend:
         self._talk = PeerTalk(keys, spec, incarnation, peers, subscriber) if several else None
         self._registry = ControlClient(keys, spec.registry)
         self._watcher = Watcher(keys, self._registry, spec.membership, on_change=self._members_changed)
+        self._serve_adapters()
         self._ending = ending
         self._registrar: Registrar | None = None
         self._servers: list[Server] = []
@@ -179,6 +185,18 @@ class Frontend:
         self._links.members_changed(self._watcher.members)
         if self._talk is not None:
             self._talk.members_changed(self._watcher.members)
+
+    def _serve_adapters(self) -> None:
+        ways = Ways(self._list_adapters, self._links.sync_adapters, self.core.ready_workers)
+        adapters = AdapterActions(ways, self.core.models)
+        self.core.routes.actions["/v1/load_lora_adapter"] = adapters.load
+        self.core.routes.actions["/v1/unload_lora_adapter"] = adapters.unload
+
+    async def _list_adapters(self, op: str, body: msgspec.Struct) -> AdapterList:
+        try:
+            return await self._registry.call(op, body, AdapterList, LIST_S)
+        except TransportError as error:
+            raise Rejected("the controller does not answer", hint="try again later") from error
 
     def _instance(self, port: int, events: str) -> Instance:
         spec = self._spec

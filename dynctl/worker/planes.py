@@ -15,14 +15,15 @@ import msgspec
 
 from dynctl.discovery.client import Registrar
 from dynctl.engines.base import Engine, EngineLoad
-from dynctl.errors import UsageError
+from dynctl.errors import DynctlError, UsageError
 from dynctl.protocol.instances import Instance, ModelCard
-from dynctl.protocol.kv_events import KV_TOPIC, LOAD_TOPIC, KvBatch, KvSync, KvSyncReply
+from dynctl.protocol.kv_events import KV_TOPIC, LOAD_TOPIC, KvBatch, KvSync
 from dynctl.protocol.specs import WorkerSpec
 from dynctl.transport.control import ControlClient, ControlServer, read_body
 from dynctl.transport.engine_events import EngineEventSource
 from dynctl.transport.event_plane import Publisher
 from dynctl.transport.keys import Keys
+from dynctl.worker.adapters import Adapters
 from dynctl.worker.canary import CanaryRun
 from dynctl.worker.kv_poll import KvPoller
 from dynctl.worker.kv_relay import KvRelay
@@ -64,6 +65,8 @@ class Planes:
             new_reader=self._new_reader,
             publish=self._publish_kv,
         )
+        self._adapters = Adapters(self._client, engine.lora, probe.post, self._adapters_changed)
+        self._instance_now: Instance | None = None
         self._registrar: Registrar | None = None
         self._draining = False
         self._silences: set[str] = set()
@@ -77,6 +80,14 @@ class Planes:
         self._events = reachable(self._publisher.start(), host)
         self._control = reachable(self._server.start(), host)
 
+    async def equip(self, ready: Ready) -> None:
+        """Load what adapters the deployment has, before an engine is attached and gets requests."""
+        self._adapters.attach(ready.adapters)
+        try:
+            await self._adapters.sync()
+        except DynctlError as error:
+            logger.warning("adapters.unheard id=%s error=%s", self._spec.id, error)
+
     def attach(self, engine: Attached, on_superseded: Callable[[], None]) -> None:
         """Serve an engine: relay its events and load, take the lease."""
         self._relay.attach(engine.ready.info.block_size)
@@ -87,6 +98,7 @@ class Planes:
                 report_load(self._probe, self._publish_load, partial(self._silent, "load")), name="load"
             ),
             loop.create_task(self._beat(), name="beat"),
+            loop.create_task(self._adapters.keep(), name="adapters"),
         ]
         if self._spec.kv_poll is not None:
             poller = KvPoller(self._probe.origin, self._spec.kv_poll, self._new_reader, self._relay)
@@ -101,14 +113,24 @@ class Planes:
             self._tasks.append(loop.create_task(self._canary.run(), name="canary"))
         for task in self._tasks:
             task.add_done_callback(_log_failure)
-        instance = self._instance(engine)
-        self._registrar = Registrar(self._client, instance, on_superseded=on_superseded)
+        self._instance_now = self._with_adapters(self._instance(engine), self._adapters.held)
+        self._registrar = Registrar(self._client, self._instance_now, on_superseded=on_superseded)
         self._registrar.start()
 
     async def drain(self) -> bool:
         """Have no new requests sent here; True when the registry has heard."""
         self._draining = True
         return self._registrar is not None and await self._registrar.set_state("draining")
+
+    async def _adapters_changed(self, held: list[str]) -> None:
+        if self._instance_now is not None and self._registrar is not None:
+            self._instance_now = self._with_adapters(self._instance_now, held)
+            await self._registrar.update(self._instance_now)
+
+    def _with_adapters(self, instance: Instance, held: list[str]) -> Instance:
+        names = list(dict.fromkeys((*self._spec.model.adapters, *held)))
+        card = msgspec.structs.replace(instance.model or self._spec.model, adapters=names)
+        return msgspec.structs.replace(instance, model=card)
 
     async def _silent(self, what: str, silent: bool) -> None:
         """No new requests while the engine does not answer: its load, or requests (`what`)."""
@@ -148,11 +170,14 @@ class Planes:
         if self._registrar is not None:
             await self._registrar.close()
             self._registrar = None
+        self._instance_now = None
         self._relay.detach()
 
-    async def _answer(self, op: str, body: msgspec.Raw) -> KvSyncReply:
+    async def _answer(self, op: str, body: msgspec.Raw) -> msgspec.Struct:
+        if op == "adapters.sync":
+            return await self._adapters.sync()
         if op != "kv.sync":
-            raise UsageError(f"unknown op {op!r}", where=self._spec.id, hint="kv.sync")
+            raise UsageError(f"unknown op {op!r}", where=self._spec.id, hint="kv.sync, adapters.sync")
         return self._relay.sync(read_body(body, KvSync))
 
     async def _beat(self) -> None:
