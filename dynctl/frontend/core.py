@@ -26,6 +26,7 @@ from dynctl.frontend.preprocess import Preprocessor
 from dynctl.frontend.pulse import Pulse
 from dynctl.frontend.series import Choices, Stages
 from dynctl.frontend.server import Edge, Routes, tell
+from dynctl.frontend.thresholds import Thresholds
 from dynctl.frontend.upstream import Upstream
 from dynctl.http.client import Client
 from dynctl.observability.metrics import Metrics
@@ -62,6 +63,7 @@ class Core:
         self._spec = spec
         self._engine = catalog.get(spec.backend)
         self._members: dict[str, Member] = {}
+        self._draining = False
         rng = rng or Random()
         self.metrics = Metrics(prefix=spec.metrics_prefix, own={"router_id": spec.id})
         self.accounts = Accounts(self.metrics)
@@ -101,6 +103,9 @@ class Core:
 
     def members_changed(self, upserts: Sequence[Member], removed: Sequence[str]) -> None:
         """Take over a change of the membership."""
+        gone = [self._members[worker].instance for worker in removed if worker in self._members]
+        gone += [old for member in upserts if (old := self._replaced_by(member)) is not None]
+        silent = [member.instance for member in upserts if self._falls_silent(member)]
         self.router.members_changed(upserts, removed)
         for worker in removed:
             self._members.pop(worker, None)
@@ -117,6 +122,10 @@ class Core:
                     self._upstream.circuits.forget(member.instance.id)
                 self._members[member.instance.id] = member
         instances = [member.instance for member in self._members.values()]
+        for instance in gone:
+            self._upstream.lost(instance, "has left")
+        for instance in silent:
+            self._upstream.lost(instance, "has fallen silent", spare_living=True)
         self._upstream.circuits.members_changed({one.id: one.role for one in instances})
         self.models.members_changed(instances)
 
@@ -124,12 +133,27 @@ class Core:
         """Count a request that the HTTP server refused before it came here."""
         self.metrics.counter("http_refusals_total", code=code).inc()
 
+    def drain(self) -> None:
+        """This frontend is about to stop: say so to whoever asks for its health."""
+        self._draining = True
+
+    def _replaced_by(self, member: Member) -> Instance | None:
+        known = self._members.get(member.instance.id)
+        older = known is not None and known.instance.incarnation < member.instance.incarnation
+        return known.instance if known is not None and older else None
+
+    def _falls_silent(self, member: Member) -> bool:
+        known = self._members.get(member.instance.id)
+        return member.state == "silent" and known is not None and known.state != "silent"
+
     def health(self) -> dict[str, Any]:
         """Per role what is wanted and what is there, and why requests cannot be served ([] = they can)."""
         ready = self._ready()
         reasons = self.router.ready(self._spec.roles)
+        if self._draining:
+            reasons.insert(0, "this frontend is stopping")
         return {
-            "status": "not_ready" if reasons else "ready",
+            "status": "draining" if self._draining else "not_ready" if reasons else "ready",
             "frontend": self._spec.id,
             "model": self._spec.model.name,
             "reasons": reasons,
@@ -212,6 +236,7 @@ class Core:
         flow = flow_for(frozenset(spec.roles), catalog.contract(spec.backend, spec.kv_transfer))
         other: Role = "decode" if "decode" in spec.roles else "aggregated"
         return Edge(
+            thresholds=Thresholds(self.gate, spec.model.name, spec.id),
             pipeline=Pipeline(parts, flow, other),
             models=self.models,
             keys=ApiKeys(spec.api_keys, self.metrics),

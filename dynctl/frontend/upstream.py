@@ -30,6 +30,7 @@ from dynctl.frontend.series import Stages
 from dynctl.http.client import Client, Origin, Response, Stream, Timeouts
 from dynctl.observability.metrics import Metrics
 from dynctl.observability.tracing import UNRECORDED, Span
+from dynctl.protocol.instances import Instance
 from dynctl.protocol.specs import LimitsSpec
 from dynctl.router.service import Choice
 
@@ -119,6 +120,12 @@ class Upstream:
         except (PeerLost, DeadlineExceeded) as error:
             raise self.failed(leg, error) from error
         return stream
+
+    def lost(self, instance: Instance, why: str, *, spare_living: bool = False) -> None:
+        """A worker is known to be gone: its legs fail at once; `spare_living`: but for those that speak."""
+        origin = self._origins.get(instance.url)
+        if origin is not None:
+            self._client.lost(origin, f"the worker {why}", spare_living=spare_living)
 
     def abort(self, leg: Leg, ways: Sequence[Abort]) -> None:
         """Have the engine end a request that nobody waits for, by its own means, in the background."""

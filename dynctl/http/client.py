@@ -156,6 +156,12 @@ class Client:
         self.readers.close()
         self._sweeper.stop()
 
+    def lost(self, origin: Origin, why: str, *, spare_living: bool = False) -> None:
+        """The server there is known to be gone: answers awaited from it end with PeerLost."""
+        for connection, where in list(self._open.items()):
+            if where == origin:
+                connection.lost(why, spare_living=spare_living)
+
     # --- from the connections
 
     def idle(self, connection: UpstreamConnection) -> None:

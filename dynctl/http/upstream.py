@@ -221,6 +221,14 @@ class UpstreamConnection(asyncio.Protocol):
             what = "its answer stalled" if self._stream is not None else "it did not answer in time"
             self._fail(DeadlineExceeded(what, where=self.origin))
 
+    def lost(self, why: str, *, spare_living: bool) -> None:
+        """The server is known to be gone: whoever waits gets PeerLost now.
+
+        `spare_living`: not where bytes have come since the last look, or nobody wants to read them.
+        """
+        if not (spare_living and self._stream is not None and (self._heard or self._paused)):
+            self._fail(PeerLost(why, where=self.origin))
+
     def close(self) -> None:
         """Close an idle connection."""
         if self._transport is not None:
