@@ -18,8 +18,8 @@ from dynctl.discovery.registry import Registry
 from dynctl.errors import PeerLost
 from dynctl.http.client import Client, Origin, Response
 from dynctl.protocol.instances import Instance, ModelCard
-from dynctl.protocol.kv_events import KV_TOPIC, KvBatch, KvSync, KvSyncReply, Stored
-from dynctl.protocol.registry import Member, Register
+from dynctl.protocol.kv_events import KV_TOPIC, KvBatch, KvEvent, KvSync, KvSyncReply, Removed, Stored
+from dynctl.protocol.registry import Member, Register, Renew
 from dynctl.protocol.specs import FrontendSpec
 from dynctl.transport.control import ControlServer, read_body
 from dynctl.transport.event_plane import Publisher
@@ -57,6 +57,7 @@ class Plane:
         self.sidecars: list[Sidecar] = []
         self.process: asyncio.subprocess.Process | None = None
         self.client = Client()
+        self._renewing: asyncio.Task[None] | None = None
 
     def spec(self, **fields: Any) -> FrontendSpec:
         return make_spec(
@@ -84,12 +85,31 @@ class Plane:
             *argv, cwd=self.run_dir, env=env, stderr=asyncio.subprocess.PIPE
         )
 
-    async def join(self, index: int, engine: Engine, **card: Any) -> Sidecar:
+    async def join(
+        self, index: int, engine: Engine, through: Callable[[str], str] | None = None, **card: Any
+    ) -> Sidecar:
+        """A worker comes. `through`: frontends hear its events at what this makes of their endpoint."""
         sidecar = Sidecar(self.keys, index, engine, card)
         self.sidecars.append(sidecar)
-        call = Register(instance=sidecar.instance)
-        await self.registry.handle("registry.register", msgspec.Raw(msgspec.msgpack.encode(call)))
+        if through is not None:
+            events = through(sidecar.instance.events)
+            sidecar.instance = msgspec.structs.replace(sidecar.instance, events=events)
+        await self.tell("registry.register", Register(instance=sidecar.instance))
+        if self._renewing is None:
+            self._renewing = asyncio.create_task(self._renew())
         return sidecar
+
+    async def _renew(self) -> None:
+        """Keep the leases of all who have not left."""
+        while True:
+            await asyncio.sleep(1.0)
+            for sidecar in self.sidecars:
+                instance = sidecar.instance
+                await self.tell("registry.renew", Renew(id=instance.id, incarnation=instance.incarnation))
+
+    async def tell(self, op: str, call: msgspec.Struct) -> None:
+        """A call to the registry."""
+        await self.registry.handle(op, msgspec.Raw(msgspec.msgpack.encode(call)))
 
     async def call(self, method: str, path: str, body: Any = None) -> Response:
         data = b"" if body is None else json.dumps(body).encode()
@@ -117,6 +137,8 @@ class Plane:
             self.process.kill()
             await self.process.wait()
         await self.client.close()
+        if self._renewing is not None:
+            self._renewing.cancel()
         await self.registry.close()
         await self.control.close()
         self.publisher.close()
@@ -128,13 +150,16 @@ class Plane:
 class Sidecar:
     """What a worker's sidecar shows to frontends: numbered KV events and the answer to "kv.sync".
 
-    It answers when `answers` is set.
+    It answers when `answers` is set: from the last `keeps` batches if that will do, else with all it `held`.
     """
+
+    keeps = 1000
 
     def __init__(self, keys: Keys, index: int, engine: Engine, card: dict[str, Any]) -> None:
         self.publisher = Publisher(keys, ANY_PORT)
         self.control = ControlServer(keys, ANY_PORT, self._handle)
         self.batches: list[KvBatch] = []
+        self.held: set[int] = set()
         self.asked, self.answers = asyncio.Event(), asyncio.Event()
         self.answers.set()
         self.instance = Instance(
@@ -152,12 +177,24 @@ class Sidecar:
         )
 
     def store(self, hashes: list[int]) -> None:
+        self.held.update(hashes)
+        self._publish(Stored(hashes))
+
+    def remove(self, hashes: list[int]) -> None:
+        self.held.difference_update(hashes)
+        self._publish(Removed(hashes))
+
+    def beat(self) -> None:
+        """Say the last batch again, so that losing it shows."""
+        self.publisher.publish(KV_TOPIC, self.batches[-1])
+
+    def _publish(self, event: KvEvent) -> None:
         batch = KvBatch(
             worker=self.instance.id,
             incarnation=1,
             rank=0,
             seq=len(self.batches),
-            events=[Stored(hashes)],
+            events=[event],
             block_size=BLOCK,
         )
         self.batches.append(batch)
@@ -167,11 +204,13 @@ class Sidecar:
         asked = read_body(body, KvSync)
         self.asked.set()
         await self.answers.wait()
+        kept = asked.from_seq >= len(self.batches) - self.keeps
         return KvSyncReply(
             incarnation=1,
             rank=asked.rank,
             next_seq=len(self.batches),
-            batches=self.batches[asked.from_seq :],
+            batches=self.batches[asked.from_seq :] if kept else [],
+            snapshot=None if kept else [Stored(list(self.held))],
             block_size=BLOCK,
         )
 
