@@ -121,6 +121,12 @@ class Unauthorized(RequestError):
     kind = "unauthorized"
 
 
+class Forbidden(RequestError):
+    """Whoever asks may not do this."""
+
+    kind = "forbidden"
+
+
 class ContextTooLong(RequestError):
     """Prompt plus asked-for tokens exceed the model's context."""
 

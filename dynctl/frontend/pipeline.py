@@ -308,6 +308,7 @@ _ERROR_TYPES = {
     "model_not_found": "not_found",
     "rejected": "unavailable",
     "overloaded": "overload",
+    "forbidden": "validation",
     "deadline_exceeded": "response_timeout",
     "engine_failed": "engine",
     "peer_lost": "engine",

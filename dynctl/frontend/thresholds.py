@@ -1,0 +1,104 @@
+"""`/busy_threshold`: from where on workers are busy, shown and changed while running, as at NVIDIA Dynamo's.
+
+A change is for the frontend that is asked, and until it ends; the recipe is what holds for all.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Any
+
+import msgspec
+
+from dynctl.errors import Forbidden, ModelNotFound, RequestError
+from dynctl.frontend.gate import Gate
+from dynctl.frontend.keys import ApiKey
+from dynctl.http.server import Request
+from dynctl.protocol.specs import BusySpec
+
+_FORWARDED = (b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via")
+
+
+class _Change(msgspec.Struct, forbid_unknown_fields=True):
+    """What is left out stays as it is, null takes a threshold away."""
+
+    model: str | None = None
+    active_decode_blocks_threshold: float | msgspec.UnsetType | None = msgspec.UNSET
+    active_prefill_tokens_threshold: int | msgspec.UnsetType | None = msgspec.UNSET
+    active_prefill_tokens_threshold_frac: float | msgspec.UnsetType | None = msgspec.UNSET
+
+
+_NAMES = {
+    "active_decode_blocks_threshold": "decode_blocks",
+    "active_prefill_tokens_threshold": "prefill_tokens",
+    "active_prefill_tokens_threshold_frac": "prefill_share",
+}
+
+
+class Thresholds:
+    """Those of one frontend, which is named in its answers."""
+
+    def __init__(self, gate: Gate, model: str, frontend: str) -> None:
+        self._gate = gate
+        self._model = model
+        self._frontend = frontend
+
+    def shown(self) -> dict[str, Any]:
+        """The answer to GET."""
+        return {"thresholds": [self._entry()]}
+
+    def change(self, body: bytes) -> dict[str, Any]:
+        """The answer to POST. Raises RequestError for what is no change, ModelNotFound."""
+        try:
+            change = msgspec.json.decode(body, type=_Change)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            fields = ", ".join(("model", *_NAMES))
+            raise RequestError(
+                f"not a change of thresholds: {error}", hint=f"an object of {fields}"
+            ) from error
+        if change.model not in (None, self._model):
+            raise ModelNotFound(f"The model `{change.model}` does not exist", where="model")
+        given = {own: getattr(change, name) for name, own in _NAMES.items()}
+        given = {name: value for name, value in given.items() if value is not msgspec.UNSET}
+        for name, own in _NAMES.items():
+            value = given.get(own)
+            if value is not None and (value < 0 or (own == "decode_blocks" and value > 1)):
+                valid = "0 to 1" if own == "decode_blocks" else "0 or more"
+                raise RequestError(f"`{name}` must be {valid}, not {value}", where=name)
+        self._gate.thresholds = msgspec.structs.replace(self._gate.thresholds, **given)
+        return self._entry()
+
+    def _entry(self) -> dict[str, Any]:
+        thresholds: BusySpec = self._gate.thresholds
+        values = {name: getattr(thresholds, own) for name, own in _NAMES.items()}
+        return {"model": self._model, **values, "frontend": self._frontend}
+
+
+def check_may_change(key: ApiKey | None, request: Request) -> None:
+    """Raises Forbidden unless whoever asks may change how the deployment works.
+
+    Where API keys are asked for: with one that is marked so. Else: from this very machine, and not through a
+    proxy on it, whose clients may be anywhere.
+    """
+    if key is not None:
+        if not key.admin:
+            raise Forbidden(
+                "this API key may not change settings", hint="one with `admin: true` in the recipe may"
+            )
+        return
+    forwarded = any(request.header(name) is not None for name in _FORWARDED)
+    if forwarded or not is_loopback(request.peer):
+        raise Forbidden(
+            "settings may be changed from this machine only",
+            hint="or from elsewhere with a key: frontend.api_key with `admin: true`",
+        )
+
+
+def is_loopback(peer: str) -> bool:
+    """Whether "address:port" is of this machine."""
+    try:
+        address = ipaddress.ip_address(peer.rpartition(":")[0])
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return bool((mapped or address).is_loopback)
