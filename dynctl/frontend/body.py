@@ -34,6 +34,9 @@ _WORDS: dict[Any, str] = {
 
 
 _EXCERPT_CHARS = 200
+_LARGE_BYTES = 64 * 1024
+_FLAT = re.compile(rb"\[\s*-?\d")
+_NESTED = re.compile(rb"\[\s*\[")
 
 
 def excerpt(text: str) -> str:
@@ -44,12 +47,13 @@ def excerpt(text: str) -> str:
 class Body:
     """One request body. `original` is what the client sent, byte for byte."""
 
-    __slots__ = ("fields", "messages", "original")
+    __slots__ = ("fields", "messages", "original", "prompt")
 
     def __init__(self, original: bytes, fields: dict[str, msgspec.Raw]) -> None:
         self.original = original
         self.fields = fields
         self.messages: list[Message] | None = None
+        self.prompt: Prompt | None = None
 
     @classmethod
     def parse(cls, data: bytes) -> Body:
@@ -143,8 +147,31 @@ def _messages(body: Body) -> list[Message]:
     return found
 
 
+def tokens_at_least(body: Body) -> int:
+    """How many token ids a large prompt of them has, without reading them; 0 = it is none, or is small."""
+    raw = body.fields.get("prompt")
+    data = b"" if raw is None or len(memoryview(raw)) < _LARGE_BYTES else bytes(raw)
+    return data.count(b",") + 1 if _FLAT.match(data) else 0
+
+
+def large_batch(body: Body) -> bool:
+    """Whether the prompt is several large arrays of token ids: the engine's to read, not ours."""
+    raw = body.fields.get("prompt")
+    data = b"" if raw is None or len(memoryview(raw)) < _LARGE_BYTES else bytes(raw)
+    return _NESTED.match(data) is not None and data.count(b"]") > 2
+
+
 def prompt(body: Body) -> Prompt | None:
-    """The completion prompt, None when there is none. Raises RequestError when it is no prompt."""
+    """The completion prompt, None when there is none. Raises RequestError when it is no prompt.
+
+    To be read only: it is read once for all who ask.
+    """
+    if body.prompt is None:
+        body.prompt = _prompt(body)
+    return body.prompt
+
+
+def _prompt(body: Body) -> Prompt | None:
     raw = body.fields.get("prompt")
     if raw is None:
         return None

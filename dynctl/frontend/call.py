@@ -10,7 +10,7 @@ from typing import Literal
 from dynctl.errors import RequestError
 from dynctl.frontend import body as bodies
 from dynctl.frontend.accounts import Account
-from dynctl.frontend.admission import Models, asked_tokens
+from dynctl.frontend.admission import Models, asked_tokens, check_context
 from dynctl.frontend.body import Body
 from dynctl.frontend.hints import NO_HINTS, Hints
 from dynctl.http.server import Request
@@ -63,7 +63,10 @@ class Form:
 
 
 def read_form(endpoint: Endpoint, data: bytes, models: Models, owned_fields: frozenset[str]) -> Form:
-    """Read a body. Raises RequestError naming the field at fault, ModelNotFound."""
+    """Read a body. Raises RequestError naming the field at fault, ModelNotFound, ContextTooLong.
+
+    A prompt of token ids that cannot fit is refused before it is decoded: megabytes of them take seconds.
+    """
     body = Body.parse(data).without(owned_fields)
     model = body.get("model", str)
     if model is None:
@@ -80,9 +83,13 @@ def read_form(endpoint: Endpoint, data: bytes, models: Models, owned_fields: fro
         body.get(name, kind)
     if endpoint.kind == "chat":
         bodies.messages(body)
-    elif bodies.prompt(body) is None and not body.has("prompt_embeds"):
-        raise RequestError("`prompt` is missing", where="prompt")
-    return Form(body, model, adapter, stream, asked_tokens(body))
+    asked = asked_tokens(body)
+    if endpoint.kind == "completions":
+        check_context(bodies.tokens_at_least(body), asked, models.max_model_len, "prompt")
+        read = not bodies.large_batch(body)
+        if read and bodies.prompt(body) is None and not body.has("prompt_embeds"):
+            raise RequestError("`prompt` is missing", where="prompt")
+    return Form(body, model, adapter, stream, asked)
 
 
 def request_id(request: Request) -> bytes:

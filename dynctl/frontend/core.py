@@ -172,6 +172,7 @@ class Core:
         metrics.gauge("model_ready", model=model).set(float(not self.router.ready(self._spec.roles)))
         metrics.gauge("model_context_length", model=model).set(self.models.max_model_len)
         metrics.gauge("model_kv_cache_block_size", model=model).set(self.router.block_size)
+        metrics.gauge("model_migration_limit", model=model).set(self._spec.migration.limit)
         metrics.gauge("lora_adapters", model=model).set(len(self.models.names()) - 1)
         self._refresh_workers()
         circuits = self._upstream.circuits

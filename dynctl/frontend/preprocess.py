@@ -21,7 +21,7 @@ import msgspec
 
 from dynctl.errors import ContextTooLong
 from dynctl.frontend.alike import alike
-from dynctl.frontend.body import Body, messages, prompt
+from dynctl.frontend.body import Body, large_batch, messages, prompt
 from dynctl.frontend.cuts import cuts_of
 from dynctl.frontend.token_cache import Begun, Frame, TokenCache, Tokenised
 from dynctl.kv.hashing import pack_tokens, root_hash, sequence_hashes
@@ -123,6 +123,7 @@ class Preprocessor:
         self._loading: asyncio.Task[None] | None = None
         self._template_seconds = metrics.histogram("template_seconds")
         self._tokenize_seconds = metrics.histogram("tokenize_seconds")
+        self._tokenize_ms = metrics.histogram("tokenizer_latency_ms", operation="tokenize")
         self._hits = metrics.counter("tokenizer_cache_hits_total")
         self._misses = metrics.counter("tokenizer_cache_misses_total")
         self._cached = metrics.counter("tokenizer_cache_cached_tokens_total")
@@ -184,7 +185,9 @@ class Preprocessor:
             made = await in_thread(self._threads, self._complete, cache, begun, frame, job.context)
         else:
             made = self._complete(cache, begun, frame, job.context)
-        self._tokenize_seconds.observe(time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self._tokenize_seconds.observe(seconds)
+        self._tokenize_ms.observe(seconds * 1000)
         self._note(made)
         return _facts(made.tokens, job, made.hashes)
 
@@ -197,6 +200,8 @@ class Preprocessor:
         """The text to tokenise, or the tokens where the client gave them."""
         if job.kind == "chat":
             return self._chat_text(job.body)
+        if large_batch(job.body):
+            raise NotTokenised("batch")
         given = prompt(job.body)
         if isinstance(given, list) and len(given) == 1 and not isinstance(given[0], int):
             given = given[0] if isinstance(given[0], str) else list(given[0])

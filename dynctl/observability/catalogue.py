@@ -44,7 +44,6 @@ _INPUT_TOKENS = log_buckets(50, 128_000, 12)
 _OUTPUT_TOKENS = log_buckets(50, 32_000, 10)
 _STAGE_S = (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0)
 _OVERHEAD_MS = tuple(float(f"{0.01 * 3**i:.6g}") for i in range(17))
-_HASHING_MS = tuple(float(f"{0.001 * 2**i:.6g}") for i in range(15))
 
 _REQUESTS: tuple[Metric, ...] = (
     Metric(
@@ -332,7 +331,6 @@ _ROUTING: tuple[Metric, ...] = (
     _routing(
         "component_router_worker_registered", "gauge", "1 for each worker.", ("worker_id", "worker_type")
     ),
-    _routing("router_overhead_block_hashing_ms", "histogram", "Hashing a prompt.", (), _HASHING_MS),
     _routing("router_overhead_scheduling_ms", "histogram", "Choosing a worker.", (), _OVERHEAD_MS),
     _routing("router_overhead_total_ms", "histogram", "All of routing but the hashing.", (), _OVERHEAD_MS),
 )

@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from dynctl.errors import RequestError
-from dynctl.frontend.body import Body, encode, messages, prompt
+from dynctl.errors import ContextTooLong, RequestError
+from dynctl.frontend.admission import Models
+from dynctl.frontend.body import Body, encode, large_batch, messages, prompt, tokens_at_least
+from dynctl.frontend.call import Endpoint, read_form
+from dynctl.protocol.instances import ModelCard
 
 
 def test_broken_json_is_a_request_error() -> None:
@@ -105,3 +108,29 @@ def test_prompt_forms() -> None:
 def test_a_body_nested_too_deeply_is_a_request_error(opening: bytes) -> None:
     with pytest.raises(RequestError, match="nested too deeply"):
         Body.parse(b'{"x":' + opening * 100_000)
+
+
+def test_megabytes_of_token_ids_are_counted_and_told_apart_without_reading_them() -> None:
+    ids = ",".join(["12345"] * 100_000)
+
+    def body(prompt: str) -> Body:
+        return Body.parse(f'{{"prompt": {prompt}}}'.encode())
+
+    assert tokens_at_least(body(f"[ {ids}]")) == 100_000
+    assert tokens_at_least(body(f"[[{ids}]]")) == 0
+    assert tokens_at_least(body("[1,2,3]")) == 0
+    assert tokens_at_least(body(f'"{ids}"')) == 0
+    assert large_batch(body(f"[[{ids}],[1]]"))
+    assert not large_batch(body(f"[[{ids}]]"))
+    assert not large_batch(body("[[1],[2]]"))
+    one = body("[1,2,3]")
+    assert prompt(one) is prompt(one)
+
+
+def test_token_ids_that_cannot_fit_are_refused_before_they_are_read() -> None:
+    data = b'{"model": "m", "prompt": [1,' + b"1," * 100_000 + b"1]}"
+    endpoint = Endpoint("/v1/completions", "completions", "completions")
+    models = Models(ModelCard(name="m", max_model_len=4096))
+    with pytest.raises(ContextTooLong) as caught:
+        read_form(endpoint, data, models, frozenset())
+    assert caught.value.where == "prompt"
