@@ -136,7 +136,7 @@ class Home:
         with disk("the run directory cannot be written"):
             draft.mkdir(mode=0o700)
             try:
-                for folder in ("logs", "specs", "exits"):
+                for folder in ("logs", "specs", "exits", "sockets"):
                     (draft / folder).mkdir(mode=0o700)
                 for relative, text in files.items():
                     write_atomic(draft / relative, text)

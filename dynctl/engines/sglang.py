@@ -15,17 +15,18 @@ from dynctl.engines.base import (
     EngineInfo,
     EngineLaunch,
     EngineLoad,
-    LoraPaths,
     Features,
     Finding,
     KvReader,
     KvSource,
+    LoraPaths,
     ModelFacts,
     Parallel,
     PrefillDecode,
     Readiness,
     RoleSettings,
 )
+from dynctl.engines.kv_sockets import unix_endpoints
 from dynctl.engines.prometheus import samples, whole
 from dynctl.engines.requests import one_token
 from dynctl.engines.sglang_checks import OWNED, PAGE_SIZE, check_role, check_transfer
@@ -114,6 +115,8 @@ class Sglang:
         """
         if not _publishes(launch):
             return None
+        if unix := unix_endpoints(launch):
+            return KvSource(endpoints=unix[:1], replay_endpoints=unix[1:], topic=TOPIC)
         first, replay, ranks = launch.ports["kv_events"], launch.ports["kv_replay"], launch.parallel.data
         return KvSource(
             endpoints=tuple(f"tcp://127.0.0.1:{first + rank}" for rank in range(ranks)),
@@ -227,11 +230,15 @@ def _kv_flags(launch: EngineLaunch) -> list[str]:
             argv += ["--disaggregation-bootstrap-port", str(launch.ports["bootstrap"])]
     if _publishes(launch):
         # For the sidecar alone: events hold the tokens of all prompts.
+        live, replay = unix_endpoints(launch) or (
+            f"tcp://127.0.0.1:{launch.ports['kv_events']}",
+            f"tcp://127.0.0.1:{launch.ports['kv_replay']}",
+        )
         events = {
             "publisher": "zmq",
             "bind": True,
-            "endpoint": f"tcp://127.0.0.1:{launch.ports['kv_events']}",
-            "replay_endpoint": f"tcp://127.0.0.1:{launch.ports['kv_replay']}",
+            "endpoint": live,
+            "replay_endpoint": replay,
             "topic": TOPIC,
         }
         argv += ["--kv-events-config", to_json(events)]

@@ -26,6 +26,7 @@ from dynctl.engines.base import (
     Readiness,
     RoleSettings,
 )
+from dynctl.engines.kv_sockets import unix_endpoints
 from dynctl.engines.requests import one_token
 from dynctl.engines.vllm_checks import check_role, check_transfer
 from dynctl.engines.vllm_disagg import NixlPull
@@ -150,6 +151,8 @@ class Vllm:
         """One publisher per data-parallel rank, on the node of that rank."""
         if not launch.kv_events:
             return None
+        if unix := unix_endpoints(launch):
+            return KvSource(endpoints=unix[:1], replay_endpoints=unix[1:], topic=TOPIC)
         local = launch.parallel.data // len(launch.ranks) or 1
         hosts = [
             "127.0.0.1" if rank < local else launch.ranks[rank // local].address
@@ -242,14 +245,18 @@ def _kv_flags(launch: EngineLaunch) -> list[str]:
         role = "kv_producer" if launch.role == "prefill" else "kv_consumer"
         argv += ["--kv-transfer-config", to_json({**_connector(launch.transfer), "kv_role": role})]
     if launch.kv_events:
-        # The engine binds its publisher to a wildcard or connects it, but its replay socket, which gives out
-        # the tokens of all prompts it keeps, to any address: that of the sidecar unless a rank is elsewhere.
+        # Of ports the engine binds its publisher's on every address, but its replay socket's, which gives out
+        # the tokens of all prompts it keeps, on any one address: the sidecar's unless a rank is elsewhere.
         here = len(launch.ranks) == 1 or launch.parallel.data == 1
+        live, replay = unix_endpoints(launch) or (
+            f"tcp://*:{launch.ports['kv_events']}",
+            f"tcp://{'127.0.0.1' if here else '*'}:{launch.ports['kv_replay']}",
+        )
         events = {
             "enable_kv_cache_events": True,
             "publisher": "zmq",
-            "endpoint": f"tcp://*:{launch.ports['kv_events']}",
-            "replay_endpoint": f"tcp://{'127.0.0.1' if here else '*'}:{launch.ports['kv_replay']}",
+            "endpoint": live,
+            "replay_endpoint": replay,
             "topic": TOPIC,
         }
         argv += ["--kv-events-config", to_json(events)]

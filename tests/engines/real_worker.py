@@ -18,6 +18,7 @@ from typing import Any
 
 from dynctl.command import Command
 from dynctl.engines.base import ArgValue, EngineEnvironment, EngineLaunch, ModelRef, Parallel, Rank
+from dynctl.engines.kv_sockets import FOLDER
 from dynctl.engines.vllm import Vllm
 from dynctl.protocol.instances import Role
 from tests.engines import environment
@@ -107,6 +108,7 @@ def running(launch: EngineLaunch, folder: Path) -> Iterator[Worker]:
     """Start the head's command, wait until it serves, and end its process group at the end."""
     (command,) = Vllm().commands(launch)
     log = folder / f"{launch.role}.log"
+    (folder / FOLDER).mkdir(exist_ok=True)
     url = f"http://{launch.ranks[0].address}:{launch.ports['http']}"
     with log.open("wb") as output:
         process = subprocess.Popen(

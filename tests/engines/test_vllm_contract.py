@@ -60,7 +60,10 @@ def subscribed(worker: Worker) -> Iterator[Relay]:
     source = Vllm().kv_source(worker.launch)
     assert source is not None
     relay = Relay()
-    endpoint = EngineEventSource(source.endpoints[0], source.replay_endpoints[0], source.topic)
+    at = f"ipc://{worker.log.parent}/"
+    both = (source.endpoints[0], source.replay_endpoints[0])
+    live, replay = (endpoint.replace("ipc://", at) for endpoint in both)
+    endpoint = EngineEventSource(live, replay, source.topic)
     subscriber = EngineSubscriber(endpoint, relay.on_batch, relay.resets.append)
     subscriber.start()
     try:

@@ -79,7 +79,7 @@ def test_what_is_no_name_has_no_run(home: Home, name: str) -> None:
 def test_a_link_to_a_run_that_was_removed_is_no_deployment(home: Home) -> None:
     run = home.create_run("a-1", {})
     home.point("a", run)
-    for folder in ("logs", "specs", "exits"):
+    for folder in ("logs", "specs", "exits", "sockets"):
         (run.path / folder).rmdir()
     run.path.rmdir()
     assert home.run_of("a") is None

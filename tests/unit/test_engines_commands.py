@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from dynctl.command import Command
 from dynctl.engines import catalog
 from dynctl.engines.arguments import both_spellings, flags, normal_name, program
 from dynctl.engines.base import (
@@ -35,7 +36,8 @@ def launch(engine: Engine, role: Role = "aggregated", **changes: Any) -> EngineL
     """A replica with its ports counted up from 7000 in hundreds."""
     parallel: Parallel = changes.get("parallel", Parallel())
     apart = changes.get("disaggregated", False)
-    needs = engine.port_needs(role, parallel, disaggregated=apart)
+    transfer = changes.get("transfer", "")
+    needs = engine.port_needs(role, parallel, disaggregated=apart, transfer=transfer)
     ports = {name: 7000 + 100 * number for number, name in enumerate(needs)}
     base = EngineLaunch(model=MODEL, role=role, index=0, parallel=parallel, ranks=ONE, ports=ports)
     return replace(base, **changes)
@@ -132,7 +134,8 @@ class TestVllm:
         assert value(command.argv, "--port") == "7000"
         assert command.env == {"CUDA_VISIBLE_DEVICES": "0,1", "VLLM_HOST_IP": "10.0.0.1"}
         events = json.loads(value(command.argv, "--kv-events-config"))
-        assert (events["endpoint"], events["replay_endpoint"]) == ("tcp://*:7100", "tcp://127.0.0.1:7200")
+        assert events["endpoint"] == "ipc://sockets/aggregated-0.kv"
+        assert events["replay_endpoint"] == "ipc://sockets/aggregated-0.replay"
         assert "--kv-transfer-config" not in command.argv
 
     def test_recipe_may_choose_the_shutdown_timeout(self) -> None:
@@ -204,6 +207,33 @@ class TestVllm:
         ranks = (Rank("n1", "127.0.0.1"),)
         assert "CUDA_VISIBLE_DEVICES" not in self.engine.commands(launch(self.engine, ranks=ranks))[0].env
 
+    def test_events_go_to_ports_where_the_run_directory_is_not_seen(self) -> None:
+        boxed = launch(self.engine, environment=EngineEnvironment(container="i.sif"))
+        events = json.loads(value(self.engine.commands(boxed)[0].argv, "--kv-events-config"))
+        assert (events["endpoint"], events["replay_endpoint"]) == ("tcp://*:7100", "tcp://127.0.0.1:7200")
+        source = self.engine.kv_source(boxed)
+        assert isinstance(source, KvSource)
+        assert source.endpoints == ("tcp://127.0.0.1:7100",)
+
+    def test_mooncake_has_a_bootstrap_server_at_prefill_and_no_side_channel(self) -> None:
+        sides: dict[Role, Command] = {}
+        roles: tuple[Role, ...] = ("prefill", "decode")
+        for role in roles:
+            apart = launch(self.engine, role, disaggregated=True, transfer="mooncake_tcp")
+            sides[role] = self.engine.commands(apart)[0]
+            assert "nixl" not in apart.ports
+        prefill, decode = (json.loads(value(c.argv, "--kv-transfer-config")) for c in sides.values())
+        extra = {"mooncake_protocol": "tcp"}
+        assert prefill == {
+            "kv_connector": "MooncakeConnector",
+            "kv_role": "kv_producer",
+            "kv_connector_extra_config": extra,
+        }
+        assert decode["kv_role"] == "kv_consumer"
+        assert sides["prefill"].env["VLLM_MOONCAKE_BOOTSTRAP_PORT"] == "7300"
+        assert "VLLM_MOONCAKE_BOOTSTRAP_PORT" not in sides["decode"].env
+        assert not any(name.startswith("VLLM_NIXL") for side in sides.values() for name in side.env)
+
 
 class TestSglang:
     engine = catalog.get("sglang")
@@ -217,7 +247,8 @@ class TestSglang:
         events = json.loads(value(command.argv, "--kv-events-config"))
         assert events["publisher"] == "zmq"
         source = self.engine.kv_source(launch(self.engine))
-        assert source == KvSource(("tcp://127.0.0.1:7100",), ("tcp://127.0.0.1:7200",), "kv-events")
+        unix = "ipc://sockets/aggregated-0"
+        assert source == KvSource((f"{unix}.kv",), (f"{unix}.replay",), "kv-events")
 
     def test_python_form(self) -> None:
         environment = EngineEnvironment(python="/p")
@@ -229,8 +260,17 @@ class TestSglang:
         (command,) = self.engine.commands(launch(self.engine))
         events = json.loads(value(command.argv, "--kv-events-config"))
         assert events["bind"] is True
+        assert events["endpoint"].startswith("ipc://sockets/")
+        assert events["replay_endpoint"].startswith("ipc://sockets/")
+        boxed = launch(self.engine, environment=EngineEnvironment(container="i.sif"))
+        events = json.loads(value(self.engine.commands(boxed)[0].argv, "--kv-events-config"))
         assert events["endpoint"] == "tcp://127.0.0.1:7100"
         assert events["replay_endpoint"] == "tcp://127.0.0.1:7200"
+
+    def test_the_transfer_is_the_recipes(self) -> None:
+        for transfer, told in (("", "nixl"), ("mooncake", "mooncake")):
+            apart = launch(self.engine, "decode", disaggregated=True, transfer=transfer)
+            assert value(self.engine.commands(apart)[0].argv, "--disaggregation-transfer-backend") == told
 
     def test_nodes_meet_at_the_head(self) -> None:
         sizes = Parallel(tensor=4, expert=2)

@@ -69,7 +69,7 @@ def test_sound_recipes_pass(tmp_path: Path) -> None:
         ),
         (
             "{aggregated: {args: {kv-transfer-config: {}}}}",
-            "from roles (prefill and decode): set it there",
+            "from roles (prefill and decode) and engine.kv_transfer: set it there",
         ),
         ("{aggregated: {args: {--dtype: x}}}", "r.yaml:5: write 'dtype', without leading dashes"),
         ("{aggregated: {args: {'a b': x}}}", "r.yaml:5: 'a b' is not an argument of vllm"),
@@ -161,3 +161,26 @@ def test_external_engines_have_no_environment_and_no_roles_apart(tmp_path: Path)
     told = failure(tmp_path, EXTERNAL + "engine: {venv: .}\nroles: {prefill: {}, decode: {}}\n")
     assert "r.yaml:5: backend external starts no engine; remove it" in told
     assert "r.yaml:6: backend external cannot do prefill and decode apart" in told
+
+
+@pytest.mark.parametrize(
+    ("backend", "transfer", "told"),
+    [
+        ("vllm", "mooncake", ""),
+        ("sglang", "mooncake_tcp", ""),
+        ("trtllm", "ucx", ""),
+        ("vllm", "ucx", "cannot move the KV cache by ucx: nixl, mooncake, mooncake_tcp"),
+        ("mocker", "mooncake", "cannot move the KV cache by mooncake: nixl"),
+    ],
+)
+def test_how_the_kv_cache_moves_is_the_engines_to_allow(
+    tmp_path: Path, backend: str, transfer: str, told: str
+) -> None:
+    text = (
+        HEAD.replace("vllm", backend)
+        + f"engine: {{kv_transfer: {transfer}}}\nroles: {{prefill: {{}}, decode: {{}}}}\n"
+    )
+    if told:
+        assert told in failure(tmp_path, text)
+    else:
+        check(tmp_path, text)
