@@ -114,7 +114,7 @@ def _said(request: dict[str, Any], chat: bool) -> str:
             assert last["role"] == "user"
             return ""
         assert request["add_generation_prompt"] is False
-        said = last["content"].removeprefix("Well:")
+        said: str = last["content"].removeprefix("Well:")
         assert said == said.rstrip()
         assert FULL.startswith(said)
         return said
@@ -122,7 +122,7 @@ def _said(request: dict[str, Any], chat: bool) -> str:
     if isinstance(prompt, list):
         ids = [token for token in prompt if token >= FIRST_ID]
         return FULL[: BOUNDS[len(ids)]]
-    said = prompt.removeprefix("P:")
+    said = str(prompt).removeprefix("P:")
     assert FULL.startswith(said)
     return said
 

@@ -1,0 +1,321 @@
+"""Streams whose worker is lost while they run: scripted engines, and mocker processes that are killed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+import dynctl.mocker
+from dynctl.http.server import Exchange, Request
+from dynctl.protocol.instances import ModelCard
+from dynctl.protocol.specs import LimitsSpec, MigrationSpec, RouterSpec
+from tests.integration.frontend_harness import (
+    DEADLINE_S,
+    Engine,
+    Front,
+    Script,
+    frontend,
+    hangs,
+    in_turn,
+    make_spec,
+)
+from tests.integration.mocker_process import MockerProcess, mocker
+from tests.unit import toy_engine as toy
+
+ASSETS = Path(dynctl.mocker.__file__).parent / "assets" / "tiny"
+CARD = ModelCard(name="m", path=str(ASSETS), block_size=16)
+COMPLETION = {"model": "m", "prompt": "P:", "max_tokens": 20, "stream": True}
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 20, "stream": True}
+
+
+def says(events: int | None = None, *tail: bytes, ends: bool = False) -> Script:
+    """An engine that says so many events of the toy's answer and `tail`; then it is lost, or `ends`."""
+
+    async def script(engine: Engine, request: Request, exchange: Exchange) -> None:
+        body = json.loads(request.body)
+        told = toy.serve(body, len(engine.requests))
+        exchange.start(200, [(b"content-type", b"text/event-stream")], framing="chunked")
+        for event in (told[:events] if events is not None else told) + list(tail):
+            exchange.write(event)
+            await asyncio.sleep(0.001)
+        if events is None or ends:
+            exchange.end()
+            return
+        exchange.on_disconnect = None
+        exchange.abort()
+
+    return script
+
+
+async def freezes(engine: Engine, request: Request, exchange: Exchange) -> None:
+    """An engine that says four events and nothing more."""
+    exchange.start(200, [(b"content-type", b"text/event-stream")], framing="chunked")
+    for event in toy.serve(json.loads(request.body))[:4]:
+        exchange.write(event)
+    await asyncio.Event().wait()
+
+
+async def read(front: Front, body: dict[str, Any], path: str = "/v1/completions") -> toy.Answer:
+    response = await front.post(path, body)
+    assert response.status == 200, response.body
+    return toy.read(response.body)
+
+
+def same(got: toy.Answer, body: dict[str, Any]) -> None:
+    """It reads as if nothing had happened."""
+    whole = toy.read(b"".join(toy.serve(body)))
+    assert (got.text, got.finishes, got.errors) == (whole.text, whole.finishes, 0)
+    assert (got.roles, got.dones, len(got.heads)) == (whole.roles, 1, 1)
+
+
+@pytest.mark.parametrize(("path", "body"), [("/v1/completions", COMPLETION), ("/v1/chat/completions", CHAT)])
+async def test_a_lost_stream_goes_on_elsewhere_and_is_counted(path: str, body: dict[str, Any]) -> None:
+    engines = [Engine(in_turn(says(4), says())), Engine(in_turn(says(3), says()))]
+    async with frontend(make_spec(), aggregated=engines) as front:
+        got = await read(front, body, path)
+        text = await front.metrics()
+        await front.idle()
+    same(got, body)
+    assert sum(len(engine.requests) for engine in engines) == 3
+    labels = 'migration_type="ongoing_request",model="m"'
+    assert f"model_migration_total{{{labels}}} 2.0" in text
+    assert f'model_migration_duration_seconds_count{{{labels},outcome="success"}} 2.0' in text
+    assert 'error_type="",model="m",request_type="stream",status="success"} 1.0' in text
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        b'data: {"id":"x","choices":[{"index":0,"text":"","finish_reason":"abort"}]}\n\n',
+        b'data: {"error": {"message": "EngineCore died", "type": "InternalServerError", "code": 500}}\n\n',
+        b'data: {"id":"x","choi',
+        b"",
+    ],
+)
+async def test_an_abort_an_error_half_an_event_or_no_finish_is_a_lost_stream(tail: bytes) -> None:
+    last = [tail, b"data: [DONE]\n\n"] if tail.endswith(b"\n\n") else [tail] if tail else []
+    engines = [Engine(in_turn(says(4, *last, ends=True), says())), Engine(says())]
+    async with frontend(make_spec(), aggregated=engines) as front:
+        got = await read(front, COMPLETION)
+    same(got, COMPLETION)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "why"),
+    [
+        ("n", 2, "several answers"),
+        ("response_format", {"type": "json_object"}, "response_format"),
+        ("guided_json", {"type": "object"}, "guided_json"),
+        ("echo", True, "echo"),
+    ],
+)
+async def test_what_cannot_go_on_ends_with_a_clear_error(field: str, value: Any, why: str) -> None:
+    engines = [Engine(says(4)), Engine(says(4))]
+    async with frontend(make_spec(), aggregated=engines) as front:
+        response = await front.post("/v1/completions", {**COMPLETION, field: value})
+        await front.idle()
+    last = response.body.decode().strip().split("\n\n")[-1]
+    error = json.loads(last.removeprefix("data: "))["error"]
+    assert error["type"] == "engine_failed"
+    assert why in error["message"]
+    assert "127.0.0.1" not in error["message"]
+    assert sum(len(engine.requests) for engine in engines) == 1
+
+
+async def test_a_stream_is_not_moved_for_ever() -> None:
+    engine = Engine(says(3))
+    async with frontend(make_spec(migration=MigrationSpec(limit=2)), aggregated=[engine]) as front:
+        got = await read(front, {**COMPLETION, "max_tokens": 40})
+        await front.idle()
+    assert (got.errors, got.dones) == (1, 0)
+    assert len(engine.requests) == 3
+
+
+async def test_a_stream_too_long_to_be_computed_anew_ends_and_is_counted() -> None:
+    engine = Engine(says(8))
+    async with frontend(make_spec(migration=MigrationSpec(max_tokens=5)), aggregated=[engine]) as front:
+        got = await read(front, COMPLETION)
+        assert 'model_migration_max_seq_len_exceeded_total{model="m"} 1.0' in await front.metrics()
+    assert got.errors == 1
+
+
+async def test_the_openai_client_reads_through_a_migration() -> None:
+    engines = [Engine(in_turn(says(6), says())), Engine(says())]
+    async with (
+        frontend(make_spec(), aggregated=engines) as front,
+        openai.AsyncOpenAI(base_url=front.url + "/v1", api_key="x", max_retries=0) as client,
+    ):
+        stream = await client.completions.create(model="m", prompt="P:", max_tokens=20, stream=True)
+        text = "".join([chunk.choices[0].text async for chunk in stream])
+    assert text == toy.FULL[: toy.BOUNDS[20]]
+
+
+async def test_the_deadline_bounds_all_legs_together() -> None:
+    async def stalls(engine: Engine, request: Request, exchange: Exchange) -> None:
+        exchange.start(200, [(b"content-type", b"text/event-stream")], framing="chunked")
+        exchange.write(toy.serve(json.loads(request.body))[0])
+        await asyncio.Event().wait()
+
+    engine = Engine(stalls)
+    limits = LimitsSpec(first_byte_timeout_s=0.2, request_timeout_s=0.7, stall_timeout_s=0.2)
+    async with frontend(make_spec(limits=limits), aggregated=[engine]) as front:
+        response = await front.post("/v1/completions", {**COMPLETION, "max_tokens": 50})
+        assert b'"type":"timeout"' in response.body
+        await front.idle()
+
+
+@pytest.mark.parametrize("how", ["silent", "removed", "replaced"])
+async def test_membership_fails_the_legs_of_a_worker_that_is_gone(how: str) -> None:
+    engines = [Engine(freezes), Engine(says())]
+    async with frontend(make_spec(), aggregated=engines[:1]) as front:
+        asking = asyncio.create_task(read(front, COMPLETION))
+        await engines[0].wait(lambda: len(engines[0].requests) == 1)
+        await asyncio.sleep(1.2)  # a stream that was heard of within the last look is spared by `silent`
+        await engines[1].start()
+        front.join("aggregated", 1, engines[1].url)
+        if how == "removed":
+            front.core.members_changed([], ["aggregated-0"])
+        elif how == "silent":
+            front.join("aggregated", 0, engines[0].url, state="silent")
+        else:
+            front.join("aggregated", 0, engines[1].url, incarnation=2)
+        same(await asking, COMPLETION)
+        await front.idle()
+        await engines[1].stop()
+
+
+async def test_a_request_waits_for_a_worker_to_come_back_when_half_was_said() -> None:
+    engines = [Engine(freezes), Engine(says())]
+    async with frontend(make_spec(), aggregated=engines[:1]) as front:
+        asking = asyncio.create_task(read(front, COMPLETION))
+        await engines[0].wait(lambda: len(engines[0].requests) == 1)
+        await asyncio.sleep(0.2)
+        front.core.members_changed([], ["aggregated-0"])
+        await engines[1].start()
+        await asyncio.sleep(0.3)
+        front.join("aggregated", 1, engines[1].url)
+        same(await asking, COMPLETION)
+        await engines[1].stop()
+
+
+async def test_a_client_that_leaves_during_a_migration_leaves_nothing_behind() -> None:
+    engine = Engine(in_turn(says(4), hangs))
+    async with frontend(make_spec(), aggregated=[engine]) as front:
+        asking = asyncio.create_task(read(front, COMPLETION))
+        await engine.wait(lambda: len(engine.requests) == 2)
+        asking.cancel()
+        await engine.wait(lambda: engine.cancelled == 1)
+        text = await front.metrics()
+        await front.idle()
+    assert 'outcome="cancelled"' in text
+
+
+MOCK_CHAT = {
+    "model": "m",
+    "messages": [
+        {"role": "system", "content": "You are brief."},
+        {"role": "user", "content": "Tell me of ZeroMQ."},
+    ],
+    "max_tokens": 60,
+    "ignore_eos": True,
+}
+MOCK_COMPLETION = {
+    "model": "m",
+    "prompt": "Once upon a time there was a router. " * 20,
+    "max_tokens": 60,
+    "ignore_eos": True,
+}
+MOCKED = [("/v1/chat/completions", MOCK_CHAT), ("/v1/completions", MOCK_COMPLETION)]
+_KV_ROLES = {"prefill": "kv_producer", "decode": "kv_consumer"}
+
+
+@asynccontextmanager
+async def mocked(**roles: int) -> AsyncIterator[tuple[Front, dict[str, list[MockerProcess]]]]:
+    """A frontend in kv mode over so many mocker processes of each role, at the speed of a real engine."""
+    spec = make_spec(backend="mocker", model=CARD, roles=roles, router=RouterSpec(mode="kv"))
+    processes: dict[str, list[MockerProcess]] = {}
+    async with AsyncExitStack() as stack:
+        front = await stack.enter_async_context(frontend(spec))
+        for role, number in roles.items():
+            flags = ["--served-model-name", "m"]
+            if role in _KV_ROLES:
+                config = {"kv_connector": "NixlConnector", "kv_role": _KV_ROLES[role]}
+                flags += ["--kv-transfer-config", json.dumps(config)]
+            for index in range(number):
+                process = await stack.enter_async_context(mocker(*flags))
+                processes.setdefault(role, []).append(process)
+                front.join(role, index, str(process.origin), model=CARD)  # type: ignore[arg-type]
+        yield front, processes
+
+
+async def busy(processes: list[MockerProcess]) -> MockerProcess:
+    """The process that has a request."""
+    async with asyncio.timeout(DEADLINE_S):
+        while True:
+            for process in processes:
+                if process.process.returncode is None and (await process.get("/mock/state"))["inflight"]:
+                    return process
+            await asyncio.sleep(0.01)
+
+
+async def read_killing(
+    front: Front, path: str, body: dict[str, Any], processes: list[MockerProcess], after: tuple[int, ...]
+) -> toy.Answer:
+    """Read a stream; each time so many events were read, the process that serves it is killed."""
+    payload, left = b"", list(after)
+    streamed = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    async for piece in front.pieces(path, streamed):
+        payload += piece
+        if left and payload.count(b"\n\n") >= left[0]:
+            left.pop(0)
+            process = await busy(processes)
+            process.process.kill()
+            await process.process.wait()
+    assert not left
+    return toy.read(payload)
+
+
+@pytest.mark.parametrize(("path", "body"), MOCKED)
+@pytest.mark.parametrize("after", [(10,), (5, 25)])
+async def test_killed_workers_leave_the_text_unbroken(
+    path: str, body: dict[str, Any], after: tuple[int, ...]
+) -> None:
+    async with mocked(aggregated=3) as (front, processes):
+        whole = await processes["aggregated"][0].post(path, body)
+        got = await read_killing(front, path, body, processes["aggregated"], after)
+        await front.idle()
+        text = await front.metrics()
+    check_mocked(got, whole)
+    assert f'model_migration_total{{migration_type="ongoing_request",model="m"}} {len(after)}.0' in text
+
+
+@pytest.mark.parametrize(("path", "body"), MOCKED)
+async def test_killed_decode_workers_mean_a_new_prefill_and_the_same_text(
+    path: str, body: dict[str, Any]
+) -> None:
+    async with mocked(prefill=1, decode=3) as (front, processes):
+        whole = await processes["prefill"][0].post(path, body)
+        got = await read_killing(front, path, body, processes["decode"], (8, 30))
+        await front.idle()
+        state = await processes["prefill"][0].get("/mock/state")
+    check_mocked(got, whole)
+    assert state["inflight"] == 0
+
+
+def check_mocked(got: toy.Answer, whole: dict[str, Any]) -> None:
+    """The stream reads as the whole answer does."""
+    choice = whole["choices"][0]
+    text = choice["text"] if "text" in choice else choice["message"]["content"]
+    assert got.text == text
+    assert got.finishes == [choice["finish_reason"]]
+    assert (got.dones, got.errors, len(got.heads)) == (1, 0, 1)
+    assert got.usage is not None
+    for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        assert got.usage[name] == whole["usage"][name]
