@@ -72,6 +72,12 @@ class Gate:
         """Whether a request that comes now has to `wait`."""
         return bool(self._turns) or self._all_busy()
 
+    def check_room(self) -> None:
+        """Raises Overloaded when a request that comes now would be refused: asked before its prompt is read."""
+        if self._queue.full and (self._spec.limit or self._all_busy()):
+            self._refused.inc()
+            raise self._queue.refusal()
+
     def crowded(self, role: Role) -> frozenset[str]:
         """Workers of `role` over a threshold on all ranks: to be passed over while there are others."""
         if not self._busy.limited:
@@ -83,11 +89,8 @@ class Gate:
     async def wait(self, ask: Ask) -> None:
         """Wait for a turn; the caller must then choose without awaiting anything before.
 
-        Raises Overloaded when there is no queue, it is full, or the turn does not come in time.
+        Raises Overloaded when the queue is full, or the turn does not come in time.
         """
-        if not self._spec.limit:
-            self._refused.inc()
-            raise Overloaded("all workers are busy", hint="send it again later")
         loop = asyncio.get_running_loop()
         try:
             place = self._queue.join(ask, loop.time())

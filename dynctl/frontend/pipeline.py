@@ -189,6 +189,8 @@ class Pipeline:
         finally:
             exchange.on_disconnect = None
             call.account.close(error_type)
+            if error_type:
+                call.trace.root.set("error.type", error_type)
 
     async def _serve(self, call: Call, answer: Answer) -> str:
         """Attempt until answered; gives back the error type, "" for a success."""
@@ -197,6 +199,7 @@ class Pipeline:
         flow = self._other
         if call.endpoint.kind != "other":
             flow = self._flow
+            self._parts.gate.check_room()
             with self._parts.stages.enter("preprocess", call.trace.span("preprocess")) as span:
                 attempt.prompt = await self._prompt(call)
                 span.set("gen_ai.usage.input_tokens", attempt.prompt.tokens)
@@ -223,6 +226,11 @@ class Pipeline:
 
     async def _move(self, call: Call, attempt: Attempt, failure: AttemptFailed) -> bool:
         """Have the rest of the answer said elsewhere; False when there is none. Raises what prevents it."""
+        with call.trace.span("migration") as span:
+            span.set("error.type", failure.cause.kind)
+            return await self._take_up(call, attempt, failure)
+
+    async def _take_up(self, call: Call, attempt: Attempt, failure: AttemptFailed) -> bool:
         answer = attempt.answer
         story = answer.told()
         if story is None:

@@ -66,9 +66,15 @@ class Queue:
     _last_turn_s: float | None = None
     _between_s: float = 1.0
 
+    @property
+    def full(self) -> bool:
+        """Whether no further request may wait, however short."""
+        return self.waiting.requests >= self.spec.limit
+
     def join(self, ask: Ask, now_s: float) -> Place:
         """A place for the request. Raises Overloaded when the queue is full."""
-        self._check_room(ask)
+        if self.full or self._too_many_tokens(ask):
+            raise self.refusal()
         if not self.waiting.requests:
             self._last_turn_s = now_s
         place = Place(ask)
@@ -106,21 +112,20 @@ class Queue:
         """When there should be room again: as long as it takes those who wait now, at the pace of late."""
         return min(LONGEST_RETRY_S, max(1.0, self._between_s * self.waiting.requests))
 
-    def _check_room(self, ask: Ask) -> None:
-        limit, limit_tokens, waiting = self.spec.limit, self.spec.limit_tokens, self.waiting
-        over = waiting.requests >= limit
-        # A prompt longer than the limit itself may wait alone: refusing it would be for good.
-        too_many_tokens = limit_tokens and waiting.requests and waiting.tokens + ask.tokens > limit_tokens
-        if not over and not too_many_tokens:
-            return
-        full = (
-            f"{waiting.requests} requests" if over else f"requests of {waiting.tokens} prompt tokens in all"
-        )
-        raise Overloaded(
-            f"all workers are busy and {full} wait already",
-            retry_after_s=self.retry_after_s(),
-            hint="send it again later",
-        )
+    def refusal(self) -> Overloaded:
+        """What to tell a request that may not wait."""
+        waiting = self.waiting
+        told = "all workers are busy"
+        if waiting.requests and self.full:
+            told = f"{told} and {waiting.requests} requests wait already"
+        elif waiting.requests:
+            told = f"{told} and requests of {waiting.tokens} prompt tokens in all wait already"
+        return Overloaded(told, retry_after_s=self.retry_after_s(), hint="send it again later")
+
+    def _too_many_tokens(self, ask: Ask) -> bool:
+        """A prompt longer than the limit itself may wait alone: refusing it would be for good."""
+        limit, waiting = self.spec.limit_tokens, self.waiting
+        return bool(limit and waiting.requests and waiting.tokens + ask.tokens > limit)
 
     def _rank(self, ask: Ask, now_s: float) -> float:
         """The lower, the sooner."""

@@ -52,11 +52,14 @@ class Busy:
         """Whether a rank has enough to compute without more.
 
         The engine must say so too: an answer that is not streamed does not show when its prompt is done, so
-        the tokens counted here may have been computed long ago.
+        much of what is counted here may have been computed long ago. Of the requests counted as waiting only
+        so many are taken to be as the engine says do wait.
         """
-        return bool(
-            self.backlog and load.reported_waiting > 0 and load.prefill_tokens > self.backlog * _batch(load)
-        )
+        said = load.reported_waiting
+        if not self.backlog or said <= 0:
+            return False
+        counted = load.own_waiting + load.peers.waiting
+        return load.prefill_tokens * min(1.0, said / max(1, counted)) > self.backlog * _batch(load)
 
     def all_busy(self, loads: Iterable[RankLoad]) -> bool:
         """Whether none of the ranks may be given more; False when there are none."""

@@ -53,6 +53,10 @@ def test_answers_that_are_not_streamed_do_not_make_a_backlog_of_prompts_long_com
     busy = Busy(BusySpec(), 4.0)
     assert busy.backlogged(load(100 * BATCH_TOKENS, waiting=3))
     assert not busy.backlogged(load(100 * BATCH_TOKENS, waiting=0))
+    few_wait = load(waiting=2)
+    for _ in range(100):
+        few_wait.add(Footprint(BATCH_TOKENS))
+    assert not busy.backlogged(few_wait), "two of a hundred have not been computed"
     silent = RankLoad(SharedBlocks())
     silent.add(Footprint(100 * BATCH_TOKENS))
     assert not busy.backlogged(silent)
