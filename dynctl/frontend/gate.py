@@ -73,7 +73,7 @@ class Gate:
         return bool(self._turns) or self._all_busy()
 
     def check_room(self) -> None:
-        """Raises Overloaded when a request that comes now would be refused: asked before its prompt is read."""
+        """Raises Overloaded when a request that comes now would be refused: before its prompt is read."""
         if self._queue.full and (self._spec.limit or self._all_busy()):
             self._refused.inc()
             raise self._queue.refusal()
