@@ -8,6 +8,8 @@ from typing import Any
 from dynctl.protocol.specs import TracingSpec
 from tests.integration.frontend_harness import Engine, frontend, make_spec, status
 from tests.integration.test_frontend_disagg import prefilled, vllm
+from tests.integration.test_frontend_migration import COMPLETION as STREAMED
+from tests.integration.test_frontend_migration import says
 
 COMPLETION = {"model": "m", "prompt": "hi", "max_tokens": 3}
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -104,3 +106,23 @@ async def test_every_answer_carries_the_request_id_also_pages_and_errors() -> No
         ):
             response = await front.call(method, path, body, {"x-request-id": "mine"})
             assert [v for k, v in response.headers if k == b"x-request-id"] == [b"mine"], (path, body)
+
+
+async def test_a_stream_that_moves_on_says_so_in_the_same_trace() -> None:
+    collector = Collector()
+    await collector.start()
+    first, second = Engine(says(4)), Engine(says())
+    try:
+        spec = make_spec(tracing=TracingSpec(otlp_endpoint=collector.url))
+        async with frontend(spec, aggregated=[first, second]) as front:
+            await front.post("/v1/completions", STREAMED)
+            await collector.wait(lambda: "request" in collector.spans())
+    finally:
+        await collector.stop()
+    spans = collector.spans()
+    (migration,) = spans["migration"]
+    assert migration["parentSpanId"] == spans["request"][0]["spanId"]
+    failed, ended = spans["aggregated"]
+    assert "status" in failed
+    assert "status" not in ended
+    assert parent(first)[:36] == parent(second)[:36] == f"00-{migration['traceId']}-"
