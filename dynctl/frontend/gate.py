@@ -114,10 +114,7 @@ class Gate:
             self._queue.leave(place)
 
     def _all_busy(self) -> bool:
-        for role in self._roles:
-            if self._busy.all_busy(one.load for one in self._router.eligible(role)):
-                return True
-        return False
+        return any(self._busy.all_busy(self._router.eligible(role)) for role in self._roles)
 
     def _wake(self) -> None:
         if not self._scheduled:

@@ -7,10 +7,11 @@ where it can still go to whichever worker is free first.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from dynctl.protocol.specs import BusySpec
 from dynctl.router.active import RankLoad
+from dynctl.router.policy import Candidate
 
 BATCH_TOKENS = 8192
 """Tokens an engine computes per step, where it is not known: the usual default."""
@@ -27,16 +28,18 @@ class Busy:
         self.backlog = backlog
 
     @property
-    def limited(self) -> bool:
-        """Whether the operator set any threshold."""
-        limits = self.thresholds
-        return any(
-            limit is not None for limit in (limits.decode_blocks, limits.prefill_tokens, limits.prefill_share)
-        )
+    def thresholds(self) -> BusySpec:
+        """What the operator set; `limited`: any of it."""
+        return self._thresholds
+
+    @thresholds.setter
+    def thresholds(self, thresholds: BusySpec) -> None:
+        self._thresholds = thresholds
+        self.limited = thresholds != BusySpec()
 
     def over(self, load: RankLoad) -> bool:
         """Whether a rank is over any of the thresholds."""
-        limits = self.thresholds
+        limits = self._thresholds
         tokens, blocks = load.prefill_tokens, load.capacity
         return (
             (limits.prefill_tokens is not None and tokens > limits.prefill_tokens)
@@ -61,14 +64,13 @@ class Busy:
         counted = load.own_waiting + load.peers.waiting
         return load.prefill_tokens * min(1.0, said / max(1, counted)) > self.backlog * _batch(load)
 
-    def all_busy(self, loads: Iterable[RankLoad]) -> bool:
-        """Whether none of the ranks may be given more; False when there are none."""
-        found = False
-        for load in loads:
-            if not self.over(load) and not self.backlogged(load):
+    def all_busy(self, candidates: Sequence[Candidate]) -> bool:
+        """Whether none of the (worker, rank)s may be given more; False when there are none."""
+        for candidate in candidates:
+            load = candidate.load
+            if not self.backlogged(load) and not (self.limited and self.over(load)):
                 return False
-            found = True
-        return found
+        return bool(candidates)
 
 
 def _batch(load: RankLoad) -> int:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from dynctl.protocol.instances import Instance
 from dynctl.protocol.kv_events import LoadReport
 from dynctl.protocol.specs import BusySpec
 from dynctl.router.active import Footprint, RankLoad
 from dynctl.router.busy import BATCH_TOKENS, Busy
+from dynctl.router.policy import Candidate
 from dynctl.router.shared import SharedBlocks
 
 
@@ -16,6 +18,13 @@ def load(prefill_tokens: int = 0, blocks: int = 0, *, capacity: int = 100, waiti
     made.report(LoadReport("w", 1, 0, running=0, waiting=waiting, kv_usage=0.0, kv_blocks=capacity))
     made.add(Footprint(prefill_tokens, (), blocks))
     return made
+
+
+def candidates(*loads: RankLoad) -> list[Candidate]:
+    instance = Instance(
+        id="w", incarnation=1, role="aggregated", index=0, node="n", pid=1, started_at=0.0, url="u"
+    )
+    return [Candidate(("w", rank), instance, one) for rank, one in enumerate(loads)]
 
 
 @pytest.mark.parametrize(
@@ -35,7 +44,7 @@ def test_one_threshold_passed_is_enough(thresholds: BusySpec, calm: RankLoad, ov
 def test_no_threshold_is_never_passed() -> None:
     busy = Busy(BusySpec(), 0.0)
     assert not busy.limited
-    assert not busy.all_busy([load(10**9, 10**9, waiting=5)])
+    assert not busy.all_busy(candidates(load(10**9, 10**9, waiting=5)))
 
 
 def test_blocks_of_an_engine_that_does_not_tell_how_many_it_has_are_not_judged() -> None:
@@ -64,8 +73,8 @@ def test_answers_that_are_not_streamed_do_not_make_a_backlog_of_prompts_long_com
 
 def test_one_calm_rank_is_enough_and_no_rank_is_not_busy() -> None:
     busy = Busy(BusySpec(prefill_tokens=10), 0.0)
-    assert busy.all_busy([load(11), load(12)])
-    assert not busy.all_busy([load(11), load(9)])
+    assert busy.all_busy(candidates(load(11), load(12)))
+    assert not busy.all_busy(candidates(load(11), load(9)))
     assert not busy.all_busy([])
 
 
