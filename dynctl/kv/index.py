@@ -3,18 +3,27 @@
 A bit stands for a *slot*. Forgetting a key is immediate whatever it held: its slot is retired (its bit
 counts for nothing any more) and the key gets a fresh one; `sweep` clears the retired bits in portions, and
 only a slot that is clean is given out again.
+
+The number of blocks is bounded: beyond `limit` those stored longest ago go first, from all workers at once;
+`touch` makes blocks young again. A worker that holds more than it can be remembered for is thus known by what
+is in use.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from dynctl.protocol.kv_events import KvEvent, Removed, Stored, Tier
 
 SlotKey = tuple[str, int]
 """(worker id, data-parallel rank)."""
+
+DEFAULT_LIMIT = 8_000_000
+EVICTED_AT_ONCE = 1024
+_OWN_TIER: tuple[Tier, ...] = ("G1",)
 
 
 @dataclass(slots=True)
@@ -28,15 +37,23 @@ class _Slot:
 
 
 class Index:
-    """The blocks of all workers. Repeated events change nothing."""
+    """The blocks of all workers, at most `limit` of them (a block in two tiers is two). Repeated events
+    change nothing.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = DEFAULT_LIMIT) -> None:
+        self._limit = limit
         self._slots: dict[SlotKey, _Slot] = {}
         self._by_number: list[_Slot] = []
         self._free: list[int] = []
         self._retired: list[_Slot] = []
         self._live = 0
         self._masks: dict[Tier, dict[int, int]] = {"G1": {}}
+        self.evicted = 0
+
+    def __len__(self) -> int:
+        """Blocks remembered; one that several workers hold is one."""
+        return sum(map(len, self._masks.values()))
 
     def apply(self, key: SlotKey, event: KvEvent) -> None:
         """Take over one event of `key`; a key not seen before starts empty."""
@@ -47,15 +64,42 @@ class Index:
         else:
             self.reset(key)
 
-    def _store(self, key: SlotKey, tier: Tier, hashes: Iterable[int]) -> None:
+    def _store(self, key: SlotKey, tier: Tier, hashes: Sequence[int]) -> None:
         slot = self._slots.get(key) or self._open(key)
         masks = self._masks.setdefault(tier, {})
         held = slot.held.setdefault(tier, set())
         bit, get = slot.bit, masks.get
+        before, after = 0, bit
         for h in hashes:
-            mask = get(h)
-            masks[h] = bit if mask is None else mask | bit
+            mask = get(h, 0)
+            if mask != before:
+                before, after = mask, mask | bit
+            masks[h] = after
         held.update(hashes)
+        while len(self) > self._limit:
+            self._evict()
+
+    def _evict(self) -> None:
+        """Forget the oldest blocks of the largest tier."""
+        tier = max(self._masks, key=lambda one: len(self._masks[one]))
+        masks = self._masks[tier]
+        holders = [held for slot in self._slots.values() if (held := slot.held.get(tier))]
+        holders += [held for slot in self._retired if (held := slot.held.get(tier))]
+        oldest = list(islice(masks, min(EVICTED_AT_ONCE, max(1, self._limit // 8))))
+        for h in oldest:
+            del masks[h]
+        for held in holders:
+            held.difference_update(oldest)
+        self.evicted += len(oldest)
+
+    def touch(self, hashes: Iterable[int]) -> None:
+        """These are in use: of the G1 blocks they are to go last. Does nothing while there is much room."""
+        masks = self._masks["G1"]
+        if len(self) * 8 > self._limit * 7:
+            for h in hashes:
+                mask = masks.pop(h, 0)
+                if mask:
+                    masks[h] = mask
 
     def _remove(self, key: SlotKey, tier: Tier, hashes: Iterable[int]) -> None:
         slot = self._slots.get(key)
@@ -81,16 +125,19 @@ class Index:
             self.reset(key)
 
     def match(
-        self, hashes: Sequence[int], keys: Iterable[SlotKey] | None = None, tier: Tier = "G1"
+        self,
+        hashes: Sequence[int],
+        keys: Iterable[SlotKey] | None = None,
+        tiers: Sequence[Tier] = _OWN_TIER,
     ) -> dict[SlotKey, int]:
-        """How many blocks from the start of `hashes`, without a hole, each key holds in `tier`.
+        """How many blocks from the start of `hashes`, without a hole, each key holds in any of `tiers`.
 
         Keys that hold not even the first block are left out. `keys` None = all.
         """
         alive = self._live if keys is None else self._bits(keys)
         depths: dict[SlotKey, int] = {}
         last: int | None = 0
-        for depth, mask in enumerate(map(self._masks.get(tier, {}).get, hashes)):
+        for depth, mask in enumerate(map(self._lookup(tiers), hashes)):
             if mask == last and depth:
                 continue
             last = mask
@@ -104,6 +151,25 @@ class Index:
         if hashes:
             self._settle(depths, alive, len(hashes))
         return depths
+
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        """Those in which any block is held."""
+        return tuple(sorted(tier for tier, masks in self._masks.items() if masks))
+
+    def _lookup(self, tiers: Sequence[Tier]) -> Callable[[int], int | None]:
+        """Who holds a hash in any of `tiers`."""
+        gets = [self._masks[tier].get for tier in tiers if tier in self._masks]
+        if len(gets) == 1:
+            return gets[0]
+
+        def anywhere(h: int) -> int:
+            mask = 0
+            for get in gets:
+                mask |= get(h, 0)
+            return mask
+
+        return anywhere
 
     def _settle(self, depths: dict[SlotKey, int], bits: int, depth: int) -> None:
         """Note `depth` for each slot of `bits`."""

@@ -35,8 +35,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
 class Instance(msgspec.Struct, frozen=True, kw_only=True):
     """One registered process: `id` is its seat ("decode-0"), `incarnation` rises with each start of it.
 
-    Workers: `url` is the engine's own HTTP base, `events` the PUB endpoint of the sidecar's event plane
-    ("" = no KV events), `control` its ZeroMQ ROUTER endpoint. Frontends: `url` is the public base, or where
+    Workers: `url` is the engine's own HTTP base, `events` the PUB endpoint of the sidecar's event plane,
+    `kv_events` whether KV events come from there besides load, `control` its ZeroMQ ROUTER endpoint. Frontends: `url` is the public base, or where
     the port of that is shared one that only this frontend answers; `events` tells others what it has in flight.
     `bootstrap_port` is where decode engines meet a prefill engine, for engines that link both legs by it (0 =
     none), `peers` the names decode engines know its ranks by ([] = they need none). `started_at` is Unix time in seconds. `pid` is the sidecar's, `engine_pid` the engine's (0 = none).
@@ -58,5 +58,6 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
     peers: list[str] = []
     engine_version: str = ""
     events: str = ""
+    kv_events: bool = True
     control: str = ""
     protocol: int = PROTOCOL_VERSION

@@ -133,11 +133,11 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     mode: str = "kv"
-    overlap_credit: float = 1.0
+    overlap_credit: float = 6.0
     overlap_decay: float = 0.0
     host_tier_credit: float = 0.75
     disk_tier_credit: float = 0.25
-    prefill_load_scale: float = 1.0
+    prefill_load_scale: float = 30.0
     decode_request_weight: float = 0.0
     temperature: float = 0.0
     adapter_load_tokens: int = 4096

@@ -297,13 +297,13 @@ class Guard(Section):
     """When a worker gets nothing more, however much of the prompt it holds (mode kv)."""
 
     enabled: bool = True
-    """Keep cached prefixes from piling requests on few workers."""
+    """Keep cached prefixes from piling up requests at few workers."""
     requests_ratio: Annotated[float, Field(ge=1)] = 1.5
     """A worker is crowded with more requests than this times the mean of all ..."""
     requests_slack: Annotated[int, Field(ge=0)] = 8
     """... and so many more."""
     kv_usage: Annotated[float, Field(gt=0, le=1)] = 0.95
-    """A worker is full when this share of its KV blocks is in use and requests wait."""
+    """With this share of its KV blocks in use, and requests waiting, a worker has no slack."""
 
 
 class SessionAffinity(Section):
@@ -350,16 +350,18 @@ class Router(Section):
 
     mode: Literal["kv", "least_loaded", "round_robin", "random", "power_of_two", "consistent_hash"] = "kv"
     """kv: the worker with the most of the prompt in its cache, weighed against load."""
-    overlap_credit: Weight = 1.0
-    """What a cached prompt block takes off the prefill load (mode kv)."""
+    overlap_credit: Weight = 6.0
+    """What a cached prompt block takes off the prefill load (mode kv); above 1, cached prefixes are worth
+    waiting for: what is computed twice delays all others.
+    """
     overlap_decay: Weight = 0.0
     """How fast the credit falls with prefill load above the least loaded worker's; 0: not (mode kv)."""
     host_tier_credit: Weight = 0.75
     """Part of the credit for blocks that are only in host memory (mode kv)."""
     disk_tier_credit: Weight = 0.25
     """Part of the credit for blocks that are only on disk (mode kv)."""
-    prefill_load_scale: Weight = 1.0
-    """Weight of prefill load (mode kv)."""
+    prefill_load_scale: Weight = 30.0
+    """What computing a prompt block weighs beside keeping one for decoding (mode kv)."""
     decode_request_weight: Weight = 0.0
     """Cost in blocks of each running request (mode kv)."""
     temperature: Weight = 0.0

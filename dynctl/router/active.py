@@ -54,7 +54,8 @@ class RankLoad:
     Others' load is therefore what the report has beyond the *peak* of our own and our peers' since the report
     before last. `requests`, `blocks` and `prefill_tokens` are of all; blocks that requests of ours share are
     counted once, those shared with a peer's twice. `on_change` is called when the own part has changed,
-    `on_freed` when there may be less to do. `capacity` in blocks, and `batch_tokens` that a step computes: 0 =
+    `on_freed` when there may be less to do, `on_computed` at the end of a request whose prompt was computed,
+    with its hashes and when it was added. `capacity` in blocks, and `batch_tokens` that a step computes: 0 =
     not known. `reported_waiting`: requests that wait in the engine, -1 = it has not said.
     """
 
@@ -67,6 +68,7 @@ class RankLoad:
         "blocks",
         "capacity",
         "on_change",
+        "on_computed",
         "on_freed",
         "others_blocks",
         "others_requests",
@@ -87,6 +89,7 @@ class RankLoad:
         self._retired = False
         self.on_change: Callable[[], None] | None = None
         self.on_freed: Callable[[], None] | None = None
+        self.on_computed: Callable[[Sequence[int], float], None] | None = None
         self.capacity = self.batch_tokens = 0
         self.reported_waiting = -1
         self.peers = NOTHING
@@ -97,15 +100,15 @@ class RankLoad:
         self._peak = _Peak()
         self._before = _Peak()
 
-    def add(self, footprint: Footprint) -> Ticket:
-        """Count a request in. The ticket takes it out again."""
+    def add(self, footprint: Footprint, now_s: float = 0.0) -> Ticket:
+        """Count a request in. The ticket takes it out again. `now_s` is what `on_computed` is told."""
         self.prefill_tokens += footprint.prefill_tokens
         self.own_waiting += 1
         self._count(1, footprint.blocks + self._shared.add(self.place, footprint.hashes))
         self._note_peak()
         if self.on_change is not None:
             self.on_change()
-        return Ticket(self, footprint)
+        return Ticket(self, footprint, now_s)
 
     @property
     def own(self) -> InFlight:
@@ -191,11 +194,12 @@ def _less(amount: int, gained: int) -> int:
 class Ticket:
     """One request's place in a worker's load. Both calls may be repeated; `finish` implies `first_token`."""
 
-    __slots__ = ("_done", "_footprint", "_load", "_prefilling")
+    __slots__ = ("_done", "_footprint", "_load", "_prefilling", "_since_s")
 
-    def __init__(self, load: RankLoad, footprint: Footprint) -> None:
+    def __init__(self, load: RankLoad, footprint: Footprint, since_s: float) -> None:
         self._load = load
         self._footprint = footprint
+        self._since_s = since_s
         self._prefilling = True
         self._done = False
 
@@ -207,7 +211,11 @@ class Ticket:
 
     def finish(self) -> None:
         """The request is over, however it ended: release all it held."""
+        if self._done:
+            return
+        computed = not self._prefilling
         self.first_token()
-        if not self._done:
-            self._done = True
-            self._load._end(self._footprint)
+        self._done = True
+        self._load._end(self._footprint)
+        if computed and self._load.on_computed is not None:
+            self._load.on_computed(self._footprint.hashes, self._since_s)

@@ -9,17 +9,22 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 
-from dynctl.errors import Rejected
 from dynctl.kv.index import Index, SlotKey
 from dynctl.protocol.instances import Instance
 from dynctl.protocol.kv_events import KV_TOPIC, LOAD_TOPIC, KvBatch, LoadReport
 from dynctl.protocol.registry import Member
 from dynctl.protocol.specs import RouterSpec
 from dynctl.router.active import RankLoad, Ticket
+from dynctl.router.affinity import Sessions
+from dynctl.router.approximate import Recent, guessed, keeping
+from dynctl.router.conditional import reads_itself
+from dynctl.router.eligible import eligible, states
 from dynctl.router.follow import DEFAULT_TIMING, Following, SyncCall, SyncTiming
 from dynctl.router.indexer import StreamState
+from dynctl.router.kv_aware import Knowledge
 from dynctl.router.peers import Peers
 from dynctl.router.policy import Candidate, RouteRequest, policy
 from dynctl.router.shared import SharedBlocks
@@ -37,7 +42,8 @@ _INDEXED = ("prefill", "aggregated")
 class Choice:
     """Where a request goes. The caller must call `ticket.finish()` when the request is over, however it ends.
 
-    `overlap_blocks`: blocks of the prompt cached there. `candidates`: how many (worker, rank) there were.
+    `overlap_blocks`: blocks of the prompt cached there, `best_overlap_blocks` at the one of all `candidates`
+    (worker, rank)s that has most of them; both 0 where nobody looked.
     """
 
     instance: Instance
@@ -45,6 +51,22 @@ class Choice:
     overlap_blocks: int
     candidates: int
     ticket: Ticket
+    best_overlap_blocks: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """One (worker, rank) as a choice would see it. `barred`: the guard keeps requests from it now."""
+
+    worker: str
+    rank: int
+    chosen: bool
+    cost: float
+    overlap_blocks: int
+    requests: int
+    prefill_tokens: int
+    blocks: int
+    barred: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +85,17 @@ class WorkerLinks:
 
 @dataclass(slots=True)
 class _Worker:
+    """`memories`: places in `Recent`, by rank, where its past prompts are remembered."""
+
     member: Member
     loads: list[RankLoad]
+    memories: list[int]
+
+    @property
+    def tells(self) -> bool:
+        """Whether KV events come from it, and it can be asked for those that were missed."""
+        instance = self.member.instance
+        return bool(instance.kv_events and instance.events and instance.control)
 
 
 class Router:
@@ -86,15 +117,20 @@ class Router:
         timing: SyncTiming = DEFAULT_TIMING,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._spec = spec
         self._links = links
         self._clock = clock
         self._given_block_size = self.block_size = block_size
-        self._index = Index()
+        self._index = Index(spec.index_blocks)
         self._following = Following(self._index, links.sync, self._learn_block_size, timing)
         self._shared = SharedBlocks()
         self.peers = Peers()
-        self._policy = policy(spec, self._index, self._shared, rng or Random())
+        self._recent = Recent(spec.index_blocks)
+        known = Knowledge(self._index, self._shared, self._recent, clock)
+        self._policy = policy(spec, known, rng or Random())
+        self._sessions = Sessions(spec.session_affinity)
         self._kv = spec.mode == "kv"
+        self._conditional = self._kv and spec.conditional_disagg.mode != "off"
         self._workers: dict[str, _Worker] = {}
         self._candidates: dict[str, list[Candidate]] = {}
         self._block_sizes: dict[str, int] = {}
@@ -104,30 +140,68 @@ class Router:
     @property
     def topics(self) -> tuple[bytes, ...]:
         """What to subscribe to: KV events only where they are used."""
-        return (KV_TOPIC, LOAD_TOPIC) if self._kv else (LOAD_TOPIC,)
+        return (KV_TOPIC, LOAD_TOPIC) if self._kv and self._spec.events != "approximate" else (LOAD_TOPIC,)
 
     def choose(self, request: RouteRequest) -> Choice:
-        """Choose a worker and count the request into its load. Raises Rejected when there is none."""
-        candidates = self._candidates.get(request.role, [])
-        if request.exclude:
-            candidates = [one for one in candidates if one.instance.id not in request.exclude]
-        if not candidates:
-            raise self._nobody(request)
-        picked = self._policy.pick(request, candidates, self.block_size or FALLBACK_BLOCK_TOKENS)
-        chosen = picked.candidate
-        ticket = chosen.load.add(picked.footprint)
-        return Choice(chosen.instance, chosen.key[1], picked.overlap, len(candidates), ticket)
+        """Choose a worker and count the request into its load.
 
-    def _nobody(self, request: RouteRequest) -> Rejected:
-        there = self._of_role(request.role)
-        ready = [member for member in there if member.state == "ready"]
-        if ready:
-            message = f"no further worker of role {request.role} to try: all {len(ready)} failed this request"
-        elif there:
-            message = f"no worker of role {request.role} is ready: all {len(there)} are {_states(there)}"
-        else:
-            message = f"no worker of role {request.role} is registered"
-        return Rejected(message, hint="try again later")
+        Raises Rejected when there is none, RequestError when the client asks for one that does not exist.
+        """
+        now = self._clock()
+        candidates = self._among(request, now)
+        picked = self._policy.pick(request, candidates, self.block_size or FALLBACK_BLOCK_TOKENS)
+        self._policy.took(request, picked)
+        chosen = picked.candidate
+        self._sessions.note(request.role, request.session, chosen.key, now)
+        ticket = chosen.load.add(picked.footprint, now)
+        return Choice(
+            chosen.instance, chosen.key[1], picked.overlap, len(candidates), ticket, picked.best_overlap
+        )
+
+    def preview(self, request: RouteRequest) -> list[Preview]:
+        """All that `choose` would see, and whom it would choose; nothing is counted. Raises as it does."""
+        candidates = self._among(request, self._clock())
+        size = self.block_size or FALLBACK_BLOCK_TOKENS
+        weighed = self._policy.weigh(request, candidates, size)
+        chosen = self._policy.pick(request, candidates, size).candidate
+        return [
+            Preview(
+                *one.key,
+                one is chosen,
+                round(weighed.prices[i], 3),
+                weighed.overlaps[i],
+                one.load.requests,
+                one.load.prefill_tokens,
+                one.load.blocks,
+                weighed.barred is not None and weighed.barred[i],
+            )
+            for i, one in enumerate(candidates)
+        ]
+
+    def end_session(self, session: str) -> None:
+        """No further request of the session comes."""
+        self._sessions.end(session)
+
+    def skips_prefill(self, request: RouteRequest) -> bool:
+        """Whether decode is better off to compute this prompt itself (see `router.conditional`).
+
+        `request` is the decode leg's.
+        """
+        if not self._conditional or not request.prompt_tokens:
+            return False
+        decode = self._candidates.get("decode", [])
+        held = self._index.match(request.hashes or (), [one.key for one in decode])
+        cached = max(held.values(), default=0) * self.block_size
+        queue = min((one.load.prefill_tokens for one in self._candidates.get("prefill", [])), default=0)
+        return reads_itself(self._spec.conditional_disagg, request.prompt_tokens, cached, queue)
+
+    def _among(self, request: RouteRequest, now_s: float) -> Sequence[Candidate]:
+        candidates = self._candidates.get(request.role, [])
+        if request.exclude or request.pinned or request.pinned_rank is not None or not candidates:
+            candidates = list(eligible(request, candidates, self._of_role(request.role)))
+        if not request.session:
+            return candidates
+        return self._sessions.narrowed(request, candidates, self._spec.guard, now_s)
 
     def ready(self, roles_needed: Mapping[str, int]) -> list[str]:
         """Why requests cannot be served, in words; [] = they can.
@@ -139,7 +213,7 @@ class Router:
         for role, wanted in roles_needed.items():
             there = self._of_role(role)
             if wanted > 0 and not any(member.state == "ready" for member in there):
-                also = f" ({len(there)} {_states(there)})" if there else ""
+                also = f" ({len(there)} {states(there)})" if there else ""
                 reasons.append(f"{role}: 0 of {wanted} ready{also}")
         return reasons
 
@@ -170,17 +244,31 @@ class Router:
             self._drop(instance.id)
         ranks = max(1, instance.dp_size)
         loads = [RankLoad(self._shared) for _ in range(ranks)]
+        worker = _Worker(member, loads, [])
         for load in loads:
             load.on_freed = self._freed
             load.batch_tokens = instance.model.max_batched_tokens if instance.model else 0
-        self._workers[instance.id] = _Worker(member, loads)
+        self._workers[instance.id] = worker
         self.peers.attach(instance.id, instance.incarnation, loads)
         if instance.events:
             self._links.subscribe(instance.events)
-        if instance.role in _INDEXED:
+        if instance.role in _INDEXED or (self._conditional and instance.role == "decode"):
             self._block_sizes[instance.id] = instance.model.block_size if instance.model else 0
-            if self._kv and _tells_of_its_cache(instance):
-                self._following.join(instance, ranks)
+            if self._kv:
+                self._remember(worker)
+                if worker.tells and self._spec.events != "approximate":
+                    self._following.join(instance, ranks)
+
+    def _remember(self, worker: _Worker) -> None:
+        """Have the prompts it computes remembered, for as long as its events do not tell of them."""
+        how = keeping(self._spec, worker.tells, 0)
+        for load in worker.loads if how.ttl_s else ():
+            memory = self._recent.open(how)
+            worker.memories.append(memory)
+            load.on_computed = partial(self._computed, memory)
+
+    def _computed(self, memory: int, hashes: Sequence[int], since_s: float) -> None:
+        self._recent.remember(memory, hashes, since_s, self._clock())
 
     def _drop(self, worker_id: str) -> None:
         """The known incarnation of a worker is gone, with all it held. Running tickets stay valid."""
@@ -190,6 +278,8 @@ class Router:
         self.peers.detach(worker_id, worker.member.instance.incarnation)
         for load in worker.loads:
             load.retire()
+        for memory in worker.memories:
+            self._recent.close(memory)
         if worker.member.instance.events:
             self._links.unsubscribe(worker.member.instance.events)
         self._block_sizes.pop(worker_id, None)
@@ -201,8 +291,10 @@ class Router:
         for worker_id, worker in sorted(self._workers.items()):
             instance = worker.member.instance
             if worker.member.state == "ready":
+                memories = worker.memories or [-1] * len(worker.loads)
                 candidates.setdefault(instance.role, []).extend(
-                    Candidate((worker_id, rank), instance, load) for rank, load in enumerate(worker.loads)
+                    Candidate((worker_id, rank), instance, load, memories[rank])
+                    for rank, load in enumerate(worker.loads)
                 )
         self._candidates = candidates
         self._settle_block_size()
@@ -230,7 +322,11 @@ class Router:
             and worker.member.instance.incarnation == report.incarnation
             and 0 <= report.rank < len(worker.loads)
         ):
-            worker.loads[report.rank].report(report)
+            load = worker.loads[report.rank]
+            if worker.memories and report.kv_blocks != load.capacity:
+                how = keeping(self._spec, worker.tells, report.kv_blocks)
+                self._recent.keep(worker.memories[report.rank], how)
+            load.report(report)
 
     def eligible(self, role: str) -> list[Candidate]:
         """The (worker, rank)s of `role` that may be chosen. To be read only."""
@@ -269,6 +365,14 @@ class Router:
         """Blocks indexed, by (worker, rank)."""
         return self._index.stats()
 
+    def guessed(self) -> list[str]:
+        """The workers of which it is guessed what they have cached."""
+        return [
+            worker_id
+            for worker_id, worker in self._workers.items()
+            if self._kv and worker_id in self._block_sizes and guessed(self._spec, worker.tells)
+        ]
+
     def loads(self) -> dict[SlotKey, RankLoad]:
         """The load of each (worker, rank). To be read only."""
         return {
@@ -285,7 +389,10 @@ class Router:
             if state.state == "syncing"
         ]
         for worker_id, size in sorted(self._block_sizes.items()) if self._kv else ():
-            if not _tells_of_its_cache(self._workers[worker_id].member.instance):
+            tells = self._workers[worker_id].tells
+            if not tells and guessed(self._spec, tells):
+                words.append(f"{worker_id}: it publishes no KV events: what it has cached is guessed")
+            elif not tells:
                 words.append(f"{worker_id}: it publishes no KV events, so none of its cached blocks are seen")
             elif size not in (0, self.block_size):
                 words.append(
@@ -297,13 +404,3 @@ class Router:
     async def close(self) -> None:
         """End all tasks."""
         await self._following.close()
-
-
-def _tells_of_its_cache(instance: Instance) -> bool:
-    """Whether KV events come from it, and it can be asked for those that were missed."""
-    return bool(instance.events and instance.control)
-
-
-def _states(members: Iterable[Member]) -> str:
-    """The states there are among `members`, in words."""
-    return " or ".join(sorted({member.state for member in members}))

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import repeat
 
 _STRIDE = 16
 
@@ -21,6 +23,10 @@ class SharedBlocks:
         self._masks: dict[int, int] = {}
         self._needs: list[dict[int, int]] = []
         self._free: list[int] = []
+
+    def __len__(self) -> int:
+        """How many different blocks are held, wherever."""
+        return len(self._masks)
 
     def open(self) -> int:
         """A new place, which holds nothing."""
@@ -70,24 +76,40 @@ class SharedBlocks:
 
     def remove(self, place: int, hashes: Sequence[int]) -> int:
         """End one `add` of the same hashes. Returns how many are held no more."""
-        masks, needs, bit = self._masks, self._needs[place], 1 << place
-        gone = 0
-        for h in reversed(hashes):
-            others = needs.get(h, 0)
-            if others:
-                if others > 1:
-                    needs[h] = others - 1
-                else:
-                    del needs[h]
-                break
+        masks, bit = self._masks, 1 << place
+        kept = self._still_needed(place, hashes)
+        alone = bisect_left(hashes, True, kept, key=lambda h: masks.get(h, bit) == bit)
+        tail = hashes[alone:]
+        if set(map(masks.get, tail)) == {bit}:
+            deque(map(masks.pop, tail, repeat(0)), maxlen=0)
+            return len(tail) + self._leave(bit, hashes[kept:alone])
+        return self._leave(bit, hashes[kept:])
+
+    def _leave(self, bit: int, hashes: Sequence[int]) -> int:
+        """Take `bit` off these, one by one. Returns of how many it was on."""
+        masks, gone = self._masks, 0
+        for h in hashes:
             mask = masks.get(h, 0)
-            if mask == bit:
-                del masks[h]
+            if mask & bit:
                 gone += 1
-            elif mask & bit:
-                masks[h] = mask ^ bit
-                gone += 1
+                if mask == bit:
+                    del masks[h]
+                else:
+                    masks[h] = mask ^ bit
         return gone
+
+    def _still_needed(self, place: int, hashes: Sequence[int]) -> int:
+        """How many of the first `hashes` other requests hold there; one of these needs this end no more."""
+        needs = self._needs[place]
+        end = next(filter(needs.__contains__, reversed(hashes)), None) if needs else None
+        if end is None:
+            return 0
+        others = needs[end]
+        if others > 1:
+            needs[end] = others - 1
+        else:
+            del needs[end]
+        return len(hashes) - next(i for i, h in enumerate(reversed(hashes)) if h == end)
 
 
 def _first(hashes: Sequence[int], start: int, absent: Callable[[int], bool]) -> int:

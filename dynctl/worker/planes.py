@@ -209,6 +209,7 @@ class Planes:
             model=card_of(spec.model, engine.ready),
             dp_size=spec.dp_size,
             events=self._events,
+            kv_events=bool(spec.kv_endpoints or spec.kv_poll),
             control=self._control,
             bootstrap_port=spec.bootstrap_port,
             peers=list(engine.ready.peers),

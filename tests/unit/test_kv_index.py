@@ -43,7 +43,7 @@ def test_removal_in_one_tier_leaves_the_other() -> None:
     index.apply(A, Stored([1], "G2"))
     index.apply(A, Removed([1], "G1"))
     assert index.match([1]) == {}
-    assert index.match([1], tier="G2") == {A: 1}
+    assert index.match([1], tiers=("G2",)) == {A: 1}
     assert (index.stats("G1"), index.stats("G2")) == ({A: 0}, {A: 1})
 
 
@@ -146,7 +146,7 @@ def test_index_equals_sets_per_worker(
             naive.apply(*step)
         for tier in ("G1", "G2"):
             for prompt in prompts:
-                assert index.match(prompt, tier=tier) == naive.match(prompt, tier)
+                assert index.match(prompt, tiers=(tier,)) == naive.match(prompt, tier)
             counts = {key: len(tiers[tier]) for key, tiers in naive.held.items() if tiers[tier]}
             assert {key: count for key, count in index.stats(tier).items() if count} == counts
     assert not index.sweep(10**6)

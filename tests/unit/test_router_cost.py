@@ -8,10 +8,11 @@ import pytest
 from dynctl.protocol.instances import Role
 from dynctl.protocol.specs import RouterSpec
 from dynctl.router.active import Footprint, RankLoad
-from dynctl.router.cost import Demand, costs, pick
+from dynctl.router.cost import Demand, Standing, costs, pick
 from dynctl.router.shared import SharedBlocks
 
 SIZE = 16
+PLAIN = RouterSpec(overlap_credit=1.0, prefill_load_scale=1.0)
 
 
 def loaded(prefill_tokens: int = 0, blocks: int = 0, others_waiting: int = 0) -> RankLoad:
@@ -25,12 +26,12 @@ def price(
     load: RankLoad,
     *,
     role: Role = "aggregated",
-    overlap: int = 0,
+    overlap: float = 0,
     shared: int = 0,
-    spec: RouterSpec | None = None,
+    spec: RouterSpec = PLAIN,
 ) -> float:
-    demand = Demand(role, 10 * SIZE, 10, SIZE)
-    return costs(spec or RouterSpec(), demand, [(load, overlap, shared)])[0]
+    demand = Demand(10 * SIZE, 10, SIZE, role != "decode", role != "prefill")
+    return costs(spec, demand, [Standing(load, overlap, shared)])[0]
 
 
 def test_cost_is_prefill_left_to_do_plus_blocks_in_use() -> None:
@@ -51,9 +52,23 @@ def test_prefill_role_costs_prefill_only_and_decode_role_blocks_only() -> None:
     assert price(load, role="decode") == 7 + 10
 
 
-def test_credit_never_makes_prefill_cheaper_than_nothing() -> None:
-    spec = RouterSpec(overlap_credit=5.0)
-    assert price(loaded(), role="prefill", overlap=10, spec=spec) == 0.0
+def test_credit_above_one_still_tells_a_queue_from_none() -> None:
+    spec = RouterSpec(overlap_credit=5.0, prefill_load_scale=1.0)
+    assert price(loaded(), role="prefill", overlap=10, spec=spec) == 10 - 50
+    assert price(loaded(4 * SIZE), role="prefill", overlap=10, spec=spec) == 14 - 50
+
+
+def test_credit_decays_with_load_beyond_the_least_loaded() -> None:
+    spec = RouterSpec(overlap_credit=1.0, prefill_load_scale=1.0, overlap_decay=1.0)
+    demand = Demand(10 * SIZE, 10, SIZE, True, False)
+    busy, idle = loaded(prefill_tokens=10 * SIZE), loaded()
+    assert costs(spec, demand, [Standing(busy, 8), Standing(idle, 8)]) == [20 - 8 / 2, 10 - 8]
+
+
+def test_loading_an_adapter_costs_its_tokens() -> None:
+    demand = Demand(10 * SIZE, 10, SIZE, True, False)
+    standings = [Standing(loaded(), extra_tokens=3 * SIZE), Standing(loaded())]
+    assert costs(PLAIN, demand, standings) == [13, 10]
 
 
 def test_weights_scale_their_parts() -> None:

@@ -1,0 +1,121 @@
+"""Mode kv: the worker with the lowest cost, by what each holds of the prompt and has to do. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+
+from dynctl.kv.index import Index
+from dynctl.protocol.specs import RouterSpec
+from dynctl.router.active import Footprint
+from dynctl.router.approximate import Recent
+from dynctl.router.cost import Demand, Standing, costs, pick
+from dynctl.router.guard import crowded
+from dynctl.router.modes import loaded
+from dynctl.router.request import Candidate, Picked, RouteRequest, Weighed, unhashed
+from dynctl.router.shared import SharedBlocks
+
+
+@dataclass(frozen=True, slots=True)
+class Knowledge:
+    """Where prompts are known to be: by KV events, in requests that run, in those that have ended."""
+
+    index: Index
+    running: SharedBlocks
+    recent: Recent
+    clock: Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class _Holdings:
+    """By candidate: blocks of the prompt in any tier, the same weighed by tier, those in use by requests."""
+
+    overlaps: list[int]
+    credits: Sequence[float]
+    running: list[int]
+
+
+class KvAware:
+    """The lowest cost by `router.cost` among those that `router.guard` lets through; by load alone for a
+    request whose tokens are unknown.
+    """
+
+    def __init__(self, spec: RouterSpec, knowledge: Knowledge, rng: Random) -> None:
+        self._spec = spec
+        self._known = knowledge
+        self._rng = rng
+
+    def pick(self, request: RouteRequest, candidates: Sequence[Candidate], block_size: int) -> Picked:
+        if not request.prompt_tokens or (request.hashes is None and request.adapter):
+            candidates = loaded(candidates, request.adapter)
+        weighed = self.weigh(request, candidates, block_size)
+        place = self._cheapest(weighed)
+        overlap = weighed.overlaps[place]
+        if not request.prefills or request.hashes is None:
+            return Picked(candidates[place], 0, unhashed(request, block_size))
+        hashes = request.hashes
+        tokens = max(0, request.prompt_tokens - overlap * block_size)
+        blocks = max(0, request.blocks(block_size) - len(hashes)) if request.decodes else 0
+        best = max(weighed.overlaps)
+        return Picked(candidates[place], overlap, Footprint(tokens, hashes, blocks), best)
+
+    def weigh(self, request: RouteRequest, candidates: Sequence[Candidate], block_size: int) -> Weighed:
+        loads = [one.load for one in candidates]
+        out = crowded(self._spec.guard, loads)
+        if not request.prompt_tokens or (request.hashes is None and request.prefills):
+            return Weighed([load.requests for load in loads], [0] * len(loads), out)
+        size, prefills = block_size, request.prefills
+        demand = Demand(request.prompt_tokens, request.blocks(size), size, prefills, request.decodes)
+        held = self._holdings(request.hashes if prefills else None, candidates)
+        extra = self._spec.adapter_load_tokens if request.adapter else 0
+        standings = [
+            Standing(one.load, credit, shared, 0 if not extra or one.has(request.adapter) else extra)
+            for one, credit, shared in zip(candidates, held.credits, held.running, strict=True)
+        ]
+        return Weighed(costs(self._spec, demand, standings), held.overlaps, out)
+
+    def took(self, request: RouteRequest, picked: Picked) -> None:
+        if request.hashes and picked.overlap:
+            self._known.index.touch(request.hashes[: picked.overlap])
+
+    def _cheapest(self, weighed: Weighed) -> int:
+        prices, out = weighed.prices, weighed.barred
+        if out is None:
+            return pick(prices, self._spec.temperature, self._rng)
+        free = [place for place, no in enumerate(out) if not no]
+        return free[pick([prices[place] for place in free], self._spec.temperature, self._rng)]
+
+    def _holdings(self, hashes: Sequence[int] | None, candidates: Sequence[Candidate]) -> _Holdings:
+        """A prompt that runs there counts as cached: it will be, when this request's turn comes."""
+        if not hashes:
+            none = [0] * len(candidates)
+            return _Holdings(none, none, none)
+        known = self._known
+        here = known.running.depths(hashes)
+        running = [here[one.load.place] for one in candidates]
+        told = known.index.match(hashes)
+        device = [max(told.get(one.key, 0), depth) for one, depth in zip(candidates, running, strict=True)]
+        recent = known.recent.depths(hashes, known.clock())
+        if recent is not None:
+            device = [
+                max(depth, recent[one.memory]) if one.memory >= 0 else depth
+                for one, depth in zip(candidates, device, strict=True)
+            ]
+        if len(known.index.tiers) < 2:
+            return _Holdings(device, device, running)
+        return self._with_tiers(hashes, candidates, device, running)
+
+    def _with_tiers(
+        self, hashes: Sequence[int], candidates: Sequence[Candidate], device: list[int], running: list[int]
+    ) -> _Holdings:
+        """Host and disk count for what they hold beyond the faster tiers."""
+        match, spec = self._known.index.match, self._spec
+        host_depths, disk_depths = match(hashes, None, ("G1", "G2")), match(hashes, None, ("G1", "G2", "G3"))
+        host = [max(host_depths.get(one.key, 0), own) for one, own in zip(candidates, device, strict=True)]
+        disk = [max(disk_depths.get(one.key, 0), own) for one, own in zip(candidates, host, strict=True)]
+        credits = [
+            fast + spec.host_tier_credit * (middle - fast) + spec.disk_tier_credit * (all_ - middle)
+            for fast, middle, all_ in zip(device, host, disk, strict=True)
+        ]
+        return _Holdings(disk, credits, running)
