@@ -154,6 +154,17 @@ def tokens_at_least(body: Body) -> int:
     return data.count(b",") + 1 if _FLAT.match(data) else 0
 
 
+def messages_at_least(body: Body) -> int:
+    """How many chat messages there are in a large array of them, without reading them; 0 = it is small."""
+    raw = body.fields.get("messages")
+    if raw is None or len(memoryview(raw)) < _LARGE_BYTES:
+        return 0
+    try:
+        return len(msgspec.json.decode(raw, type=list[msgspec.Raw]))
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return 0
+
+
 def large_batch(body: Body) -> bool:
     """Whether the prompt is several large arrays of token ids: the engine's to read, not ours."""
     raw = body.fields.get("prompt")

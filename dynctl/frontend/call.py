@@ -65,7 +65,8 @@ class Form:
 def read_form(endpoint: Endpoint, data: bytes, models: Models, owned_fields: frozenset[str]) -> Form:
     """Read a body. Raises RequestError naming the field at fault, ModelNotFound, ContextTooLong.
 
-    A prompt of token ids that cannot fit is refused before it is decoded: megabytes of them take seconds.
+    Token ids, and messages, of which there are more than tokens fit are refused before they are decoded:
+    megabytes of them take seconds.
     """
     body = Body.parse(data).without(owned_fields)
     model = body.get("model", str)
@@ -82,6 +83,7 @@ def read_form(endpoint: Endpoint, data: bytes, models: Models, owned_fields: fro
     for name, kind in (("n", int), ("stream_options", dict)):
         body.get(name, kind)
     if endpoint.kind == "chat":
+        check_context(bodies.messages_at_least(body), None, models.max_model_len, "messages")
         bodies.messages(body)
     asked = asked_tokens(body)
     if endpoint.kind == "completions":

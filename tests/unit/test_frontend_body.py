@@ -134,3 +134,12 @@ def test_token_ids_that_cannot_fit_are_refused_before_they_are_read() -> None:
     with pytest.raises(ContextTooLong) as caught:
         read_form(endpoint, data, models, frozenset())
     assert caught.value.where == "prompt"
+
+
+def test_more_messages_than_tokens_fit_are_refused_before_they_are_read() -> None:
+    data = b'{"model": "m", "messages": [' + b"{}," * 100_000 + b"{}]}"
+    endpoint = Endpoint("/v1/chat/completions", "chat_completions", "chat")
+    with pytest.raises(ContextTooLong):
+        read_form(endpoint, data, Models(ModelCard(name="m", max_model_len=4096)), frozenset())
+    with pytest.raises(RequestError, match="role"):
+        read_form(endpoint, data, Models(ModelCard(name="m")), frozenset())
