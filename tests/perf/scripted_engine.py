@@ -1,9 +1,10 @@
 """An engine that streams from a script: OpenAI-like SSE at a set pace, at next to no cost of its own.
 
-    python -m tests.perf.scripted_engine --port 0 --tokens 400 --rate 150 --pace steps
+    python -m tests.perf.scripted_engine --ports 4 --tokens 400 --rate 150 --pace steps
 
-prints its port and then serves. `steps`: all streams get their token at the same moment, as from one batched
-decoding step of an engine. `spread`: each stream has its own phase.
+prints its ports and then serves; a request gets as many tokens as its `max_tokens` says, at most `--tokens`.
+`steps`: all streams get their token at the same moment, as from one batched decoding step of an engine.
+`spread`: each stream has its own phase, and its first token at once.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import heapq
+import re
 from typing import cast
 
 from dynctl.http.framing import LAST_CHUNK, frame_chunk
-from dynctl.http.heads import response_head
+from dynctl.http.heads import HeadError, response_head
 from dynctl.http.limits import Limits
 from dynctl.http.request import RequestReader
 from dynctl.http.runtime import run
@@ -26,6 +28,7 @@ EVENT = (
 )
 DONE = frame_chunk(b"data: [DONE]\n\n") + LAST_CHUNK
 HEAD = response_head(200, [(b"content-type", b"text/event-stream"), (b"transfer-encoding", b"chunked")])
+_ASKED = re.compile(rb'"max_tokens": ?(\d+)')
 JSON_HEADERS = [(b"content-type", b"application/json")]
 MODELS = b'{"object":"list","data":[{"id":"tiny","object":"model","max_model_len":4096}]}'
 
@@ -72,7 +75,7 @@ class Stream(asyncio.Protocol):
     def __init__(self, script: Script) -> None:
         self.script = script
         self.reader = RequestReader(Limits())
-        self.sent = 0
+        self.sent = self.asked = 0
         self.transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -84,11 +87,17 @@ class Stream(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         assert self.transport is not None
         self.reader.feed(data)
-        request = self.reader.next()
+        try:
+            request = self.reader.next()
+        except HeadError:  # a router asks whether this is gRPC
+            self.transport.close()
+            return
         if request is None:
             return
         if request.method == "POST":
             self.sent = 0
+            asked = _ASKED.search(request.body)
+            self.asked = min(int(asked[1]), len(self.script.chunks)) if asked else len(self.script.chunks)
             self.transport.write(HEAD)
             self.script.add(self)
             return
@@ -102,7 +111,7 @@ class Stream(asyncio.Protocol):
             return False
         self.transport.write(self.script.chunks[self.sent])
         self.sent += 1
-        if self.sent == len(self.script.chunks):
+        if self.sent == self.asked:
             self.transport.write(DONE)
             return False
         return True
@@ -112,14 +121,17 @@ async def main(args: argparse.Namespace) -> None:
     """Serve until killed."""
     script = Script(args.tokens, args.rate, args.pace)
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: Stream(script), "127.0.0.1", args.port)
-    print(server.sockets[0].getsockname()[1], flush=True)
-    await server.serve_forever()
+    servers = [
+        await loop.create_server(lambda: Stream(script), "127.0.0.1", 0, backlog=4096)
+        for _ in range(args.ports)
+    ]
+    print(*(server.sockets[0].getsockname()[1] for server in servers), flush=True)
+    await asyncio.gather(*(server.serve_forever() for server in servers))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="a scripted engine")
-    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--ports", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=400)
     parser.add_argument("--rate", type=float, default=150.0, help="tokens a second for each stream")
     parser.add_argument("--pace", choices=["steps", "spread"], default="steps")
