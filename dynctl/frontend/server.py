@@ -158,7 +158,7 @@ class Routes:
             "/v1/models": self._models,
         }
         self.actions: dict[str, Action] = {}
-        """What POST does at further paths; they need a key as all of /v1 does."""
+        """What POST does at further paths, for those who may change the deployment."""
 
     async def __call__(self, request: Request, exchange: Exchange) -> None:
         """Answer one request, whatever it is."""
@@ -184,6 +184,7 @@ class Routes:
         elif path in self.actions:
             if request.method != "POST":
                 raise WrongMethod(path, request.method, "POST")
+            check_may_change(key, request)
             exchange.respond(200, msgspec.json.encode(await self.actions[path](request.body)))
         elif path == _THRESHOLDS:
             self._busy_threshold(key, request, exchange)

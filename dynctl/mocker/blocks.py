@@ -22,13 +22,15 @@ ROOT_HASH = _hash_object("vllm-none-hash")
 """The parent of a prompt's first block: vLLM's default seed string, the same in every process."""
 
 
-def block_hash(parent: bytes, tokens: tuple[int, ...], salt: str = "") -> bytes:
+def block_hash(parent: bytes, tokens: tuple[int, ...], salt: str = "", adapter: str = "") -> bytes:
     """The 32-byte hash of a block as vLLM's `sha256` makes it: over parent hash, token ids and extra keys.
 
-    `salt` (a request's `cache_salt`) is given for the first block of a prompt only.
+    `salt` (a request's `cache_salt`) is given for the first block of a prompt only, `adapter` for each.
     """
-    extra = (("cache_salt", salt),) if salt else None
-    return _hash_object((parent, tokens, extra))
+    extra = [("lora", adapter)] if adapter else []
+    if salt:
+        extra.append(("cache_salt", salt))
+    return _hash_object((parent, tokens, tuple(extra) or None))
 
 
 def event_hash(digest: bytes) -> int:
@@ -47,6 +49,7 @@ class BlocksStored:
     parent: bytes | None
     tokens: list[int]
     salt: str = ""
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +170,7 @@ class BlockPool:
                 parent=chain.hashes[start - 1] if start else chain.parent,
                 tokens=chain.tokens[start * size : end * size],
                 salt="" if start else chain.salt,
+                adapter=chain.adapter,
             )
         )
 

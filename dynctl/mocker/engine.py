@@ -115,7 +115,9 @@ class SimulatedEngine:
         """Serve a request to its end. Raises ApiError as long as nothing was sent; later it is told there."""
         source = self._read_transfer(asked)
         kind = "chatcmpl" if asked.chat else "cmpl"
-        envelope = Envelope(f"{kind}-{request_id}", asked.chat, self.serving.model, int(time.time()))
+        envelope = Envelope(
+            f"{kind}-{request_id}", asked.chat, asked.adapter or self.serving.model, int(time.time())
+        )
         answer = Answer(exchange, envelope, asked, self.serving.vocabulary, self._offer)
         flight = Flight(answer, rank, source)
         if source is not None:
@@ -182,6 +184,7 @@ class SimulatedEngine:
             min_tokens=asked.min_tokens,
             eos=self.serving.vocabulary.eos if every else -1,
             salt=asked.salt,
+            adapter=asked.adapter,
             pin_digest=prompt_digest(prompt) if keep else "",
             remote=flight.source is not None,
         )

@@ -19,9 +19,10 @@ def encode_batch(timestamp: float, events: Sequence[BlockEvent], rank: int, bloc
 
 def _map(event: BlockEvent, block_size: int) -> dict[str, Any]:
     if isinstance(event, BlocksStored):
-        extra = (
-            [[event.salt], *[None] * (len(event.hashes) - 1)] if event.salt else [None] * len(event.hashes)
-        )
+        adapter = [event.adapter] if event.adapter else []
+        extra: list[list[str] | None] = [adapter or None] * len(event.hashes)
+        if event.salt:
+            extra[0] = [*adapter, event.salt]
         return {
             "type": "BlockStored",
             "block_hashes": [event_hash(digest) for digest in event.hashes],
@@ -30,7 +31,7 @@ def _map(event: BlockEvent, block_size: int) -> dict[str, Any]:
             "block_size": block_size,
             "lora_id": None,
             "medium": "GPU",
-            "lora_name": None,
+            "lora_name": event.adapter or None,
             "extra_keys": extra,
             "group_idx": 0,
             "kv_cache_spec_kind": "full_attention",

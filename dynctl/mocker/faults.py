@@ -16,6 +16,7 @@ class FaultPatch(msgspec.Struct, forbid_unknown_fields=True):
     crash_after_tokens: int | msgspec.UnsetType = msgspec.UNSET
     hang: bool | msgspec.UnsetType = msgspec.UNSET
     refuse: bool | msgspec.UnsetType = msgspec.UNSET
+    refuse_adapters: bool | msgspec.UnsetType = msgspec.UNSET
     event_loss: float | msgspec.UnsetType = msgspec.UNSET
 
 
@@ -23,13 +24,15 @@ class FaultPatch(msgspec.Struct, forbid_unknown_fields=True):
 class Faults:
     """`crash_after_tokens` counts output tokens of all ranks from when it is set; 0 = never.
 
-    `hang`: requests are accepted and not answered; health checks go on. `refuse`: 503. `event_loss`: part of
-    the KV event batches, 0..1, that take a number but are not sent live; a replay still has them.
+    `hang`: requests are accepted and not answered; health checks go on. `refuse`: 503. `refuse_adapters`: no
+    LoRA adapter is loaded. `event_loss`: part of the KV event batches, 0..1, that take a number but are not
+    sent live; a replay still has them.
     """
 
     crash_after_tokens: int = 0
     hang: bool = False
     refuse: bool = False
+    refuse_adapters: bool = False
     event_loss: float = 0.0
     lost_batches: int = 0
     _random: Random = field(default_factory=lambda: Random(0))

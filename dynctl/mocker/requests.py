@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
@@ -80,7 +80,10 @@ class TokenizeBody(msgspec.Struct, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """A request that can be served. `max_tokens` fits into the context of every prompt."""
+    """A request that can be served. `max_tokens` fits into the context of every prompt.
+
+    `adapter`: the LoRA adapter it names, "" = the model itself.
+    """
 
     chat: bool
     prompts: tuple[list[int], ...]
@@ -94,16 +97,18 @@ class Generation:
     token_ids: bool
     salt: str
     transfer: dict[str, Any] | None
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """What requests are checked against."""
+    """What requests are checked against. `adapters`: the LoRA adapters loaded now, and from where."""
 
     model: str
     vocabulary: Vocabulary
     max_model_len: int
     default_max_tokens: int
+    adapters: dict[str, str] = field(default_factory=dict)
 
 
 B = TypeVar("B")
@@ -150,12 +155,13 @@ def parse_generation(body: bytes, chat: bool, serving: Serving) -> Generation:
         token_ids=bool(asked.return_token_ids),
         salt=asked.cache_salt or "",
         transfer=asked.kv_transfer_params,
+        adapter=asked.model if asked.model and asked.model in serving.adapters else "",
     )
 
 
 def check_model(name: str | None, serving: Serving) -> None:
     """Raises ApiError 404 for a model that is not served; no name means the one there is."""
-    if name and name != serving.model:
+    if name and name != serving.model and name not in serving.adapters:
         raise ApiError(f"The model `{name}` does not exist.", status=404, kind="NotFoundError", param="model")
 
 

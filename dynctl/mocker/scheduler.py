@@ -40,6 +40,7 @@ class Sequence:
     min_tokens: int = 0
     eos: int = -1
     salt: str = ""
+    adapter: str = ""
     pin_digest: str = ""
     remote: bool = False
     prompt_len: int = 0
@@ -299,7 +300,7 @@ class Scheduler:
         for i in range(len(hashes), blocks):
             parent = hashes[-1] if hashes else ROOT_HASH
             tokens = tuple(seq.tokens[i * size : (i + 1) * size])
-            hashes.append(block_hash(parent, tokens, "" if hashes else seq.salt))
+            hashes.append(block_hash(parent, tokens, "" if hashes else seq.salt, seq.adapter))
 
     def _cache_full_blocks(self, seq: Sequence) -> None:
         """Make the blocks that have become full findable."""
@@ -314,6 +315,7 @@ class Scheduler:
             parent=seq.hashes[first - 1] if first else None,
             tokens=seq.tokens[first * size : full * size],
             salt="" if first else seq.salt,
+            adapter=seq.adapter,
         )
         self.pool.commit(seq.blocks[first:full], chain)
 

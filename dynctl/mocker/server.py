@@ -8,6 +8,7 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -44,6 +45,15 @@ class _Detokenize(msgspec.Struct):
     tokens: list[int]
 
 
+class _LoadAdapter(msgspec.Struct):
+    lora_name: str
+    lora_path: str
+
+
+class _UnloadAdapter(msgspec.Struct):
+    lora_name: str
+
+
 Route = Callable[[Request, Exchange], Awaitable[None]]
 
 
@@ -62,6 +72,8 @@ class Api:
             ("POST", "/v1/embeddings"): self._guarded(self._embeddings),
             ("POST", "/tokenize"): self._guarded(self._tokenize),
             ("POST", "/detokenize"): self._guarded(self._detokenize),
+            ("POST", "/v1/load_lora_adapter"): self._guarded(self._load_adapter),
+            ("POST", "/v1/unload_lora_adapter"): self._guarded(self._unload_adapter),
             ("GET", "/v1/models"): self._models,
             ("GET", "/health"): self._health,
             ("GET", "/ping"): self._health,
@@ -184,7 +196,30 @@ class Api:
             "max_model_len": self._serving.max_model_len,
             "permission": [],
         }
-        exchange.respond(200, msgspec.json.encode({"object": "list", "data": [card]}))
+        adapters = [
+            {**card, "id": name, "root": path, "parent": self._serving.model}
+            for name, path in self._serving.adapters.items()
+        ]
+        exchange.respond(200, msgspec.json.encode({"object": "list", "data": [card, *adapters]}))
+
+    def _load_adapter(self, body: bytes) -> bytes:
+        asked, adapters = decode_body(body, _LoadAdapter), self._serving.adapters
+        if self._engine.faults.refuse_adapters:
+            raise ApiError("adapters are refused on purpose", status=500, kind="InternalServerError")
+        if asked.lora_name in adapters:
+            raise ApiError(f"The lora adapter '{asked.lora_name}' has already been loaded.")
+        if not (Path(asked.lora_path) / "adapter_config.json").is_file():
+            told = f"Loading lora {asked.lora_name} failed: No adapter found for {asked.lora_path}"
+            raise ApiError(told, status=404, kind="NotFoundError")
+        adapters[asked.lora_name] = asked.lora_path
+        return f"Success: LoRA adapter '{asked.lora_name}' added successfully.".encode()
+
+    def _unload_adapter(self, body: bytes) -> bytes:
+        name = decode_body(body, _UnloadAdapter).lora_name
+        if self._serving.adapters.pop(name, None) is None:
+            told = f"The lora adapter '{name}' cannot be found."
+            raise ApiError(told, status=404, kind="NotFoundError")
+        return f"Success: LoRA adapter '{name}' removed successfully.".encode()
 
     async def _health(self, _request: Request, exchange: Exchange) -> None:
         exchange.respond(200)

@@ -244,7 +244,7 @@ class ApiKey(Section):
     max_concurrent: Annotated[int, Field(ge=0)] = 0
     """Most requests at once, in each frontend; more are refused (429). 0: no limit."""
     admin: bool = False
-    """Whether it may change settings while running (/busy_threshold)."""
+    """Whether it may change settings while running (/busy_threshold, LoRA adapters)."""
 
 
 class Admission(Section):

@@ -102,6 +102,7 @@ def test_faults_are_switched_one_by_one_and_bad_ones_change_nothing() -> None:
     assert msgspec.json.decode(faults.shown()) == {
         "crash_after_tokens": 10,
         "hang": True,
+        "refuse_adapters": False,
         "refuse": False,
         "event_loss": 1.0,
     }
