@@ -237,6 +237,21 @@ class Abort:
 
 
 @dataclass(frozen=True, slots=True)
+class Naming:
+    """A request's `field` takes a name of the caller's, by which a POST to `abort_path` ends it.
+
+    A name also ends requests whose names begin with it: names are to be of one length.
+    """
+
+    field: str
+    abort_path: str
+
+    def abort(self, name: str) -> Abort:
+        """What ends the request of that name."""
+        return Abort(self.abort_path, {self.field: name})
+
+
+@dataclass(frozen=True, slots=True)
 class Meeting:
     """What one try of a request knows of the prefill worker it goes to: where both legs meet.
 
@@ -359,6 +374,9 @@ class Engine(Protocol):
     """How the KV cache can move from prefill to decode, and the request contract of each; the first is the
     default, {} = prefill and decode cannot be apart."""
     continuation: Continuation
+
+    naming: Naming | None
+    """How a request is ended by name; None = closing its connection ends it at once."""
 
     def port_needs(
         self, launch_role: Role, parallel: Parallel, *, disaggregated: bool, transfer: str = ""

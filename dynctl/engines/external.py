@@ -19,6 +19,7 @@ from dynctl.engines.base import (
     KvSource,
     LoraPaths,
     ModelFacts,
+    Naming,
     Parallel,
     PrefillDecode,
     Readiness,
@@ -52,6 +53,7 @@ class External:
     key_variable = ""
     continuation = CONTINUES_MESSAGE
     transfers: Mapping[str, PrefillDecode] = {}
+    naming: Naming | None = None
 
     def port_needs(
         self, launch_role: Role, parallel: Parallel, *, disaggregated: bool, transfer: str = ""

@@ -22,6 +22,7 @@ from dynctl.engines.base import (
     KvSource,
     LoraPaths,
     ModelFacts,
+    Naming,
     Parallel,
     PrefillDecode,
     Readiness,
@@ -108,6 +109,7 @@ class Mocker:
     key_variable = "VLLM_API_KEY"
     continuation = CONTINUES_MESSAGE
     transfers: Mapping[str, PrefillDecode] = {"nixl": NixlPull()}
+    naming: Naming | None = None
 
     def port_needs(
         self, launch_role: Role, parallel: Parallel, *, disaggregated: bool, transfer: str = ""

@@ -21,6 +21,7 @@ from dynctl.engines.base import (
     KvSource,
     LoraPaths,
     ModelFacts,
+    Naming,
     Parallel,
     PrefillDecode,
     Readiness,
@@ -30,7 +31,7 @@ from dynctl.engines.kv_sockets import unix_endpoints
 from dynctl.engines.prometheus import samples, whole
 from dynctl.engines.requests import one_token
 from dynctl.engines.sglang_checks import OWNED, PAGE_SIZE, check_role, check_transfer
-from dynctl.engines.sglang_disagg import LINK_FIELDS, BootstrapRoom
+from dynctl.engines.sglang_disagg import LINK_FIELDS, NAMING, BootstrapRoom
 from dynctl.errors import PlacementError
 from dynctl.protocol.instances import Role
 
@@ -70,6 +71,7 @@ class Sglang:
     key_variable = ""
     continuation = CONTINUES_MESSAGE
     transfers: Mapping[str, PrefillDecode] = dict.fromkeys(BACKENDS, BootstrapRoom())
+    naming: Naming | None = NAMING
 
     def port_needs(
         self, launch_role: Role, parallel: Parallel, *, disaggregated: bool, transfer: str = ""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from math import inf
 from typing import Literal
 
-from dynctl.engines.base import Abort, Handoff, Json, Meeting
+from dynctl.engines.base import Abort, Handoff, Json, Meeting, Naming
 from dynctl.engines.requests import host_of, prompts
 from dynctl.errors import EngineFailed, RequestError
 
@@ -26,6 +26,7 @@ LINK_FIELDS = frozenset(
     }
 )
 _LARGEST_ROOM = 2**63 - 1
+NAMING = Naming("rid", "/abort_request")
 
 
 class BootstrapRoom:
@@ -76,7 +77,7 @@ class BootstrapRoom:
     def abort(self, link: Json) -> tuple[Abort, ...]:
         """One call for each prompt."""
         names = link["rid"] if isinstance(link["rid"], list) else [link["rid"]]
-        return tuple(Abort("/abort_request", {"rid": name}) for name in names)
+        return tuple(NAMING.abort(name) for name in names)
 
     def prefill_body(self, request: Json, link: Json) -> Json:
         """The request as it is, with the room: prefill stops by itself after its token."""

@@ -28,6 +28,7 @@ from dynctl.engines.base import (
     KvPoll,
     KvReader,
     ModelFacts,
+    Naming,
     Parallel,
     PrefillDecode,
     Readiness,
@@ -75,6 +76,7 @@ class Trtllm:
     key_variable = ""
     continuation = Continuation(chat=None, completion_tokens=None)
     transfers: Mapping[str, PrefillDecode] = dict.fromkeys(BACKENDS, ContextFirst())
+    naming: Naming | None = None
 
     def port_needs(
         self, launch_role: Role, parallel: Parallel, *, disaggregated: bool, transfer: str = ""

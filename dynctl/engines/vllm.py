@@ -21,6 +21,7 @@ from dynctl.engines.base import (
     KvSource,
     LoraPaths,
     ModelFacts,
+    Naming,
     Parallel,
     PrefillDecode,
     Readiness,
@@ -111,6 +112,7 @@ class Vllm:
     key_variable = "VLLM_API_KEY"
     continuation = CONTINUES_MESSAGE
     transfers: Mapping[str, PrefillDecode] = {"nixl": NixlPull(), **dict.fromkeys(_PROTOCOLS, Mooncake())}
+    naming: Naming | None = None
 
     def port_needs(
         self, launch_role: Role, parallel: Parallel, *, disaggregated: bool, transfer: str = ""

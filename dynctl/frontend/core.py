@@ -234,7 +234,9 @@ class Core:
             tell=tell,
             request_timeout_s=spec.limits.request_timeout_s,
         )
-        flow = flow_for(frozenset(spec.roles), catalog.contract(spec.backend, spec.kv_transfer))
+        flow = flow_for(
+            frozenset(spec.roles), catalog.contract(spec.backend, spec.kv_transfer), self._engine.naming
+        )
         other: Role = "decode" if "decode" in spec.roles else "aggregated"
         return Edge(
             thresholds=Thresholds(self.gate, spec.model.name, spec.id),

@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from dynctl.engines.base import Handoff, Meeting, PrefillDecode
+from dynctl.engines.base import Handoff, Meeting, Naming, PrefillDecode
 from dynctl.errors import EngineFailed, LaunchError
 from dynctl.frontend.answer import Answer
 from dynctl.frontend.body import encode
@@ -24,22 +24,44 @@ from dynctl.frontend.pipeline import Attempt, Flow, single_leg
 from dynctl.frontend.retry import AttemptFailed
 from dynctl.frontend.upstream import Leg
 from dynctl.http.client import Response
+from dynctl.protocol.instances import Role
 from dynctl.router.prefill import HandoffGuard, Refused
 from dynctl.router.service import Choice
 
 _ROOMS_BITS = 48
+_NAME_BITS = 127
 _DATA = b"data:"
 
 
-def flow_for(roles: frozenset[str], contract: PrefillDecode | None) -> Flow:
+def flow_for(roles: frozenset[str], contract: PrefillDecode | None, naming: Naming | None = None) -> Flow:
     """How prompts are served with these roles. Raises LaunchError when the backend cannot split them."""
     if "prefill" not in roles:
-        return single_leg("aggregated")
+        return single_leg("aggregated") if naming is None else _named_leg("aggregated", naming)
     if contract is None:
         raise LaunchError(
             "this backend has no prefill/decode contract", where="roles", hint="use the role `aggregated`"
         )
     return _split_flow(contract)
+
+
+def _named_leg(role: Role, naming: Naming) -> Flow:
+    """One worker does it all, and is told by name when nobody waits any more."""
+
+    async def flow(attempt: Attempt) -> None:
+        choice = attempt.choose(role)
+        name = f"{attempt.parts.rng.getrandbits(_NAME_BITS):032x}"
+        body = b'{"%b":"%b",' % (naming.field.encode(), name.encode())
+        leg = attempt.leg(choice, body + attempt.call.body.original.lstrip()[1:])
+        answered = False
+        try:
+            await attempt.answer.by(attempt.parts.upstream, leg, choice.ticket)
+            answered = True
+        finally:
+            if not answered:
+                attempt.parts.upstream.abort(leg, (naming.abort(name),))
+            choice.ticket.finish()
+
+    return flow
 
 
 def _split_flow(contract: PrefillDecode) -> Flow:
@@ -203,7 +225,7 @@ async def _race(
     Once decode answers it has all it needs: what becomes of prefill is then of no interest.
     """
     await asyncio.wait((prefill, decode), return_when=asyncio.FIRST_COMPLETED)
-    if not decode.done() and not answer.begun:
+    if not decode.done() and not answer.leg_begun:
         response = prefill.result()
         if response.status >= 400:
             return response

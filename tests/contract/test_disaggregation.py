@@ -324,3 +324,22 @@ async def test_a_breach_is_noticed(
     found = await replayed(rules, change, side)
     assert len(found) == 1
     assert any(part in found[0] for part in told.split("|")), found
+
+
+# --- one worker alone, of an engine that is told by name
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+async def test_an_engine_told_by_name_hears_that_a_client_has_left(shape: str) -> None:
+    engine = PdEngine(Rooms(), Referee(), "decode", ["hang"])
+    async with frontend(make_spec(backend="sglang"), aggregated=[engine]) as front:
+        path, body = SHAPES[shape]
+        asking = asyncio.create_task(front.post(path, {"rid": "mine", **body}))
+        await engine.until(lambda: engine.asked == 1)
+        sent = json.loads(engine.requests[0].body)
+        assert {**sent, "rid": ""} == {**body, "rid": ""}
+        assert sent["rid"] != "mine"
+        asking.cancel()
+        await engine.all_ended()
+        await front.idle()
+    assert engine.cancelled == 1

@@ -274,18 +274,23 @@ async def concurrent_call(pair: Pair, body: dict[str, Any], **fields: Any) -> tu
     return response.status, response.body
 
 
+def legs(engine: Engine) -> list[Any]:
+    """What an engine was asked, without calls to end a request."""
+    return [request for request in engine.requests if request.path == "/v1/completions"]
+
+
 async def test_a_failed_prefill_leg_cancels_decode() -> None:
     pair = Pair(prefill=status(500), decode=hangs)
     code, _ = await concurrent_call(pair, STREAMED)
     assert code == 502
-    await pair.decode.wait(lambda: pair.decode.cancelled == len(pair.decode.requests) >= 1)
+    await pair.decode.wait(lambda: pair.decode.cancelled >= len(legs(pair.decode)) >= 1)
 
 
 async def test_a_failed_decode_leg_cancels_prefill() -> None:
     pair = Pair(prefill=hangs, decode=status(500))
     code, _ = await concurrent_call(pair, COMPLETION)
     assert code == 502
-    await pair.prefill.wait(lambda: pair.prefill.cancelled == len(pair.prefill.requests) >= 1)
+    await pair.prefill.wait(lambda: pair.prefill.cancelled >= len(legs(pair.prefill)) >= 1)
 
 
 async def test_a_refusal_of_either_leg_is_the_clients_answer() -> None:
