@@ -55,7 +55,8 @@ def test_a_second_opening_is_left_out_and_a_role_with_text_loses_its_role() -> N
 
 def test_what_a_chunk_says_beside_text_is_kept() -> None:
     joined = seam(kind="chat")
-    for fields in ({"logprobs": {"content": []}}, {"token_ids": [3]}):
+    kept: list[dict[str, Any]] = [{"logprobs": {"content": []}}, {"token_ids": [3]}]
+    for fields in kept:
         assert joined.feed(event([{"index": 0, "delta": {}, "finish_reason": None, **fields}]))
     assert joined.feed(delta(tool_calls=[{"index": 0}]))
     assert joined.feed(b": ping\n\n") == b": ping\n\n"
