@@ -7,11 +7,14 @@ head of a message, a peer that takes too little, the end. TLS has no such way.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import select
 import socket
 from collections.abc import Callable
 from typing import Final
+
+logger = logging.getLogger(__name__)
 
 READ_BYTES: Final = 64 * 1024
 _EDGE: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
@@ -66,7 +69,7 @@ class Readers:
         self._epoll: select.epoll | None = None
 
     def add(self, own: socket.socket, ready: Callable[[], None]) -> None:
-        """Report `own` by `ready()`, which must not raise; soon, when there is something already."""
+        """Report `own` by `ready()`; soon, when there is something already."""
         if self._epoll is None:
             self._epoll = select.epoll()
             self._loop.add_reader(self._epoll.fileno(), self._report)
@@ -91,5 +94,9 @@ class Readers:
         ready_of = self._ready.get
         for fd, _ in self._epoll.poll(0):
             ready = ready_of(fd)
-            if ready is not None:
+            if ready is None:
+                continue
+            try:
                 ready()
+            except Exception:  # one socket's taker must not lose what was reported of the others
+                logger.exception("reader.failed fd=%d", fd)

@@ -170,7 +170,7 @@ class UpstreamConnection(asyncio.Protocol):
                 self._body_received(data)
             except Exception as error:  # raised by the sink: whoever relays is to see it
                 self._fail(error)
-                return
+                raise
             if len(data) < READ_BYTES:
                 return
 
