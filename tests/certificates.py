@@ -45,5 +45,5 @@ def make_certificate(
     return cert, key
 
 
-def _openssl(*argv: str | Path) -> None:
+def _openssl(*argv: object) -> None:
     subprocess.run(["openssl", *map(str, argv)], check=True, capture_output=True)

@@ -28,6 +28,7 @@ from dynctl.frontend.gate import Gate
 from dynctl.frontend.migrate import PATIENCE_S, Migrations
 from dynctl.frontend.preprocess import UNKNOWN, Preprocessor, PromptFacts
 from dynctl.frontend.queue import Ask
+from dynctl.frontend.preview import preview
 from dynctl.frontend.retry import AttemptFailed, Attempts, Budget
 from dynctl.frontend.series import Choices, Stages
 from dynctl.frontend.upstream import Leg, Upstream
@@ -75,10 +76,13 @@ class Attempt:
         self.moves = 0
         self.waits_until_s = 0.0
 
-    def choose(self, role: Role) -> Choice:
-        """A worker of `role` that has not failed this call. Raises Rejected, or the last failure."""
+    def choose(self, role: Role, *, reads_prompt: bool = False) -> Choice:
+        """A worker of `role` that has not failed this call. Raises Rejected, or the last failure.
+
+        `reads_prompt`: a decode worker that is to compute the prompt too.
+        """
         with self.parts.stages.enter("route", self.call.trace.span("route"), role) as span:
-            choice = self._choose(role)
+            choice = self._choose(role, reads_prompt)
             if span.data is not None:
                 span.set("dynctl.role", role)
                 span.set("dynctl.worker", choice.instance.id)
@@ -86,7 +90,7 @@ class Attempt:
                 span.set("dynctl.overlap_blocks", choice.overlap_blocks)
             return choice
 
-    def _choose(self, role: Role) -> Choice:
+    def _choose(self, role: Role, reads_prompt: bool) -> Choice:
         router, choices = self.parts.router, self.parts.choices
         choices.begun()
         started = time.perf_counter()
@@ -94,7 +98,7 @@ class Attempt:
         avoided = self.parts.upstream.shunned() | self.parts.gate.crowded(role)
         for exclude in self.attempts.exclusions(avoided):
             try:
-                choice = router.choose(self._request(role, exclude))
+                choice = router.choose(self.request(role, exclude, reads_prompt))
             except Rejected as error:
                 refused = error
                 continue
@@ -103,13 +107,17 @@ class Attempt:
         assert refused is not None
         raise self.attempts.last or refused
 
-    def _request(self, role: Role, exclude: frozenset[str]) -> RouteRequest:
+    def request(
+        self, role: Role, exclude: frozenset[str] = frozenset(), reads_prompt: bool = False
+    ) -> RouteRequest:
+        """What the router is asked for this call."""
         prompt, hints = self.prompt, self.call.hints
         pinned, rank = hints.pin(role)
+        known = prompt.tokens > 0
         return RouteRequest(
             role,
-            prompt.hashes,
-            prompt.tokens,
+            prompt.hashes if known else prompt.approximate,
+            prompt.tokens or prompt.estimate,
             hints.expected_output,
             exclude,
             self.call.adapter,
@@ -117,13 +125,22 @@ class Attempt:
             pinned,
             rank,
             hints.priority,
+            reads_prompt,
         )
+
+    def skips_prefill(self) -> bool:
+        """Whether the prompt is better computed where it is decoded; not when the client names its prefill."""
+        hints = self.call.hints
+        if hints.prefill_worker or not self.parts.router.skips_prefill(self.request("decode")):
+            return False
+        self.parts.choices.skipped_prefill()
+        return True
 
     def _note(self, role: Role, choice: Choice, seconds: float) -> None:
         choices = self.parts.choices
         choices.chosen(role, choice.instance.id, seconds)
         if self.prompt.hashes and role != "decode":
-            choices.hit_rate(choice.overlap_blocks / len(self.prompt.hashes))
+            choices.overlap(role, choice, len(self.prompt.hashes), self.parts.router.block_size)
 
     def need(self, role: Role) -> None:
         """Raises Rejected when there is no worker of `role`: asked before work that would be in vain."""
@@ -152,6 +169,7 @@ class Pipeline:
     def __init__(self, parts: Parts, flow: Flow, other_role: Role) -> None:
         self._parts = parts
         self._flow = flow
+        self._other_role = other_role
         self._other = single_leg(other_role)
         self._budget = Budget()
 
@@ -188,6 +206,8 @@ class Pipeline:
                 raise
         finally:
             exchange.on_disconnect = None
+            if call.hints.session_final:
+                self._parts.router.end_session(call.hints.session)
             call.account.close(error_type)
             if error_type:
                 call.trace.root.set("error.type", error_type)
@@ -208,6 +228,9 @@ class Pipeline:
             check_context(attempt.prompt.tokens, call.asked, self._parts.models.max_model_len, field)
             if self._parts.gate.closed() and not call.hints.dry_run:
                 await self._wait_for_turn(attempt)
+        if call.hints.dry_run:
+            answer.said(preview(self._parts.router, attempt.prompt, self._roles(call), attempt.request))
+            return ""
         while True:
             try:
                 await flow(attempt)
@@ -223,6 +246,11 @@ class Pipeline:
                 # No worker is left just now, and half the answer was said: one may come.
                 attempt.attempts = Attempts(self._parts.rng)
                 await asyncio.sleep(_LOOK_AGAIN_S)
+
+    def _roles(self, call: Call) -> tuple[Role, ...]:
+        """The roles a call goes through, in order."""
+        split = self._other_role == "decode" and call.endpoint.kind != "other"
+        return ("prefill", "decode") if split else (self._other_role,)
 
     async def _move(self, call: Call, attempt: Attempt, failure: AttemptFailed) -> bool:
         """Have the rest of the answer said elsewhere; False when there is none. Raises what prevents it."""
@@ -250,8 +278,10 @@ class Pipeline:
 
     async def _prompt(self, call: Call) -> PromptFacts:
         preprocessor, kind = self._parts.preprocessor, call.endpoint.kind
-        if preprocessor is None or kind == "other":
+        if preprocessor is None:
             return UNKNOWN
+        if kind == "other":
+            return preprocessor.likeness(call.body, self._parts.router.block_size, call.adapter)
         return await preprocessor.prepare(
             kind,
             call.body,

@@ -7,6 +7,7 @@ from types import TracebackType
 
 from dynctl.observability.metrics import Counter, Gauge, Histogram, Metrics
 from dynctl.observability.tracing import Span
+from dynctl.router.service import Choice
 
 _MS = 1000.0
 
@@ -63,7 +64,11 @@ class Choices:
         self._seconds = metrics.histogram("router_choice_seconds")
         self._scheduling = metrics.histogram("router_overhead_scheduling_ms")
         self._total = metrics.histogram("router_overhead_total_ms")
+        self._best = metrics.counter("component_router_kv_best_eligible_cached_prefix_tokens_total")
+        self._selected = metrics.counter("component_router_kv_selected_cached_prefix_tokens_total")
+        self._skipped = metrics.counter("router_prefill_skipped_total")
         self._by_worker: dict[tuple[str, str], Counter] = {}
+        self._passed_over: dict[str, tuple[Counter, Histogram]] = {}
 
     def begun(self) -> None:
         """A request is to be routed."""
@@ -81,6 +86,24 @@ class Choices:
         self._scheduling.observe(seconds * _MS)
         self._total.observe(seconds * _MS)
 
-    def hit_rate(self, share: float) -> None:
-        """The share of a prompt's blocks that the chosen worker is known to hold."""
-        self._hit_rate.observe(share)
+    def skipped_prefill(self) -> None:
+        """A decode worker was left to compute a prompt itself."""
+        self._skipped.inc()
+
+    def overlap(self, role: str, choice: Choice, prompt_blocks: int, block_tokens: int) -> None:
+        """How much of a prompt the chosen worker is known to hold, and the best one would have held."""
+        chosen, best = choice.overlap_blocks, max(choice.overlap_blocks, choice.best_overlap_blocks)
+        self._hit_rate.observe(min(1.0, chosen / prompt_blocks))
+        self._selected.inc(chosen * block_tokens)
+        self._best.inc(best * block_tokens)
+        if best > chosen:
+            passed_over = self._passed_over.get(role)
+            if passed_over is None:
+                passed_over = self._passed_over[role] = (
+                    self._metrics.counter(
+                        "component_router_non_max_overlap_selections_total", worker_type=role
+                    ),
+                    self._metrics.histogram("component_router_overlap_blocks_lost", worker_type=role),
+                )
+            passed_over[0].inc()
+            passed_over[1].observe(best - chosen)

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+import dynctl.frontend
+import dynctl.router
 from dynctl.observability.catalogue import FRONTEND, Metric, log_buckets
 from dynctl.observability.metrics import Metrics
 
@@ -32,6 +36,12 @@ def test_catalogue_names_are_unique_and_follow_the_conventions() -> None:
         assert (metric.kind == "counter") == metric.name.endswith("_total")
         assert bool(metric.buckets) == (metric.kind == "histogram")
         assert metric.help.endswith(".")
+
+
+def test_every_row_is_set_somewhere() -> None:
+    rooms = (Path(dynctl.frontend.__file__).parent, Path(dynctl.router.__file__).parent)
+    code = "".join(path.read_text() for room in rooms for path in room.glob("*.py"))
+    assert [metric.name for metric in FRONTEND if f'"{metric.name}"' not in code] == []
 
 
 def test_the_same_labels_are_the_same_series() -> None:
