@@ -5,18 +5,20 @@ from __future__ import annotations
 from xxhash import xxh3_64_intdigest
 
 from dynctl.frontend.body import Body
+from dynctl.kv.hashing import OF_BYTES
 
 TOKEN_BYTES = 4
 """Bytes of JSON text taken for a token: about right for English."""
 DEFAULT_BLOCK_SIZE = 16
-_SEED = 7331  # not that of `kv.hashing`: no such hash may stand for a block of tokens
+_SEED = 7331
 _MOST = 4096
 _FIELDS = ("system", "instructions", "tools", "messages", "prompt", "query", "input", "documents", "text")
 """What a prompt is made of, in the order in which it is put together."""
 
 
-def alike(body: Body, block_size: int, root: int) -> list[int]:
-    """One hash for each `block_size` tokens' worth of the prompt's bytes, covering all before; at most 4096.
+def alike(body: Body, block_size: int, root: int) -> tuple[list[int], int]:
+    """One hash for each `block_size` tokens' worth of the prompt's bytes, covering all before, and how many
+    tokens these may be. At most 4096 hashes, all with `OF_BYTES`.
 
     `block_size` in tokens, 0 = not known. `root`: from `kv.hashing.root_hash`.
     """
@@ -25,5 +27,5 @@ def alike(body: Body, block_size: int, root: int) -> list[int]:
     parent, hashes = root, []
     for start in range(0, min(len(data) - size + 1, _MOST * size), size):
         parent = xxh3_64_intdigest(parent.to_bytes(8, "little") + data[start : start + size], _SEED)
-        hashes.append(parent)
-    return hashes
+        hashes.append(parent | OF_BYTES)
+    return hashes, min(len(data), _MOST * size) // TOKEN_BYTES

@@ -228,6 +228,8 @@ class Pipeline:
             check_context(attempt.prompt.tokens, call.asked, self._parts.models.max_model_len, field)
             if self._parts.gate.closed() and not call.hints.dry_run:
                 await self._wait_for_turn(attempt)
+        else:
+            attempt.prompt = await self._prompt(call)
         if call.hints.dry_run:
             answer.said(preview(self._parts.router, attempt.prompt, self._roles(call), attempt.request))
             return ""

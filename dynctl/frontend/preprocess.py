@@ -65,12 +65,13 @@ class PromptFacts:
     """What routing and admission know of a prompt. `tokens` 0 and `hashes` None = not known.
 
     `approximate`: where there are no tokens, hashes of the request's bytes, one for about as many as make a
-    block. Equal ones mean that prompts begin alike; they have nothing to do with an engine's blocks.
+    block, and `estimate`, how many tokens that may be. Equal hashes mean that prompts begin alike.
     """
 
     tokens: int = 0
     hashes: Sequence[int] | None = None
     approximate: Sequence[int] | None = None
+    estimate: int = 0
     hashing_s: float = field(default=0.0, compare=False)
 
 
@@ -162,11 +163,11 @@ class Preprocessor:
             return await self._prepare(_Job(kind, body, block_size, root, context))
         except NotTokenised as why:
             self._metrics.counter("tokenize_fallbacks_total", reason=why.reason).inc()
-            return PromptFacts(approximate=alike(body, block_size, root))
+            return PromptFacts(0, None, *alike(body, block_size, root))
 
     def likeness(self, body: Body, block_size: int, adapter: str = "") -> PromptFacts:
         """What can be said of the prompt of an endpoint whose prompts are not made here."""
-        return PromptFacts(approximate=alike(body, block_size, root_hash(adapter)))
+        return PromptFacts(0, None, *alike(body, block_size, root_hash(adapter)))
 
     async def _prepare(self, job: _Job) -> PromptFacts:
         in_thread = asyncio.get_running_loop().run_in_executor

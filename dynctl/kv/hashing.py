@@ -18,6 +18,8 @@ from dynctl.errors import RequestError
 
 SEED = 1337
 TOKEN_BYTES = 4
+OF_BYTES = 1 << 64
+"""Set in a hash that stands for text no tokens are known of: it is nothing that an engine has told of."""
 
 
 @lru_cache(maxsize=1024)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
+from dynctl.kv.hashing import OF_BYTES
 from dynctl.kv.index import Index
 from dynctl.protocol.specs import RouterSpec
 from dynctl.router.active import Footprint
@@ -98,9 +99,11 @@ class KvAware:
         device = [max(told.get(one.key, 0), depth) for one, depth in zip(candidates, running, strict=True)]
         recent = known.recent.depths(hashes, known.clock())
         if recent is not None:
+            of_bytes = hashes[0] >= OF_BYTES
+            places = [one.likeness if of_bytes else one.memory for one in candidates]
             device = [
-                max(depth, recent[one.memory]) if one.memory >= 0 else depth
-                for one, depth in zip(candidates, device, strict=True)
+                max(depth, recent[place]) if place >= 0 else depth
+                for place, depth in zip(places, device, strict=True)
             ]
         if len(known.index.tiers) < 2:
             return _Holdings(device, device, running)

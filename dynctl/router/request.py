@@ -16,6 +16,7 @@ class RouteRequest:
     """What is to be placed.
 
     `hashes`: sequence hashes of the prompt's full blocks in the router's block size; None = tokens unknown.
+    Where only the request's bytes are known, hashes of these (`kv.hashing.OF_BYTES`).
     `prompt_tokens`: 0 = unknown. `expected_output` in tokens: an estimate, not the client's upper limit;
     None = unknown. `exclude`: instance ids not to choose (they have just failed this request).
     `adapter`: LoRA name, "" = the model itself. `session`: "" = none. `pinned`: the instance id the client
@@ -52,12 +53,16 @@ class RouteRequest:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One (worker, rank) that may be chosen. `memory`: its place in `router.approximate`, -1 = none."""
+    """One (worker, rank) that may be chosen.
+
+    `memory`: its place in `router.approximate`, -1 = none; `likeness`: that for hashes of bytes.
+    """
 
     key: SlotKey
     instance: Instance
     load: RankLoad
     memory: int = -1
+    likeness: int = -1
 
     def has(self, adapter: str) -> bool:
         """Whether it has this LoRA adapter loaded; "" is the model itself."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from random import Random
 
+from dynctl.kv.hashing import OF_BYTES
 from dynctl.kv.index import Index, SlotKey
 from dynctl.protocol.instances import Instance
 from dynctl.protocol.kv_events import KV_TOPIC, LOAD_TOPIC, KvBatch, LoadReport
@@ -19,7 +20,7 @@ from dynctl.protocol.registry import Member
 from dynctl.protocol.specs import RouterSpec
 from dynctl.router.active import RankLoad, Ticket
 from dynctl.router.affinity import Sessions
-from dynctl.router.approximate import Recent, guessed, keeping
+from dynctl.router.approximate import Keeping, Recent, guessed, keeping
 from dynctl.router.conditional import reads_itself
 from dynctl.router.eligible import eligible, states
 from dynctl.router.follow import DEFAULT_TIMING, Following, SyncCall, SyncTiming
@@ -85,11 +86,14 @@ class WorkerLinks:
 
 @dataclass(slots=True)
 class _Worker:
-    """`memories`: places in `Recent`, by rank, where its past prompts are remembered."""
+    """`memories`: places in `Recent`, by rank, where its past prompts are remembered, if they are at all;
+    `likenesses`: the same for prompts of which only the bytes are known.
+    """
 
     member: Member
     loads: list[RankLoad]
     memories: list[int]
+    likenesses: list[int]
 
     @property
     def tells(self) -> bool:
@@ -244,7 +248,7 @@ class Router:
             self._drop(instance.id)
         ranks = max(1, instance.dp_size)
         loads = [RankLoad(self._shared) for _ in range(ranks)]
-        worker = _Worker(member, loads, [])
+        worker = _Worker(member, loads, [], [])
         for load in loads:
             load.on_freed = self._freed
             load.batch_tokens = instance.model.max_batched_tokens if instance.model else 0
@@ -262,13 +266,18 @@ class Router:
     def _remember(self, worker: _Worker) -> None:
         """Have the prompts it computes remembered, for as long as its events do not tell of them."""
         how = keeping(self._spec, worker.tells, 0)
-        for load in worker.loads if how.ttl_s else ():
-            memory = self._recent.open(how)
-            worker.memories.append(memory)
-            load.on_computed = partial(self._computed, memory)
+        for load in worker.loads:
+            likeness = self._recent.open(Keeping(self._spec.approximate_ttl_s))
+            worker.likenesses.append(likeness)
+            memory = -1
+            if how.ttl_s:
+                memory = self._recent.open(how)
+                worker.memories.append(memory)
+            load.on_computed = partial(self._computed, memory, likeness)
 
-    def _computed(self, memory: int, hashes: Sequence[int], since_s: float) -> None:
-        self._recent.remember(memory, hashes, since_s, self._clock())
+    def _computed(self, memory: int, likeness: int, hashes: Sequence[int], since_s: float) -> None:
+        place = likeness if hashes and hashes[0] >= OF_BYTES else memory
+        self._recent.remember(place, hashes, since_s, self._clock())
 
     def _drop(self, worker_id: str) -> None:
         """The known incarnation of a worker is gone, with all it held. Running tickets stay valid."""
@@ -278,7 +287,7 @@ class Router:
         self.peers.detach(worker_id, worker.member.instance.incarnation)
         for load in worker.loads:
             load.retire()
-        for memory in worker.memories:
+        for memory in (*worker.memories, *worker.likenesses):
             self._recent.close(memory)
         if worker.member.instance.events:
             self._links.unsubscribe(worker.member.instance.events)
@@ -291,9 +300,10 @@ class Router:
         for worker_id, worker in sorted(self._workers.items()):
             instance = worker.member.instance
             if worker.member.state == "ready":
-                memories = worker.memories or [-1] * len(worker.loads)
+                nowhere = [-1] * len(worker.loads)
+                memories, likenesses = worker.memories or nowhere, worker.likenesses or nowhere
                 candidates.setdefault(instance.role, []).extend(
-                    Candidate((worker_id, rank), instance, load, memories[rank])
+                    Candidate((worker_id, rank), instance, load, memories[rank], likenesses[rank])
                     for rank, load in enumerate(worker.loads)
                 )
         self._candidates = candidates
@@ -364,6 +374,16 @@ class Router:
     def held(self) -> dict[SlotKey, int]:
         """Blocks indexed, by (worker, rank)."""
         return self._index.stats()
+
+    @property
+    def index_blocks(self) -> int:
+        """Different blocks indexed, over all workers and tiers."""
+        return len(self._index)
+
+    @property
+    def index_evicted(self) -> int:
+        """Blocks forgotten because the index was full."""
+        return self._index.evicted
 
     def guessed(self) -> list[str]:
         """The workers of which it is guessed what they have cached."""

@@ -21,7 +21,7 @@ from dynctl.frontend.preprocess import (
     PromptFacts,
     find_model_files,
 )
-from dynctl.kv.hashing import root_hash, sequence_hashes
+from dynctl.kv.hashing import OF_BYTES, root_hash, sequence_hashes
 from dynctl.observability.metrics import Metrics
 from dynctl.protocol.instances import ModelCard
 
@@ -247,3 +247,22 @@ async def test_other_requests_go_on_while_a_long_prompt_is_tokenised() -> None:
     preprocessor.close()
     assert (await task).tokens > 200_000
     assert turns > 20
+
+
+async def test_prompts_that_cannot_be_tokenised_are_known_by_their_bytes(model_dir: Path) -> None:
+    card = ModelCard(name="m", path=str(model_dir))
+
+    async def known(text: str, image: str, adapter: str = "") -> list[int]:
+        fields = chat([{"type": "text", "text": text}, {"type": "image_url", "image_url": {"url": image}}])
+        facts, _ = await prepare(card, "chat", fields, 16, adapter)
+        assert facts.approximate is not None
+        assert all(found >= OF_BYTES for found in facts.approximate)
+        assert len(facts.approximate) <= facts.estimate // 16 <= len(facts.approximate) + 1
+        return list(facts.approximate)
+
+    shared = "the same words again " * 40
+    one, other = await known(shared, "data:1" * 40), await known(shared, "data:2" * 40)
+    same = [a == b for a, b in zip(one, other, strict=True)]
+    assert same == sorted(same, reverse=True)
+    assert 10 < sum(same) < len(same)
+    assert not set(one) & set(await known(shared, "data:1" * 40, "adapter"))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from dynctl.errors import DynctlError, PeerLost, Rejected, RequestError
+from dynctl.kv.hashing import OF_BYTES
 from dynctl.protocol.instances import Instance, ModelCard, Role
 from dynctl.protocol.kv_events import (
     KV_TOPIC,
@@ -424,6 +425,21 @@ async def test_worker_without_events_is_known_by_what_it_was_sent(spec: dict[str
         assert {await computed(router, [1, 2, 3, 4]) for _ in range(10)} == {where}
         now[0] = 121.0
         assert overlap(router, [1, 2, 3, 4]) == 0
+        router.members_changed([], ["aggregated-0", "aggregated-1"])
+        assert router._recent.held == 0
+
+
+async def test_prompts_known_by_their_bytes_go_where_they_went_although_events_would_not_tell() -> None:
+    now = [0.0]
+    of_bytes = [OF_BYTES | number for number in range(4)]
+    async with routing(clock=lambda: now[0]) as router:
+        router.members_changed([member(), member("aggregated-1")], [])
+        where = await computed(router, of_bytes[:3])
+        now[0] = 60.0
+        assert overlap(router, of_bytes) == 3
+        assert {await computed(router, of_bytes) for _ in range(5)} == {where}
+        now[0] = 200.0
+        assert overlap(router, of_bytes) == 0
         router.members_changed([], ["aggregated-0", "aggregated-1"])
         assert router._recent.held == 0
 
