@@ -68,6 +68,7 @@ class Answer:
                 return None
             self._story.keep(list(self._relay.pieces))
             self._relay.pieces.clear()
+            self._story.read()
         return self._story
 
     def go_on(self, move: Move) -> None:
@@ -97,6 +98,10 @@ class Answer:
         if response.status == 200 and is_refusal(response.body):
             raise upstream.failed(leg, EngineFailed("the engine aborted the request: it is draining"))
         self.whole(response, workers)
+
+    def said(self, body: bytes) -> None:
+        """Answer in our own words: JSON, no engine was asked."""
+        self._exchange.respond(200, body, headers=[(b"x-request-id", self._call.request_id)])
 
     def whole(self, response: Response, workers: list[str]) -> None:
         """Give an engine's whole answer to the client, its refusals (4xx) too: these in OpenAI's shape.

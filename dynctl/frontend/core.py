@@ -38,6 +38,7 @@ from dynctl.router.service import Router, WorkerLinks
 from dynctl.transport.keys import bearer, load_engine_key
 
 _WORKER_SERIES = (
+    "router_kv_guessed",
     "circuit_state",
     "circuit_opened_total",
     "router_kv_blocks",
@@ -184,6 +185,10 @@ class Core:
         for peer in peers:
             metrics.gauge("router_peer_requests", peer=peer.frontend).set(peer.requests)
             metrics.counter("router_peer_missed_total", peer=peer.frontend).set(peer.missed)
+        metrics.gauge("router_index_blocks").set(self.router.index_blocks)
+        metrics.counter("router_index_evicted_total").set(self.router.index_evicted)
+        for worker in self.router.guessed():
+            metrics.gauge("router_kv_guessed", worker=worker).set(1.0)
         held = self.router.held()
         for stream in self.router.streams():
             labels = {"worker": stream.worker, "rank": str(stream.rank)}

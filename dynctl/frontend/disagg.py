@@ -68,11 +68,14 @@ def _split_flow(contract: PrefillDecode) -> Flow:
     """The flow of an engine's prefill/decode contract. A request it cannot split goes to decode alone."""
     split: Flow = _Concurrent(contract) if contract.order == "concurrent" else _PrefillFirst(contract)
 
+    can_skip = contract.order == "prefill_first"
+
     async def flow(attempt: Attempt) -> None:
-        await (split if contract.splits(attempt.call.body.opened()) else decode_alone)(attempt)
+        splits = contract.splits(attempt.call.body.opened()) and not (can_skip and attempt.skips_prefill())
+        await (split if splits else decode_alone)(attempt)
 
     async def decode_alone(attempt: Attempt) -> None:
-        decode = attempt.choose("decode")
+        decode = attempt.choose("decode", reads_prompt=True)
         try:
             body = encode(contract.decode_body(attempt.call.body.opened(), None, {}))
             await attempt.answer.by(attempt.parts.upstream, attempt.leg(decode, body), decode.ticket)

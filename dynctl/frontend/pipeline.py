@@ -27,8 +27,8 @@ from dynctl.frontend.call import Call
 from dynctl.frontend.gate import Gate
 from dynctl.frontend.migrate import PATIENCE_S, Migrations
 from dynctl.frontend.preprocess import UNKNOWN, Preprocessor, PromptFacts
-from dynctl.frontend.queue import Ask
 from dynctl.frontend.preview import preview
+from dynctl.frontend.queue import Ask
 from dynctl.frontend.retry import AttemptFailed, Attempts, Budget
 from dynctl.frontend.series import Choices, Stages
 from dynctl.frontend.upstream import Leg, Upstream
@@ -129,7 +129,7 @@ class Attempt:
         )
 
     def skips_prefill(self) -> bool:
-        """Whether the prompt is better computed where it is decoded; not when the client names its prefill."""
+        """Whether the prompt is better computed where it is decoded. Not if the client names its prefill."""
         hints = self.call.hints
         if hints.prefill_worker or not self.parts.router.skips_prefill(self.request("decode")):
             return False

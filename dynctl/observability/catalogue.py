@@ -247,6 +247,10 @@ _WORKERS: tuple[Metric, ...] = (
     Metric("router_worker_requests", "gauge", "Requests a worker has, ours and those it reports.", _RANK),
     Metric("router_kv_blocks", "gauge", "KV blocks the index holds for a worker.", _RANK),
     Metric("router_kv_synced", "gauge", "1 when the index knows all the worker's KV events.", _RANK),
+    Metric("router_kv_guessed", "gauge", "1 when a worker's cache is guessed by past choices.", ("worker",)),
+    Metric("router_index_blocks", "gauge", "Different blocks in the index, over all workers and tiers."),
+    Metric("router_index_evicted_total", "counter", "Blocks the index forgot because it was full."),
+    Metric("router_prefill_skipped_total", "counter", "Prompts left to decode workers to compute."),
     Metric("router_kv_gaps_total", "counter", "Gaps seen in a worker's numbered KV events.", _RANK),
     Metric(
         "router_kv_reloads_total", "counter", "Times a worker's index was begun anew from a snapshot.", _RANK

@@ -103,8 +103,14 @@ def _roles(recipe: Recipe, engine: Engine) -> Iterator[Finding]:
 def _frontend(recipe: Recipe, engine: Engine) -> Iterator[Finding]:
     yield from _frontend_hosts(recipe.frontend)
     if recipe.router.mode == "kv" and engine.features.kv_events == "none":
-        told = f"backend {recipe.backend} publishes no KV events: mode kv sees load only"
+        told = f"backend {recipe.backend} publishes no KV events: mode kv guesses what is cached"
         yield Finding("warning", "router.mode", told)
+    skips = recipe.router.conditional_disagg.mode != "off" and recipe.roles.prefill is not None
+    ways = engine.transfers
+    way = ways.get(recipe.engine.kv_transfer) or next(iter(ways.values()), None)
+    if skips and way is not None and way.order == "concurrent":
+        told = f"decode workers of backend {recipe.backend} read no prompts: prefill is never skipped"
+        yield Finding("warning", "router.conditional_disagg.mode", told)
 
 
 def _frontend_hosts(frontend: Frontend) -> Iterator[Finding]:

@@ -117,7 +117,7 @@ def test_an_engine_without_events_routes_by_load_only(
     engine = catalog.get("vllm")
     monkeypatch.setattr(engine, "features", replace(engine.features, kv_events="none"))
     assert check(tmp_path, HEAD + AGGREGATED + "router: {mode: kv}\n") == [
-        "r.yaml:6: backend vllm publishes no KV events: mode kv sees load only"
+        "r.yaml:6: backend vllm publishes no KV events: mode kv guesses what is cached"
     ]
 
 

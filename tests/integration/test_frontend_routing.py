@@ -1,0 +1,143 @@
+"""What clients may say of where a request goes, and what they are told of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from dynctl.kv.hashing import root_hash, sequence_hashes
+from dynctl.protocol.instances import ModelCard
+from dynctl.protocol.kv_events import Stored
+from dynctl.protocol.specs import AffinitySpec, ConditionalDisaggSpec, FrontendSpec, RouterSpec
+from tests.integration.frontend_harness import Engine, Front, error_of, frontend, make_spec
+
+PROMPT = list(range(8, 8 + 160))
+COMPLETION: dict[str, Any] = {"model": "m", "prompt": PROMPT, "max_tokens": 4}
+CARD = ModelCard(name="m", block_size=16)
+
+
+def kv(**router: Any) -> FrontendSpec:
+    return make_spec(model=CARD, router=RouterSpec(mode="kv", **router))
+
+
+async def where(front: Front, headers: Mapping[str, str] | None = None, **fields: Any) -> str:
+    response = await front.post("/v1/completions", {**COMPLETION, **fields}, headers)
+    assert response.status == 200, response.body
+    return dict(response.headers)[b"x-dynctl-workers"].decode()
+
+
+async def test_worker_asked_for_gets_the_request() -> None:
+    async with frontend(kv(), aggregated=[Engine(), Engine()]) as front:
+        for name in ("aggregated-0", "aggregated-1"):
+            for headers in ({"x-dynctl-worker": name}, {"x-dynamo-worker-instance-id": name}):
+                assert await where(front, headers) == name
+            assert await where(front, nvext={"backend_instance_id": name}) == name
+
+
+async def test_nvext_does_not_reach_the_engine() -> None:
+    engine = Engine()
+    async with frontend(kv(), aggregated=[engine]) as front:
+        await where(front, nvext={"agent_hints": {"priority": 1}})
+    assert engine.bodies() == [COMPLETION]
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "told"),
+    [
+        ({"x-dynctl-worker": "aggregated-7"}, 400, "there are: aggregated-0, aggregated-1"),
+        ({"x-dynctl-rank": "3"}, 400, "there is no rank 3"),
+        ({"x-dynctl-rank": "x"}, 400, "whole number"),
+        ({"x-dynctl-worker": "aggregated-1"}, 503, "aggregated-1, is draining"),
+    ],
+)
+async def test_worker_that_cannot_be_had_is_a_clear_error(
+    headers: dict[str, str], status: int, told: str
+) -> None:
+    engine = Engine()
+    async with frontend(kv(), aggregated=[engine]) as front:
+        front.join("aggregated", 1, engine.url, state="draining")
+        response = await front.post("/v1/completions", COMPLETION, headers)
+        assert response.status == status
+        assert told in error_of(response)["message"]
+    assert engine.requests == []
+
+
+async def test_dry_run_tells_the_choice_and_asks_no_engine() -> None:
+    engines = [Engine(), Engine()]
+    async with frontend(kv(), aggregated=engines) as front:
+        held = sequence_hashes(PROMPT, 16, root_hash())[:6]
+        front.core.router.members_changed([], [])
+        front.core.router._index.apply(("aggregated-1", 0), Stored(held))
+        for extra in ({"headers": {"x-dynctl-dry-run": "1"}}, {"nvext": ["query_instance_id"]}):
+            body = {**COMPLETION, "stream": True}
+            if "nvext" in extra:
+                body["nvext"] = {"annotations": extra["nvext"]}
+            headers = extra.get("headers")
+            assert headers is None or isinstance(headers, dict)
+            answer = await front.post("/v1/completions", body, headers)
+            assert answer.status == 200
+            told = json.loads(answer.body)
+            assert (told["worker"], told["rank"], told["overlap_blocks"]) == ("aggregated-1", 0, 6)
+            assert (told["prompt_tokens"], told["prompt_blocks"], told["block_size"]) == (160, 10, 16)
+            rows = told["roles"]["aggregated"]["candidates"]
+            assert [row["worker"] for row in rows] == ["aggregated-0", "aggregated-1"]
+            assert rows[0]["cost"] > rows[1]["cost"]
+        assert {load.requests for load in front.core.router.loads().values()} == {0}
+    assert [engine.requests for engine in engines] == [[], []]
+
+
+async def test_dry_run_of_a_split_model_tells_both_workers() -> None:
+    spec = make_spec(backend="vllm", roles={"prefill": 1, "decode": 1}, router=RouterSpec(mode="kv"))
+    async with frontend(spec, prefill=[Engine()], decode=[Engine()]) as front:
+        answer = await front.post("/v1/completions", COMPLETION, {"x-dynctl-dry-run": "true"})
+        told = json.loads(answer.body)
+        assert {role: place["worker"] for role, place in told["roles"].items()} == {
+            "prefill": "prefill-0",
+            "decode": "decode-0",
+        }
+        assert told["worker"] == "decode-0"
+
+
+async def test_dry_run_without_workers_is_refused() -> None:
+    async with frontend(kv(), aggregated=[]) as front:
+        answer = await front.post("/v1/completions", COMPLETION, {"x-dynctl-dry-run": "true"})
+        assert answer.status == 503
+
+
+async def test_session_stays_and_its_end_frees_it() -> None:
+    spec = make_spec(
+        model=CARD, router=RouterSpec(mode="round_robin", session_affinity=AffinitySpec(mode="hard"))
+    )
+    async with frontend(spec, aggregated=[Engine(), Engine(), Engine()]) as front:
+        session = {"x-dynctl-session-id": "s"}
+        first = await where(front, session)
+        assert {await where(front, session) for _ in range(3)} == {first}
+        last = {**session, "x-dynctl-session-final": "true"}
+        assert await where(front, last) == first
+        assert len(front.core.router._sessions) == 0
+
+
+async def test_decode_reads_the_prompt_it_holds_most_of() -> None:
+    router = RouterSpec(mode="kv", conditional_disagg=ConditionalDisaggSpec(mode="isl"))
+    spec = make_spec(backend="vllm", roles={"prefill": 1, "decode": 1}, router=router, model=CARD)
+    prefill, decode = Engine(), Engine()
+    async with frontend(spec, prefill=[prefill], decode=[decode]) as front:
+        held = sequence_hashes(PROMPT, 16, root_hash())[:9]
+        front.core.router._index.apply(("decode-0", 0), Stored(held))
+        assert await where(front) == "decode-0"
+        await front.idle()
+        metrics = await front.metrics()
+    assert prefill.requests == []
+    assert decode.bodies() == [COMPLETION]
+    assert "dynctl_frontend_router_prefill_skipped_total 1.0" in metrics
+
+
+async def test_worker_without_events_shows_in_health_and_metrics() -> None:
+    async with frontend(kv(), aggregated=[]) as front:
+        front.join("aggregated", 0, "http://127.0.0.1:9", kv_events=False)
+        health = json.loads((await front.call("GET", "/health")).body)
+        assert health["doubts"] == ["aggregated-0: it publishes no KV events: what it has cached is guessed"]
+        assert 'router_kv_guessed{worker="aggregated-0"} 1.0' in await front.metrics()
