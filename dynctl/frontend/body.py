@@ -35,6 +35,7 @@ _WORDS: dict[Any, str] = {
 
 _EXCERPT_CHARS = 200
 _LARGE_BYTES = 64 * 1024
+_MOST_FIELDS = 1024
 _FLAT = re.compile(rb"\[\s*-?\d")
 _NESTED = re.compile(rb"\[\s*\[")
 
@@ -59,13 +60,16 @@ class Body:
     def parse(cls, data: bytes) -> Body:
         """Split the top level. Raises RequestError for bytes that are no JSON object."""
         try:
-            return cls(data, _FIELDS.decode(data))
+            fields = _FIELDS.decode(data)
         except msgspec.ValidationError as error:
             raise RequestError("the body must be a JSON object", hint=str(error)) from error
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise RequestError(f"the body is not JSON: {error}") from error
         except RecursionError as error:
             raise RequestError("the body is nested too deeply") from error
+        if len(fields) > _MOST_FIELDS:
+            raise RequestError(f"the body has {len(fields)} fields", hint=f"at most {_MOST_FIELDS}")
+        return cls(data, fields)
 
     def has(self, name: str) -> bool:
         """Whether the field is there and not null."""

@@ -148,13 +148,16 @@ async def test_the_413_arrives_although_the_client_keeps_sending() -> None:
 )
 def test_broken_requests_get_an_openai_error_and_no_handler(sent: bytes, status: int) -> None:
     async def scenario() -> None:
-        recorder = Recorder()
+        recorder, codes = Recorder(), list[str]()
         async with served(recorder) as server:
+            server.on_refused = codes.append
             wire = await Wire.to(server.port)
-            wire.send(sent)
+            wire.send(sent + GET)
             got, headers, body = await wire.answer()
             assert got == status
             assert headers[b"connection"] == b"close"
+            assert len(headers[b"x-request-id"]) == 32
+            assert len(codes) == 1
             assert json.loads(body)["error"]["type"] == "invalid_request_error"
             assert await wire.rest() == b""
             assert recorder.requests == []

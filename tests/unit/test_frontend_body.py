@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from dynctl.errors import ContextTooLong, RequestError
@@ -132,7 +134,7 @@ def test_token_ids_that_cannot_fit_are_refused_before_they_are_read() -> None:
     endpoint = Endpoint("/v1/completions", "completions", "completions")
     models = Models(ModelCard(name="m", max_model_len=4096))
     with pytest.raises(ContextTooLong) as caught:
-        read_form(endpoint, data, models, frozenset())
+        read_form(endpoint, Body.parse(data), models, frozenset())
     assert caught.value.where == "prompt"
 
 
@@ -140,6 +142,12 @@ def test_more_messages_than_tokens_fit_are_refused_before_they_are_read() -> Non
     data = b'{"model": "m", "messages": [' + b"{}," * 100_000 + b"{}]}"
     endpoint = Endpoint("/v1/chat/completions", "chat_completions", "chat")
     with pytest.raises(ContextTooLong):
-        read_form(endpoint, data, Models(ModelCard(name="m", max_model_len=4096)), frozenset())
+        read_form(endpoint, Body.parse(data), Models(ModelCard(name="m", max_model_len=4096)), frozenset())
     with pytest.raises(RequestError, match="role"):
-        read_form(endpoint, data, Models(ModelCard(name="m")), frozenset())
+        read_form(endpoint, Body.parse(data), Models(ModelCard(name="m")), frozenset())
+
+
+def test_a_body_of_endless_fields_is_refused() -> None:
+    data = json.dumps({str(number): 1 for number in range(1025)}).encode()
+    with pytest.raises(RequestError, match="1025 fields"):
+        Body.parse(data)
