@@ -191,7 +191,10 @@ class Readiness:
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """An engine's load per data-parallel rank, read from its metrics."""
+    """An engine's load per data-parallel rank, read from its metrics.
+
+    `work` is what it has done so far, in a unit of its own: whatever of its counters rise while it works.
+    """
 
     rank: int
     running: int
@@ -201,6 +204,7 @@ class EngineLoad:
     prefix_queries: int = 0
     prefix_hits: int = 0
     preemptions: int = 0
+    work: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,9 @@ _COUNTS = {
     "vllm:prefix_cache_queries_total": "prefix_queries",
     "vllm:prefix_cache_hits_total": "prefix_hits",
     "vllm:num_preemptions_total": "preemptions",
+    "vllm:iteration_tokens_total_count": "work",
+    "vllm:prompt_tokens_total": "work",
+    "vllm:generation_tokens_total": "work",
 }
 _USAGE = "vllm:kv_cache_usage_perc"
 _CONFIG = "vllm:cache_config_info"
@@ -52,6 +55,7 @@ def load(metrics: bytes) -> list[EngineLoad]:
             prefix_queries=found.get("prefix_queries", 0),
             prefix_hits=found.get("prefix_hits", 0),
             preemptions=found.get("preemptions", 0),
+            work=found.get("work", 0),
         )
         for rank, found in sorted(counts.items())
         if "running" in found

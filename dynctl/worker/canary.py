@@ -2,7 +2,7 @@
 
 `Watch` decides when one is due and what it means; `CanaryRun` sends it. None is sent while the engine is at
 work: whatever changes in its load between two reports is work. Requests that hang change nothing any more, so
-an engine that holds such requests is asked too.
+an engine that holds such requests is asked too, but late: a long prompt may not change much either.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 MISSES = 2
 """Missed in a row before the engine counts as silent: one may fall into a pause of the machine."""
 RETRY_S = 5.0
+HOLDING = 4
+"""So many intervals without a change make one that holds requests due."""
 _TICK_S = 0.25
 
 
@@ -36,7 +38,8 @@ class Watch:
         changed, self._seen = self._seen != load, load
         if changed and not self.silent:
             self._misses = 0
-            self._due_s = now_s + self._interval_s
+            holding = load.running or load.waiting
+            self._due_s = now_s + self._interval_s * (HOLDING if holding else 1)
 
     def due(self, now_s: float) -> bool:
         """Whether to ask it now."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from dynctl.engines.base import EngineLoad
-from dynctl.worker.canary import MISSES, RETRY_S, CanaryRun, Watch
+from dynctl.worker.canary import HOLDING, MISSES, RETRY_S, CanaryRun, Watch
 
 INTERVAL = 30.0
 
@@ -34,9 +34,10 @@ def test_an_idle_engine_is_asked_and_again_only_after_another_interval() -> None
 
 def test_requests_that_hang_in_the_engine_do_not_pass_for_work() -> None:
     watch = Watch(INTERVAL, 0.0)
-    for second in range(31):
+    for second in range(int(HOLDING * INTERVAL)):
         watch.load(load(0.5, running=7), float(second))
-    assert watch.due(31.0)
+        assert not watch.due(float(second)), "a long prompt changes little for a while"
+    assert watch.due(HOLDING * INTERVAL)
 
 
 def test_one_miss_is_none_and_two_are_silence() -> None:
