@@ -1,4 +1,8 @@
-"""Which worker each session went to last. Pure: `now_s` is passed in. The longest unused are forgotten."""
+"""Which worker a session goes to. Pure: `now_s` is passed in.
+
+A frontend alone remembers where each session went last; the longest unused are forgotten. Several must agree
+without asking each other, also when one of them has just been started: there a session has a home, by hash.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from dynctl.kv.index import SlotKey
 from dynctl.protocol.instances import Role
 from dynctl.protocol.specs import AffinitySpec, GuardSpec
 from dynctl.router.guard import crowded
+from dynctl.router.modes import home, session_seed
 from dynctl.router.request import Candidate, RouteRequest
 
 _ROLES: tuple[Role, ...] = ("prefill", "decode", "aggregated")
@@ -21,6 +26,9 @@ class Sessions:
         self._spec = spec
         self._places: OrderedDict[tuple[Role, str], tuple[SlotKey, float]] = OrderedDict()
 
+        self.several = False
+        """Whether other frontends have to come to the same answer."""
+
     def __len__(self) -> int:
         return len(self._places)
 
@@ -31,7 +39,7 @@ class Sessions:
 
         Soft: that is so as well while the guard keeps requests from it.
         """
-        key = self.place(request.role, request.session, now_s)
+        key = self._home(request, candidates) or self.place(request.role, request.session, now_s)
         place = next((i for i, one in enumerate(candidates) if one.key == key), None) if key else None
         if place is None:
             return candidates
@@ -40,6 +48,12 @@ class Sessions:
             if out is not None and out[place]:
                 return candidates
         return [candidates[place]]
+
+    def _home(self, request: RouteRequest, candidates: Sequence[Candidate]) -> SlotKey | None:
+        """Where all frontends send the session; None where each remembers for itself."""
+        if not self.several or not request.session or self._spec.mode == "off" or not candidates:
+            return None
+        return home(session_seed(request.session), candidates).key
 
     def place(self, role: Role, session: str, now_s: float) -> SlotKey | None:
         """Where the session is, None when that is not known (any more)."""
@@ -52,7 +66,7 @@ class Sessions:
 
     def note(self, role: Role, session: str, key: SlotKey, now_s: float) -> None:
         """A request of the session went there."""
-        if not session or self._spec.mode == "off":
+        if not session or self._spec.mode == "off" or self.several:
             return
         places = self._places
         places[role, session] = (key, now_s + self._spec.ttl_s)

@@ -94,16 +94,26 @@ class ConsistentHash(_ByLoad):
 
     def _one(self, request: RouteRequest, candidates: Sequence[Candidate]) -> Candidate:
         if request.session:
-            seed = xxh3_64_intdigest(request.session.encode())
+            seed = session_seed(request.session)
         elif request.hashes:
             seed = request.hashes[0]
         else:
             return self._by_load._one(request, candidates)
         out = crowded(self._guard, [one.load for one in candidates])
         free = candidates if out is None else [one for one, no in zip(candidates, out, strict=True) if not no]
-        return max(
-            free, key=lambda one: xxh3_64_intdigest(b"%s %d" % (one.key[0].encode(), one.key[1]), seed)
-        )
+        return home(seed, free)
+
+
+def session_seed(session: str) -> int:
+    """The number that `home` is asked with for a session."""
+    return xxh3_64_intdigest(session.encode())
+
+
+def home(seed: int, candidates: Sequence[Candidate]) -> Candidate:
+    """The one of `candidates` with the highest weight for `seed`: the same wherever they are the same."""
+    return max(
+        candidates, key=lambda one: xxh3_64_intdigest(b"%s %d" % (one.key[0].encode(), one.key[1]), seed)
+    )
 
 
 def loaded(candidates: Sequence[Candidate], adapter: str) -> Sequence[Candidate]:

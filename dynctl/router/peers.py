@@ -60,6 +60,11 @@ class Peers:
         for key, load in self._loads.items():
             load.on_change = partial(self._note, key)
 
+    @property
+    def begun(self) -> bool:
+        """Whether this frontend is one of several."""
+        return self._me is not None
+
     def attach(self, worker: str, incarnation: int, loads: Sequence[RankLoad]) -> None:
         """A worker is there; `loads` by rank."""
         for rank, load in enumerate(loads):

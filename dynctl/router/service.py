@@ -205,6 +205,7 @@ class Router:
             candidates = list(eligible(request, candidates, self._of_role(request.role)))
         if not request.session:
             return candidates
+        self._sessions.several = self.peers.begun
         return self._sessions.narrowed(request, candidates, self._spec.guard, now_s)
 
     def ready(self, roles_needed: Mapping[str, int]) -> list[str]:

@@ -110,3 +110,20 @@ def test_busy_prefill_is_skipped_where_load_counts() -> None:
     assert reads_itself(ConditionalDisaggSpec(mode="either"), 8000, 7000, 0)
     assert not reads_itself(ConditionalDisaggSpec(mode="load"), 8000, 7999, 0)
     assert not reads_itself(ConditionalDisaggSpec(mode="off"), 8000, 7999, 100_000)
+
+
+def test_several_frontends_send_a_session_to_the_same_worker_without_having_met_it() -> None:
+    frontends = [sessions("hard"), sessions("hard")]
+    requests = [RouteRequest("aggregated", session=f"s-{number}") for number in range(200)]
+    for table in frontends:
+        table.several = True
+    there = candidates()
+    homes = [[where(table, there, request=request) for request in requests] for table in frontends]
+    assert homes[0] == homes[1]
+    assert {len(found) for found in homes[0]} == {1}
+    assert {found[0] for found in homes[0]} == {"w-0", "w-1", "w-2"}
+    frontends[0].note("aggregated", "s-0", ("w-0", 0), 0.0)
+    assert len(frontends[0]) == 1, "what one alone remembers would part it from the others"
+    left = [where(frontends[0], there[:2], request=request) for request in requests]
+    moved = sum(now != before for now, before in zip(left, homes[0], strict=True))
+    assert moved == sum(found == ["w-2"] for found in homes[0]), "only the sessions of the one that is gone"
