@@ -24,6 +24,7 @@ OWNED_ENV = {
     "VLLM_HOST_IP": "hosts",
     "VLLM_NIXL_SIDE_CHANNEL_HOST": "hosts",
     "VLLM_NIXL_SIDE_CHANNEL_PORT": "its own port allocation",
+    "VLLM_MOONCAKE_BOOTSTRAP_PORT": "its own port allocation",
 }
 _BLOCK = ("block-size",)
 _CONTEXT = ("max-model-len",)

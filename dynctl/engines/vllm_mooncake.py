@@ -33,11 +33,14 @@ class Mooncake:
         """The engine id of each data-parallel rank; decode keeps them for good, so they are new per start."""
         try:
             ranks = msgspec.json.decode(answer, type=dict[str, dict[str, Any]])
-            return tuple(str(ranks[str(rank)]["engine_id"]) for rank in range(len(ranks)))
+            names = tuple(str(ranks[str(rank)]["engine_id"]) for rank in range(len(ranks)))
         except (msgspec.DecodeError, KeyError) as error:
             raise EngineFailed(
                 f"the bootstrap server's answer lists no engine ids: {answer[:200]!r}"
             ) from error
+        if not names:
+            raise EngineFailed("no rank has registered at the bootstrap server yet")
+        return names
 
     def splits(self, request: Json) -> bool:
         """One sequence without prompt logprobs: a transfer id serves one request."""

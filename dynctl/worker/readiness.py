@@ -64,6 +64,7 @@ class Bootstrap:
 
     origin: Origin
     contract: PrefillDecode
+    ranks: int = 1
 
 
 class Probe:
@@ -114,9 +115,13 @@ class Probe:
         if answer.status != 200:
             raise NotReady(f"its bootstrap server answers {answer.status}", where=str(origin))
         try:
-            return contract.peers(answer.body)
+            peers = contract.peers(answer.body)
         except EngineFailed as error:
             raise NotReady(str(error), where=str(origin)) from error
+        if 0 < len(peers) < self._bootstrap.ranks:
+            told = f"{len(peers)} of {self._bootstrap.ranks} ranks have registered at its bootstrap server"
+            raise NotReady(told, where=str(origin))
+        return peers
 
     async def _version(self) -> str:
         path = self._engine.readiness.version
@@ -194,7 +199,8 @@ def bootstrap_of(spec: WorkerSpec) -> Bootstrap | None:
     contract = catalog.contract(spec.backend, spec.kv_transfer) if spec.bootstrap_port else None
     if contract is None or not contract.peers_path:
         return None
-    return Bootstrap(Origin("http", Origin.parse(spec.url).host, spec.bootstrap_port), contract)
+    origin = Origin("http", Origin.parse(spec.url).host, spec.bootstrap_port)
+    return Bootstrap(origin, contract, spec.dp_size)
 
 
 async def wait_for_free_port(origin: Origin, deadline_s: float) -> None:

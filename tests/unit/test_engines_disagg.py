@@ -321,9 +321,9 @@ class TestMooncake:
         with pytest.raises(EngineFailed, match="engine id"):
             self.contract.link(CHAT, Meeting("http://p:1", 8998, 7, ranks=2, peers=peers))
 
-    @pytest.mark.parametrize("answer", [b"", b"[]", b'{"1": {"engine_id": "e"}}', b'{"0": {}}'])
+    @pytest.mark.parametrize("answer", [b"", b"[]", b"{}", b'{"1": {"engine_id": "e"}}', b'{"0": {}}'])
     def test_a_bootstrap_answer_without_engine_ids(self, answer: bytes) -> None:
-        with pytest.raises(EngineFailed, match="engine ids"):
+        with pytest.raises(EngineFailed, match=r"engine ids|no rank"):
             self.contract.peers(answer)
 
     @pytest.mark.parametrize(

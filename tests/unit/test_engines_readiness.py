@@ -59,7 +59,7 @@ class Bootstrapped:
 def prefill_probe(client: Bootstrapped, backend: str, transfer: str = "") -> Probe:
     contract = catalog.contract(backend, transfer)
     assert contract is not None
-    bootstrap = Bootstrap(Origin("http", "127.0.0.1", 9), contract)
+    bootstrap = Bootstrap(Origin("http", "127.0.0.1", 9), contract, ranks=2)
     return Probe(cast(Client, client), catalog.get(backend), "http://127.0.0.1:1", "llama", bootstrap)
 
 
@@ -71,7 +71,12 @@ async def test_prefill_is_ready_with_the_names_decode_knows_its_ranks_by() -> No
 
 @pytest.mark.parametrize(
     ("backend", "transfer", "status", "body"),
-    [("vllm", "mooncake", 200, b"{}x"), ("vllm", "mooncake", 404, b""), ("sglang", "", 503, b"not yet")],
+    [
+        ("vllm", "mooncake", 200, b"{}"),
+        ("vllm", "mooncake", 200, b'{"0": {"engine_id": "e0"}}'),
+        ("vllm", "mooncake", 404, b""),
+        ("sglang", "", 503, b"not yet"),
+    ],
 )
 async def test_prefill_that_decode_cannot_find_yet_is_not_ready(
     backend: str, transfer: str, status: int, body: bytes
