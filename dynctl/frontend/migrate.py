@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from zlib import compress, decompress
 
 from dynctl.engines.base import Continuation
 from dynctl.errors import DynctlError, EngineFailed
@@ -36,6 +37,8 @@ class Story:
         self.prompt_tokens = 0
         self.framing: Framing = "chunked"
         self._max_tokens = max_tokens
+        self._packed: list[bytes] = []
+        self._events = 0
         self._reader: ChunkReader | None = None
 
     def begin(self, framing: Framing) -> None:
@@ -44,19 +47,28 @@ class Story:
         self._reader = ChunkReader() if framing == "chunked" else None
 
     def keep(self, pieces: list[bytes]) -> bool:
-        """Take over what the client was sent. False: the whole is too long to be said elsewhere."""
-        payload = pieces
-        if self._reader is not None:
-            payload = []
-            for piece in pieces:
-                self._reader.feed(piece, payload)
-        self.said.feed(b"".join(payload))
+        """Take over what the client was sent. False: the whole is too long to be said elsewhere.
+
+        Chunks of a stream are nearly alike: packed, a token takes about two bytes.
+        """
+        self._packed.append(compress(b"".join(pieces), 1))
+        self._events += len(pieces)
         return not self.too_long
+
+    def read(self) -> None:
+        """Bring `said` up to what was kept."""
+        for packed in self._packed:
+            payload = [decompress(packed)]
+            if self._reader is not None:
+                framed, payload = payload[0], []
+                self._reader.feed(framed, payload)
+            self.said.feed(b"".join(payload))
+        self._packed.clear()
 
     @property
     def too_long(self) -> bool:
         """Whether prompt and answer are more than may be computed anew."""
-        return self.prompt_tokens + self.said.spoken > self._max_tokens
+        return self.prompt_tokens + max(self._events, self.said.spoken) > self._max_tokens
 
     def write(self, exchange: Exchange, events: bytes) -> None:
         """Send events in the framing the client's answer has."""

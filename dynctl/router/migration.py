@@ -53,6 +53,8 @@ def split_events(data: bytes) -> tuple[list[bytes], bytes]:
 
 def event_data(event: bytes) -> bytes:
     """What one event carries: its `data:` lines; b"" for a comment."""
+    if event.startswith(DATA) and event.find(b"\n") >= len(event) - 2:
+        return event[len(DATA) :].strip()
     lines = (line[len(DATA) :].strip() for line in event.splitlines() if line.startswith(DATA))
     return b"\n".join(lines)
 

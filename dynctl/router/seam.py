@@ -214,12 +214,13 @@ class Seam:
         return text, ""
 
     def _joined_usage(self, usage: Json) -> Json:
-        """Usage of the whole: the client's prompt, and what all legs said."""
+        """Usage of the whole: the client's prompt, and what all legs said; never less than was told before."""
         joint = self._joint
         given = int(usage.get("prompt_tokens") or 0)
         prompt = joint.prompt_tokens or max(0, given - joint.spoken)
         said = max(0, given - prompt) if given else joint.spoken
-        joined = {**usage, **_usage(prompt, said + int(usage.get("completion_tokens") or 0))}
+        told = self._said.usage[1] if self._said.usage is not None else 0
+        joined = {**usage, **_usage(prompt, max(told, said + int(usage.get("completion_tokens") or 0)))}
         details = usage.get("prompt_tokens_details")
         if isinstance(details, dict) and isinstance(details.get("cached_tokens"), int):
             joined["prompt_tokens_details"] = {

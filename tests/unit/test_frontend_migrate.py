@@ -122,6 +122,7 @@ class Deployment:
             return call, Rest(self.wire, self.call.account, ways, story, relay._seam._joint, "chunked")
         if isinstance(relay, Relay):
             story.keep(list(relay.pieces))
+            story.read()
         rest, move = self.migrations.next(self.call, story, 0, LOST)
         if rest is None:
             story.write(self.wire, last_words(story, move.joint))
