@@ -1,0 +1,132 @@
+"""Real vLLM killed while it streams: the other worker goes on, with the same tokens where they are known."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import urllib.request
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from tests import deployment
+from tests.deployment import Cli, Deployment, counter, eventually, get
+from tests.engines import environment
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+
+READY_S = 400.0
+TOKENS = 1200
+
+
+def options() -> Sequence[str]:
+    return deployment.sets(
+        {
+            "engine.venv": environment.vllm_venv(),
+            "model.path": environment.tiny_model_folder(),
+            "frontend.port": 0,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    cli = Cli(tmp_path_factory.mktemp("home"))
+    recipe = deployment.RECIPES / "tiny-vllm-cpu.yaml"
+    with deployment.up(cli, recipe, *options(), "--timeout", "380", timeout_s=READY_S) as running:
+        yield running
+
+
+def stream(where: Deployment, path: str, body: dict[str, Any], kill_after: int = 0) -> list[dict[str, Any]]:
+    """The events of a stream, [DONE] last; the engine that serves it is killed after so many of them."""
+    data = json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}}).encode()
+    request = urllib.request.Request(where.url + path, data, {"content-type": "application/json"})
+    events: list[dict[str, Any]] = []
+    pids = {row["id"]: row["engine_pid"] for row in where.workers("aggregated")}
+    with urllib.request.urlopen(request, timeout=300) as answer:
+        worker = answer.headers["x-dynctl-workers"]
+        for line in answer:
+            told = line.decode().strip()
+            if not told:
+                continue
+            if told == "data: [DONE]":
+                assert answer.read().strip() == b""
+                return events
+            events.append(json.loads(told.removeprefix("data: ")))
+            if len(events) == kill_after:
+                os.kill(pids[worker], signal.SIGKILL)
+    raise AssertionError(f"the stream ended without [DONE], with {events[-1]}")
+
+
+def usage(events: list[dict[str, Any]]) -> tuple[int, int]:
+    told = events[-1]["usage"]
+    return told["prompt_tokens"], told["completion_tokens"]
+
+
+def finishes(events: list[dict[str, Any]]) -> list[str]:
+    choices = [choice for event in events for choice in event["choices"]]
+    return [choice["finish_reason"] for choice in choices if choice["finish_reason"]]
+
+
+def said(events: list[dict[str, Any]]) -> tuple[str, list[int]]:
+    """Text and token ids."""
+    choices = [choice for event in events for choice in event["choices"]]
+    return "".join(c["text"] for c in choices), [token for c in choices for token in c["token_ids"]]
+
+
+def migrations(where: Deployment) -> int:
+    metrics = get(where.url + "/metrics")
+    name = "dynctl_frontend_model_migration_total"
+    return int(counter(metrics, name, migration_type="ongoing_request"))
+
+
+def both_ready(where: Deployment) -> bool:
+    return all(row["ready"] for row in where.workers("aggregated"))
+
+
+def test_a_completion_goes_on_with_the_very_same_tokens(served: Deployment) -> None:
+    rng = random.Random(5)
+    body = {
+        "model": "tiny",
+        "prompt": [rng.randrange(10, 1000) for _ in range(100)],
+        "max_tokens": TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
+    whole = stream(served, "/v1/completions", body)
+    got = stream(served, "/v1/completions", body, kill_after=30)
+    assert migrations(served) == 1
+    assert said(got) == said(whole)
+    assert finishes(got) == finishes(whole) == ["length"]
+    assert usage(got) == usage(whole) == (100, TOKENS)
+    assert len({event["id"] for event in got}) == 1
+    assert eventually(lambda: both_ready(served), within_s=300)
+
+
+def test_a_chat_goes_on_and_its_usage_is_one(served: Deployment) -> None:
+    body = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "tell me a story"}],
+        "max_tokens": TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+    }
+    whole = stream(served, "/v1/chat/completions", body)
+    before = migrations(served)
+    got = stream(served, "/v1/chat/completions", body, kill_after=30)
+    assert migrations(served) == before + 1
+    texts = [
+        "".join(choice["delta"].get("content") or "" for event in events for choice in event["choices"])
+        for events in (whole, got)
+    ]
+    # The text of random weights is not cut into the same tokens again, so it may go on otherwise.
+    assert texts[1][:30] == texts[0][:30]
+    assert sum("role" in choice["delta"] for event in got for choice in event["choices"]) == 1
+    assert finishes(got) == ["length"]
+    assert usage(got)[0] == usage(whole)[0]
+    assert abs(usage(got)[1] - TOKENS) <= 3
+    assert eventually(lambda: both_ready(served), within_s=300)
