@@ -84,9 +84,13 @@ class BootstrapRoom:
         return _linked(request, link)
 
     def handoff(self, answer: Json, now_s: float) -> Handoff:
-        """Nothing to hand over; an error of the prefill leg is the request's, its sibling must be cut."""
+        """Nothing to hand over; a leg that failed or was aborted ends the request's: decode waits in vain."""
         if "error" in answer or answer.get("object") == "error":
             raise EngineFailed(f"prefill answered with an error: {str(answer)[:300]}")
+        choices = answer.get("choices")
+        for choice in choices if isinstance(choices, list) else []:
+            if isinstance(choice, dict) and choice.get("finish_reason") == "abort":
+                raise EngineFailed("prefill aborted the request")
         return Handoff(params={}, expires_at_s=inf)
 
     def decode_body(self, request: Json, handoff: Handoff | None, link: Json) -> Json:

@@ -205,7 +205,8 @@ class TestSglang:
 
     def test_prefill_answer_is_dropped_but_for_errors(self) -> None:
         assert self.contract.handoff({"choices": []}, 0.0) == Handoff(params={}, expires_at_s=inf)
-        for answer in ({"error": {"message": "x"}}, {"object": "error", "message": "x"}):
+        aborted = {"choices": [{"finish_reason": None}, {"finish_reason": "abort"}]}
+        for answer in ({"error": {"message": "x"}}, {"object": "error", "message": "x"}, aborted):
             with pytest.raises(EngineFailed):
                 self.contract.handoff(answer, 0.0)
 
