@@ -95,6 +95,7 @@ def test_a_renewed_certificate_is_served_after_sighup_and_a_bad_one_is_not(cli: 
         def der(file: Path) -> bytes:
             return ssl.PEM_cert_to_DER_cert(file.read_text())
 
+        assert cli.json("chat", "Hello", "--max-tokens", "4", "--name", deployment.name)["content"]
         assert served() == der(cert)
         before = der(cert)
         cert.write_bytes(renewed.read_bytes())
