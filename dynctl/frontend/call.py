@@ -13,6 +13,7 @@ from dynctl.frontend.accounts import Account
 from dynctl.frontend.admission import Models, asked_tokens, check_context
 from dynctl.frontend.body import Body
 from dynctl.frontend.hints import NO_HINTS, Hints
+from dynctl.frontend.upload import Upload, is_form
 from dynctl.http.server import Request
 from dynctl.observability.tracing import Trace
 
@@ -25,11 +26,15 @@ _PASSED_ON = (b"accept",)
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One engine path: the label it has in metrics, and whether it generates from a prompt known here."""
+    """One engine path: the label it has in metrics, and whether it generates from a prompt known here.
+
+    `takes_files`: its body may be a form (multipart/form-data) in place of JSON.
+    """
 
     path: str
     label: str
     kind: Kind = "other"
+    takes_files: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +67,21 @@ class Form:
     asked: int | None
 
 
-def read_form(endpoint: Endpoint, data: bytes, models: Models, owned_fields: frozenset[str]) -> Form:
-    """Read a body. Raises RequestError naming the field at fault, ModelNotFound, ContextTooLong.
+def read_body(endpoint: Endpoint, request: Request) -> Body:
+    """A request's body: JSON, or a form with files where the endpoint takes one. Raises RequestError."""
+    content_type = request.header(b"content-type") if endpoint.takes_files else None
+    if content_type is not None and is_form(content_type):
+        return Upload.read(request.body, content_type)
+    return Body.parse(request.body)
+
+
+def read_form(endpoint: Endpoint, given: Body, models: Models, owned_fields: frozenset[str]) -> Form:
+    """Check a body. Raises RequestError naming the field at fault, ModelNotFound, ContextTooLong.
 
     Token ids, and messages, of which there are more than tokens fit are refused before they are decoded:
     megabytes of them take seconds.
     """
-    body = Body.parse(data).without(owned_fields)
+    body = given.without(owned_fields)
     model = body.get("model", str)
     if model is None:
         if endpoint.kind != "other":
@@ -104,7 +117,7 @@ def engine_headers(
     request: Request, id_: bytes, own: Headers, *, pass_key: bool
 ) -> tuple[tuple[bytes, bytes], ...]:
     """`own`, and what of the client's headers the engine is to see: its key only where nobody here asks for
-    one, neither this frontend nor the engine (then `own` holds that).
+    one, neither this frontend nor the engine (then `own` holds that). Bodies are JSON unless said otherwise.
     """
     passed = (*_PASSED_ON, b"authorization") if pass_key else _PASSED_ON
     return ((b"x-request-id", id_), *own, *(pair for pair in request.headers if pair[0] in passed))

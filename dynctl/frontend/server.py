@@ -15,11 +15,12 @@ from dynctl.errors import DynctlError, Overloaded, RequestError, TransportError
 from dynctl.frontend.accounts import Accounts
 from dynctl.frontend.admission import Models
 from dynctl.frontend.body import excerpt
-from dynctl.frontend.call import Call, Endpoint, Headers, engine_headers, read_form, request_id
+from dynctl.frontend.call import Call, Endpoint, Headers, engine_headers, read_body, read_form, request_id
 from dynctl.frontend.hints import read_hints
 from dynctl.frontend.keys import ApiKey, ApiKeys
 from dynctl.frontend.pipeline import Pipeline, error_type_of
 from dynctl.frontend.thresholds import Thresholds, check_may_change
+from dynctl.frontend.upload import Upload
 from dynctl.http.server import Exchange, Request
 from dynctl.observability.metrics import CONTENT_TYPE, Metrics
 from dynctl.observability.tracing import Trace, Tracing
@@ -93,6 +94,11 @@ _ENDPOINTS = (
     Endpoint("/score", "score"),
     Endpoint("/classify", "classify"),
     Endpoint("/pooling", "pooling"),
+    Endpoint("/v1/audio/transcriptions", "audio_transcriptions", takes_files=True),
+    Endpoint("/v1/audio/translations", "audio_translations", takes_files=True),
+    Endpoint("/v1/audio/speech", "audio_speech"),
+    Endpoint("/v1/images/generations", "images_generations"),
+    Endpoint("/v1/images/edits", "images_edits", takes_files=True),
     Endpoint("/tokenize", "tokenize"),
     Endpoint("/detokenize", "detokenize"),
 )
@@ -241,8 +247,11 @@ class Routes:
 
     def _call(self, key: str, endpoint: Endpoint, request: Request, id_: bytes, trace: Trace) -> Call:
         edge = self._edge
-        form = read_form(endpoint, request.body, edge.models, edge.owned_fields)
+        form = read_form(endpoint, read_body(endpoint, request), edge.models, edge.owned_fields)
         hints = read_hints(request.headers, form.body)
+        own = edge.engine_headers
+        if isinstance(form.body, Upload):
+            own = (*own, (b"content-type", form.body.content_type))
         return Call(
             endpoint=endpoint,
             body=form.body.without(_HINT_FIELDS),
@@ -250,7 +259,7 @@ class Routes:
             stream=form.stream,
             asked=form.asked,
             request_id=id_,
-            headers=engine_headers(request, id_, edge.engine_headers, pass_key=edge.passes_keys),
+            headers=engine_headers(request, id_, own, pass_key=edge.passes_keys),
             account=edge.accounts.open(form.model, endpoint.label, stream=form.stream),
             trace=trace,
             hints=hints,

@@ -65,7 +65,9 @@ class Leg:
 
     def all_headers(self) -> list[tuple[bytes, bytes]]:
         """The client's headers that are passed on, and the rank where the engine has several."""
-        headers = [*self.headers, (b"content-type", b"application/json")]
+        headers = list(self.headers)
+        if not any(name == b"content-type" for name, _ in headers):
+            headers.append((b"content-type", b"application/json"))
         if self.choice.instance.dp_size > 1:
             headers.append((b"x-data-parallel-rank", b"%d" % self.choice.rank))
         return headers

@@ -14,6 +14,7 @@ from dynctl.engines.kv_dialect import decode
 from dynctl.engines.trtllm_kv import PollReader
 from dynctl.errors import CodecError, DynctlError, EngineFailed
 from dynctl.frontend.admission import Models
+from dynctl.frontend.body import Body
 from dynctl.frontend.call import Endpoint, read_form
 from dynctl.frontend.refusal import openai_error
 from dynctl.frontend.stream import as_events, is_refusal, output_tokens
@@ -194,7 +195,8 @@ BODIES = st.one_of(
 )
 def test_a_clients_body_is_a_request_or_an_error_that_is_told(data: bytes, endpoint: Endpoint) -> None:
     try:
-        form = read_form(endpoint, data, Models(ModelCard(name="m", max_model_len=8)), frozenset({"secret"}))
+        body = Body.parse(data)
+        form = read_form(endpoint, body, Models(ModelCard(name="m", max_model_len=8)), frozenset({"secret"}))
         msgspec.json.encode(form.body.opened())
     except DynctlError:
         return
