@@ -182,3 +182,15 @@ async def test_a_key_with_too_many_requests_is_a_429_and_its_next_one_is_served_
     assert 'api_key_rejections_total{key="team"} 1.0' in text
     assert "right" not in text
     assert digest not in text
+
+
+async def test_what_a_client_says_of_its_priority_and_what_its_prompt_is_reach_the_queue() -> None:
+    busy = BusySpec(decode_blocks=0.0)
+    async with frontend(make_spec(busy=busy), aggregated=[Engine()]) as front:
+        tell_load(front, 50)
+        one = ask(front, "urgent", **{"x-dynctl-priority": "60"})
+        await waiting(front, 1)
+        (place,) = front.core.gate._turns
+        assert place.ask.priority == 60
+        front.core.gate.thresholds = BusySpec()
+        assert (await one).status == 200
