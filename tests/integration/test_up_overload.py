@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -38,6 +40,25 @@ def ask(url: str, number: int, tokens: int = 8) -> tuple[int, str]:
         return answer.status, answer.headers.get("retry-after", "")
     finally:
         connection.close()
+
+
+def stream(url: str, number: int, tokens: int) -> tuple[int, int, str]:
+    """Status, completion tokens by the usage, and why it ended, of one streamed completion."""
+    parts = urlsplit(url)
+    assert parts.hostname is not None
+    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=60)
+    body = {"model": "tiny", "prompt": f"{number} {PROMPT}", "max_tokens": tokens, "stream": True}
+    body["stream_options"] = {"include_usage": True}
+    try:
+        connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
+        answer = connection.getresponse()
+        lines = [line.removeprefix(b"data: ") for line in answer.read().split(b"\n\n") if line]
+    finally:
+        connection.close()
+    events = [json.loads(line) for line in lines if line != b"[DONE]"]
+    finishes = [choice["finish_reason"] for event in events for choice in event.get("choices", [])]
+    usage: dict[str, int] = next((event["usage"] for event in events if event.get("usage")), {})
+    return answer.status, usage.get("completion_tokens", 0), next(filter(None, finishes), "")
 
 
 def engine_urls(deployment: Deployment) -> list[str]:
@@ -98,3 +119,22 @@ def test_an_engine_that_is_healthy_and_generates_nothing_gets_no_requests(cli: C
         assert [ask(deployment.url, number)[0] for number in range(12)] == [200] * 12
         post(f"{engine}/mock/faults", b'{"hang": false}')
         assert eventually(lambda: "silent" not in states()), states()
+
+
+def test_streams_of_a_worker_that_stops_go_on_elsewhere_after_its_deadline(cli: Cli) -> None:
+    """Not a word is lost: the sidecar has left the registry before its engine aborts what still runs."""
+    options = {"frontend.port": 0, "engine.drain_timeout": "1s", "engine.args.speedup": 0.5}
+    with up(cli, QUICKSTART, *sets(options)) as deployment, ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(stream, deployment.url, number, 400) for number in range(8)]
+        metrics = f"{deployment.url}/metrics"
+        assert eventually(
+            lambda: counter(get(metrics), "dynctl_frontend_time_to_first_token_seconds_count") == 8
+        )
+        worker = deployment.workers("aggregated")[0]
+        os.kill(int(worker["pid"]), signal.SIGTERM)
+        told = [one.result() for one in asked]
+        text = get(metrics)
+    assert [status for status, _, _ in told] == [200] * 8
+    assert [finish for _, _, finish in told] == ["length"] * 8
+    assert [tokens for _, tokens, _ in told] == [400] * 8
+    assert counter(text, "dynctl_frontend_model_migration_total", migration_type="ongoing_request") >= 1
