@@ -93,7 +93,7 @@ class ChatTemplate:
             self.wraps_parts = _loops_over_content(environment.parse(source))
         except jinja2.TemplateError as error:
             raise Unrenderable("template_broken", str(error)) from error
-        self._special_tokens = dict(special_tokens)
+        self._always = {**self._template.globals, **special_tokens}
 
     def render(self, body: Body, messages: Sequence[Message]) -> str:
         """The prompt text. Raises Unrenderable; RequestError for fields of a wrong type."""
@@ -106,7 +106,7 @@ class ChatTemplate:
     def _render(self, body: Body, messages: Sequence[Message]) -> str:
         conversation = [_message(message, self.wraps_parts) for message in messages]
         variables: dict[str, Any] = {
-            **self._special_tokens,
+            **self._always,
             "messages": conversation,
             "tools": _tools(body),
             "documents": body.get("documents", list),
@@ -117,7 +117,8 @@ class ChatTemplate:
         if effort is not None:
             variables.setdefault("reasoning_effort", effort)
         try:
-            text = self._template.render(variables)
+            context = self._template.new_context(variables, shared=True)
+            text = "".join(self._template.root_render_func(context))
         except _TEMPLATE_ERRORS as error:
             # A template is the model owner's program: what it raises on odd messages is its word.
             raise Unrenderable("template_error", str(error)) from error
