@@ -273,7 +273,7 @@ class Pipeline:
         answer.go_on(move)
         attempt.moves += 1
         attempt.waits_until_s = time.monotonic() + PATIENCE_S
-        attempt.attempts = Attempts(self._parts.rng, failed=failure.failed)
+        attempt.attempts = Attempts(self._parts.rng, failed=failure.failed, suspects=failure.suspects)
         attempt.call = rest
         attempt.prompt = await self._prompt(rest)
         return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from tests.integration.frontend_harness import (
     hangs,
     in_turn,
     make_spec,
+    status,
 )
 from tests.integration.mocker_process import MockerProcess, mocker
 from tests.unit import toy_engine as toy
@@ -217,6 +219,46 @@ async def test_a_client_that_leaves_during_a_migration_leaves_nothing_behind() -
     assert 'outcome="cancelled"' in text
 
 
+async def test_a_rest_that_prefill_alone_has_said_ends_the_stream() -> None:
+    """A context-first engine answers whole when nothing is left to generate."""
+    whole = toy.read(b"".join(toy.serve(COMPLETION)))
+
+    async def prefills(engine: Engine, request: Request, exchange: Exchange) -> None:
+        said = json.loads(request.body)["prompt"].removeprefix("P:")
+        choice: dict[str, Any] = {"index": 0, "text": "", "finish_reason": "length"}
+        choice["disaggregated_params"] = {"ctx_request_id": len(engine.requests)}
+        if said:
+            choice = {"index": 0, "text": whole.text[len(said) :], "finish_reason": "stop"}
+        answer = {"object": "text_completion", "choices": [choice], "prompt_token_ids": [1]}
+        exchange.respond(200, json.dumps(answer).encode())
+
+    async def decodes(engine: Engine, request: Request, exchange: Exchange) -> None:
+        exchange.start(200, [(b"content-type", b"text/event-stream")], framing="chunked")
+        for event in toy.serve(COMPLETION)[:4]:
+            exchange.write(event)
+            await asyncio.sleep(0.001)
+        exchange.on_disconnect = None
+        exchange.abort()
+
+    spec = make_spec(backend="trtllm", roles={"prefill": 1, "decode": 1})
+    async with frontend(spec, prefill=[Engine(prefills)], decode=[Engine(decodes), Engine(decodes)]) as front:
+        got = await read(front, COMPLETION)
+        await front.idle()
+    assert (got.text, got.finishes, got.dones, got.errors) == (whole.text, ["stop"], 1, 0)
+
+
+@pytest.mark.parametrize(("code", "error_type"), [(400, "engine"), (503, "unavailable")])
+async def test_a_worker_that_will_not_go_on_ends_the_stream_with_an_error(code: int, error_type: str) -> None:
+    engine = Engine(in_turn(says(4), status(code)))
+    async with frontend(make_spec(), aggregated=[engine]) as front:
+        got = await read(front, COMPLETION)
+        text = await front.metrics()
+        await front.idle()
+    assert (got.errors, got.dones) == (1, 0)
+    assert f'error_type="{error_type}"' in text
+    assert 'outcome="failure"' in text
+
+
 MOCK_CHAT = {
     "model": "m",
     "messages": [
@@ -266,7 +308,13 @@ async def busy(processes: list[MockerProcess]) -> MockerProcess:
 
 
 async def read_killing(
-    front: Front, path: str, body: dict[str, Any], processes: list[MockerProcess], after: tuple[int, ...]
+    front: Front,
+    path: str,
+    body: dict[str, Any],
+    processes: list[MockerProcess],
+    after: tuple[int, ...],
+    *,
+    hard: bool = True,
 ) -> toy.Answer:
     """Read a stream; each time so many events were read, the process that serves it is killed."""
     payload, left = b"", list(after)
@@ -276,7 +324,7 @@ async def read_killing(
         if left and payload.count(b"\n\n") >= left[0]:
             left.pop(0)
             process = await busy(processes)
-            process.process.kill()
+            process.process.send_signal(signal.SIGKILL if hard else signal.SIGTERM)
             await process.process.wait()
     assert not left
     return toy.read(payload)
@@ -307,6 +355,18 @@ async def test_killed_decode_workers_mean_a_new_prefill_and_the_same_text(
         state = await processes["prefill"][0].get("/mock/state")
     check_mocked(got, whole)
     assert state["inflight"] == 0
+
+
+@pytest.mark.parametrize(("path", "body"), MOCKED)
+async def test_an_engine_that_ends_in_good_order_hands_its_streams_on(
+    path: str, body: dict[str, Any]
+) -> None:
+    """On SIGTERM, vLLM without a drain time aborts what runs: `finish_reason` "abort" in mid-stream."""
+    async with mocked(aggregated=2) as (front, processes):
+        group = processes["aggregated"]
+        whole = await group[0].post(path, body)
+        got = await read_killing(front, path, body, group, (10,), hard=False)
+    check_mocked(got, whole)
 
 
 def check_mocked(got: toy.Answer, whole: dict[str, Any]) -> None:
