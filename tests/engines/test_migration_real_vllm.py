@@ -129,4 +129,3 @@ def test_a_chat_goes_on_and_its_usage_is_one(served: Deployment) -> None:
     assert finishes(got) == ["length"]
     assert usage(got)[0] == usage(whole)[0]
     assert abs(usage(got)[1] - TOKENS) <= 3
-    assert eventually(lambda: both_ready(served), within_s=300)

@@ -248,7 +248,10 @@ async def test_a_rest_that_prefill_alone_has_said_ends_the_stream() -> None:
 
 
 @pytest.mark.parametrize(("code", "error_type"), [(400, "engine"), (503, "unavailable")])
-async def test_a_worker_that_will_not_go_on_ends_the_stream_with_an_error(code: int, error_type: str) -> None:
+async def test_a_worker_that_will_not_go_on_ends_the_stream_with_an_error(
+    code: int, error_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dynctl.frontend.pipeline.PATIENCE_S", 0.5)
     engine = Engine(in_turn(says(4), status(code)))
     async with frontend(make_spec(), aggregated=[engine]) as front:
         got = await read(front, COMPLETION)
