@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from random import Random
 
-from dynctl.errors import DynctlError
+from dynctl.errors import ConnectFailed, DynctlError
 
 MAX_ATTEMPTS = 3
+MAX_UNSENT = 10
+"""Of attempts that never reached an engine: many may have died at once. One that did may have killed it."""
 FIRST_PAUSE_S = 0.02
 LONGEST_PAUSE_S = 1.0
 
@@ -70,6 +72,7 @@ class Attempts:
     rng: Random
     limit: int = MAX_ATTEMPTS
     made: int = 0
+    unsent: int = 0
     failed: frozenset[str] = frozenset()
     suspects: frozenset[str] = frozenset()
     last: DynctlError | None = field(default=None)
@@ -77,16 +80,18 @@ class Attempts:
     def note(self, failure: AttemptFailed) -> float | None:
         """Take a failure over; seconds to wait before the next attempt, None when there is to be none.
 
-        The wait doubles with each attempt and is drawn between half of it and the whole, so that requests
-        that failed together do not come back together.
+        There are `limit` attempts, and `MAX_UNSENT` that reached no engine. The wait doubles with each and is
+        drawn between half of it and the whole, so that requests that failed together do not come back so.
         """
-        self.made += 1
+        unsent = isinstance(failure.cause, ConnectFailed)
+        self.unsent += unsent
+        self.made += not unsent
         self.last = failure.cause
         self.failed |= failure.failed
         self.suspects |= failure.suspects
-        if self.made >= self.limit:
+        if self.made >= self.limit or self.unsent >= MAX_UNSENT:
             return None
-        whole = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** (self.made - 1))
+        whole = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** (self.made + self.unsent - 1))
         return whole * self.rng.uniform(0.5, 1.0)
 
     def exclusions(self, shunned: frozenset[str]) -> list[frozenset[str]]:

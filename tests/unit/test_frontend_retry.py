@@ -2,10 +2,11 @@ from __future__ import annotations
 
 from random import Random
 
-from dynctl.errors import EngineFailed
+from dynctl.errors import ConnectFailed, EngineFailed
 from dynctl.frontend.retry import (
     FIRST_PAUSE_S,
     MAX_ATTEMPTS,
+    MAX_UNSENT,
     RETRIES_PER_S,
     RETRY_RESERVE,
     RETRY_SHARE,
@@ -29,6 +30,14 @@ def test_pauses_double_are_jittered_and_end() -> None:
         column = [row[number] for row in pauses]
         assert all(whole / 2 <= pause <= whole for pause in column)
         assert len(set(column)) > 1
+
+
+def test_workers_found_dead_leave_the_attempts_at_living_ones() -> None:
+    attempts = Attempts(Random(0))
+    gone = AttemptFailed(ConnectFailed("refused"))
+    assert all(attempts.note(gone) is not None for _ in range(MAX_UNSENT - 1))
+    assert attempts.note(AttemptFailed(BAD)) is not None
+    assert attempts.note(gone) is None
 
 
 def test_failed_workers_stay_out_suspects_and_shunned_only_while_there_are_others() -> None:
