@@ -69,6 +69,7 @@ class Sglang:
     client_fields = LINK_FIELDS | {"routed_dp_rank", "data_parallel_rank"}
     step_tokens = ("chunked-prefill-size", 0)
     key_variable = ""
+    """Its key can be kept from the command line by --config, but it prints all its arguments in its log."""
     continuation = CONTINUES_MESSAGE
     transfers: Mapping[str, PrefillDecode] = dict.fromkeys(BACKENDS, BootstrapRoom())
     naming: Naming | None = NAMING
