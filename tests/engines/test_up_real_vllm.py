@@ -103,11 +103,16 @@ def test_decode_equals_aggregated_with_all_prompt_tokens_transferred(
     rng = random.Random(2)
     prompts = [prompt(rng) for _ in range(5)]
     alone = [complete(aggregated, tokens) for tokens in prompts]
+    metrics = disaggregated.workers("decode")[0]["url"] + "/metrics"
+    before = get(metrics)
     apart = [complete(disaggregated, tokens) for tokens in prompts]
     assert apart == alone
-    decode = get(disaggregated.workers("decode")[0]["url"] + "/metrics")
-    assert counter(decode, BY_SOURCE, source="external_kv_transfer") == sum(map(len, prompts))
-    assert counter(decode, BY_SOURCE, source="local_compute") == 0
+    after = get(metrics)
+    moved, computed = (
+        counter(after, BY_SOURCE, source=source) - counter(before, BY_SOURCE, source=source)
+        for source in ("external_kv_transfer", "local_compute")
+    )
+    assert (moved, computed) == (sum(map(len, prompts)), 0)
 
 
 def test_client_cannot_reach_the_transfer_parameters(disaggregated: Deployment) -> None:
