@@ -14,6 +14,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import islice
 
 from dynctl.protocol.kv_events import KvEvent, Removed, Stored, Tier
@@ -23,6 +24,7 @@ SlotKey = tuple[str, int]
 
 DEFAULT_LIMIT = 8_000_000
 EVICTED_AT_ONCE = 1024
+_STRIDE = 32
 _OWN_TIER: tuple[Tier, ...] = ("G1",)
 
 
@@ -135,27 +137,32 @@ class Index:
         Keys that hold not even the first block are left out. `keys` None = all.
         """
         alive = self._live if keys is None else self._bits(keys)
+        lookup = self._lookup(tiers)
         depths: dict[SlotKey, int] = {}
-        last: int | None = 0
-        for depth, mask in enumerate(map(self._lookup(tiers), hashes)):
-            if mask == last and depth:
+        last: int | None = -1
+        for start in range(0, len(hashes), _STRIDE):
+            masks = list(map(lookup, hashes[start : start + _STRIDE]))
+            if masks.count(last) == len(masks):
                 continue
-            last = mask
-            still = alive & mask if mask is not None else 0
-            if still != alive:
-                if depth:
-                    self._settle(depths, alive & ~still, depth)
-                alive = still
-                if not still:
-                    break
+            for depth, mask in enumerate(masks, start):
+                if mask == last:
+                    continue
+                last = mask
+                still = alive & mask if mask is not None else 0
+                if still != alive:
+                    if depth:
+                        self._settle(depths, alive & ~still, depth)
+                    alive = still
+                    if not still:
+                        return depths
         if hashes:
             self._settle(depths, alive, len(hashes))
         return depths
 
     @property
-    def tiers(self) -> tuple[Tier, ...]:
-        """Those in which any block is held."""
-        return tuple(sorted(tier for tier, masks in self._masks.items() if masks))
+    def tiered(self) -> bool:
+        """Whether blocks are, or were, held in other tiers than G1."""
+        return len(self._masks) > 1
 
     def _lookup(self, tiers: Sequence[Tier]) -> Callable[[int], int | None]:
         """Who holds a hash in any of `tiers`."""
@@ -174,10 +181,8 @@ class Index:
     def _settle(self, depths: dict[SlotKey, int], bits: int, depth: int) -> None:
         """Note `depth` for each slot of `bits`."""
         slots = self._by_number
-        while bits:
-            low = bits & -bits
-            bits ^= low
-            depths[slots[low.bit_length() - 1].key] = depth
+        for number in places_of(bits):
+            depths[slots[number].key] = depth
 
     def _bits(self, keys: Iterable[SlotKey]) -> int:
         bits = 0
@@ -217,6 +222,17 @@ class Index:
         self._by_number[number : number + 1] = [slot]
         self._live |= slot.bit
         return slot
+
+
+@lru_cache(maxsize=1024)
+def places_of(mask: int) -> tuple[int, ...]:
+    """The numbers of the bits that are set, from low to high: the same sets come again and again."""
+    places = []
+    while mask:
+        low = mask & -mask
+        mask ^= low
+        places.append(low.bit_length() - 1)
+    return tuple(places)
 
 
 def _clear(masks: dict[int, int], h: int, bit: int) -> None:

@@ -39,39 +39,59 @@ class Demand:
     decodes: bool = True
 
 
-class Standing(NamedTuple):
-    """A worker: its load, blocks of the prompt cached there (weighed by tier), blocks of the request in use
-    there already, tokens that loading what the request needs is worth.
+class Standings(NamedTuple):
+    """The workers, one entry for each: its load, blocks of the prompt cached there (weighed by tier), blocks
+    of the request in use there already, tokens that loading what the request needs is worth (None = 0 for
+    all).
     """
 
-    load: RankLoad
-    cached: float = 0.0
-    shared: int = 0
-    extra_tokens: int = 0
+    loads: Sequence[RankLoad]
+    cached: Sequence[float]
+    shared: Sequence[int]
+    extra_tokens: Sequence[int] | None = None
 
 
-def costs(spec: RouterSpec, demand: Demand, standings: Sequence[Standing]) -> list[float]:
-    """The cost in blocks on each of the workers that `standings` describe, in their order.
+def costs(spec: RouterSpec, demand: Demand, workers: Standings) -> list[float]:
+    """The cost in blocks on each of the workers, in their order.
 
     Requests of others that wait there have unknown prompts: each counts as long as this one.
     """
-    prompt, size = demand.prompt_tokens, demand.block_size
-    totals = [0.0] * len(standings)
+    prompt, loads = demand.prompt_tokens, workers.loads
+    totals = [0.0] * len(loads)
     if demand.prefills:
-        queued = [one.prefill_tokens + one.others_waiting * prompt for one, _, _, _ in standings]
-        credit, decay, least = spec.overlap_credit, spec.overlap_decay / max(1, prompt), min(queued)
-        scale = spec.prefill_load_scale
-        totals = [
-            scale * ((tokens + prompt + extra) / size - cached * credit / (1.0 + decay * (tokens - least)))
-            for tokens, (_, cached, _, extra) in zip(queued, standings, strict=True)
-        ]
+        queued = [load.prefill_tokens + load.others_waiting * prompt for load in loads]
+        least = min(queued)
+        if workers.extra_tokens is not None:
+            queued = [tokens + extra for tokens, extra in zip(queued, workers.extra_tokens, strict=True)]
+        totals = _prefill(spec, demand, queued, workers.cached, least)
     if demand.decodes:
         blocks, weight = demand.blocks, spec.decode_request_weight
         totals = [
-            total + load.blocks + blocks - shared + weight * load.requests
-            for total, (load, _, shared, _) in zip(totals, standings, strict=True)
+            total + load.blocks + (blocks - shared)
+            for total, load, shared in zip(totals, loads, workers.shared, strict=True)
         ]
+        if weight:
+            totals = [total + weight * load.requests for total, load in zip(totals, loads, strict=True)]
     return totals
+
+
+def _prefill(
+    spec: RouterSpec, demand: Demand, queued: Sequence[int], cached: Sequence[float], least: int
+) -> list[float]:
+    """The prefill part. `queued`: tokens to compute before this prompt; `least` of them anywhere."""
+    scale, credit = spec.prefill_load_scale, spec.overlap_credit
+    per_token, prompt = scale / demand.block_size, demand.prompt_tokens
+    if not spec.overlap_decay:
+        credit *= scale
+        return [
+            (tokens + prompt) * per_token - credit * blocks
+            for tokens, blocks in zip(queued, cached, strict=True)
+        ]
+    decay = spec.overlap_decay / max(1, prompt)
+    return [
+        (tokens + prompt) * per_token - scale * credit / (1.0 + decay * (tokens - least)) * blocks
+        for tokens, blocks in zip(queued, cached, strict=True)
+    ]
 
 
 def pick(prices: Sequence[float], temperature: float, rng: Random) -> int:

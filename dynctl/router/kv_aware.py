@@ -11,7 +11,7 @@ from dynctl.kv.index import Index
 from dynctl.protocol.specs import RouterSpec
 from dynctl.router.active import Footprint
 from dynctl.router.approximate import Recent
-from dynctl.router.cost import Demand, Standing, costs, pick
+from dynctl.router.cost import Demand, Standings, costs, pick
 from dynctl.router.guard import crowded
 from dynctl.router.modes import loaded
 from dynctl.router.request import Candidate, Picked, RouteRequest, Weighed, unhashed
@@ -70,10 +70,8 @@ class KvAware:
         demand = Demand(request.prompt_tokens, request.blocks(size), size, prefills, request.decodes)
         held = self._holdings(request.hashes if prefills else None, candidates)
         extra = self._spec.adapter_load_tokens if request.adapter else 0
-        standings = [
-            Standing(one.load, credit, shared, 0 if not extra or one.has(request.adapter) else extra)
-            for one, credit, shared in zip(candidates, held.credits, held.running, strict=True)
-        ]
+        loading = [0 if one.has(request.adapter) else extra for one in candidates] if extra else None
+        standings = Standings(loads, held.credits, held.running, loading)
         return Weighed(costs(self._spec, demand, standings), held.overlaps, out)
 
     def took(self, request: RouteRequest, picked: Picked) -> None:
@@ -96,7 +94,12 @@ class KvAware:
         here = known.running.depths(hashes)
         running = [here[one.load.place] for one in candidates]
         told = known.index.match(hashes)
-        device = [max(told.get(one.key, 0), depth) for one, depth in zip(candidates, running, strict=True)]
+        device = running
+        if told:
+            device = [
+                depth if (seen := told.get(one.key, 0)) < depth else seen
+                for one, depth in zip(candidates, running, strict=True)
+            ]
         recent = known.recent.depths(hashes, known.clock())
         if recent is not None:
             of_bytes = hashes[0] >= OF_BYTES
@@ -105,7 +108,7 @@ class KvAware:
                 max(depth, recent[place]) if place >= 0 else depth
                 for place, depth in zip(places, device, strict=True)
             ]
-        if len(known.index.tiers) < 2:
+        if not known.index.tiered:
             return _Holdings(device, device, running)
         return self._with_tiers(hashes, candidates, device, running)
 

@@ -13,7 +13,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import repeat
 
+from dynctl.kv.index import places_of
+
 _STRIDE = 16
+_NOWHERE = repeat(0)
 
 
 class SharedBlocks:
@@ -52,8 +55,7 @@ class SharedBlocks:
         while held and depth < len(hashes):
             end = min(depth + _STRIDE, len(hashes))
             if get(hashes[end - 1], 0) != held:
-                for i in range(depth, end):
-                    mask = get(hashes[i], 0)
+                for i, mask in enumerate(map(get, hashes[depth:end], _NOWHERE), depth):
                     if mask != held:
                         _note(found, held & ~mask, i)
                         held &= mask
@@ -118,7 +120,5 @@ def _first(hashes: Sequence[int], start: int, absent: Callable[[int], bool]) -> 
 
 
 def _note(found: list[int], places: int, depth: int) -> None:
-    while places:
-        low = places & -places
-        places ^= low
-        found[low.bit_length() - 1] = depth
+    for place in places_of(places):
+        found[place] = depth

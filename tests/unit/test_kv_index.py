@@ -152,3 +152,73 @@ def test_index_equals_sets_per_worker(
     assert not index.sweep(10**6)
     everything = {h for tiers in naive.held.values() for h in tiers["G1"]}
     assert set(index._masks["G1"]) == everything, "hashes that nobody holds take no memory"
+
+
+def test_oldest_blocks_are_forgotten_beyond_the_limit() -> None:
+    index = Index(limit=8)
+    index.apply(A, Stored([1, 2, 3, 4, 5, 6, 7, 8]))
+    index.apply(B, Stored([1]))
+    index.apply(A, Stored([9]))
+    assert index.match([1]) == {}
+    assert index.match([2, 3]) == {A: 2}
+    assert (len(index), index.evicted) == (8, 1)
+    index.apply(A, Removed([1]))
+    assert index.stats() == {A: 8, B: 0}
+
+
+def test_limit_counts_all_tiers_and_the_largest_gives() -> None:
+    index = Index(limit=8)
+    index.apply(A, Stored([1, 2], "G1"))
+    index.apply(A, Stored([11, 12, 13, 14, 15, 16], "G2"))
+    index.apply(A, Stored([3], "G1"))
+    assert index.match([1, 2, 3]) == {A: 3}
+    assert index.match([11], tiers=("G2",)) == {}
+    assert len(index) == 8
+
+
+def test_touched_blocks_stay_when_the_index_is_nearly_full_only() -> None:
+    index = Index(limit=8)
+    index.apply(A, Stored([1, 2, 3]))
+    index.touch([1])
+    assert list(index._masks["G1"]) == [1, 2, 3]
+    index.apply(A, Stored([4, 5, 6, 7, 8]))
+    index.touch([1, 99])
+    index.apply(A, Stored([9]))
+    assert index.match([1]) == {A: 1}
+    assert index.match([2]) == {}
+
+
+def test_blocks_of_a_forgotten_worker_make_room_too() -> None:
+    index = Index(limit=8)
+    index.apply(A, Stored(list(range(8))))
+    index.reset(A)
+    index.apply(B, Stored([100, 101]))
+    assert not index.sweep(100)
+    assert (len(index), index.match([100, 101])) == (2, {B: 2})
+
+
+@given(
+    st.lists(STEPS, max_size=25),
+    st.lists(st.lists(st.integers(1, 8), max_size=8, unique=True), min_size=1, max_size=4),
+    st.integers(1, 10),
+)
+def test_bounded_index_never_holds_more_nor_what_is_not_there(
+    steps: list[tuple[SlotKey, KvEvent] | int | str], prompts: list[list[int]], limit: int
+) -> None:
+    index, naive = Index(limit), Naive()
+    for step in steps:
+        if isinstance(step, int):
+            index.sweep(step)
+        elif isinstance(step, str):
+            index.remove_worker(step)
+            naive.remove_worker(step)
+        else:
+            index.apply(*step)
+            naive.apply(*step)
+        assert len(index) <= limit
+        for prompt in prompts:
+            true = naive.match(prompt, "G1")
+            assert all(depth <= true.get(key, 0) for key, depth in index.match(prompt).items())
+    assert not index.sweep(10**6)
+    held = sum(count for tier in ("G1", "G2") for count in index.stats(tier).values())
+    assert held == sum(mask.bit_count() for masks in index._masks.values() for mask in masks.values())

@@ -8,7 +8,7 @@ import pytest
 from dynctl.protocol.instances import Role
 from dynctl.protocol.specs import RouterSpec
 from dynctl.router.active import Footprint, RankLoad
-from dynctl.router.cost import Demand, Standing, costs, pick
+from dynctl.router.cost import Demand, Standings, costs, pick
 from dynctl.router.shared import SharedBlocks
 
 SIZE = 16
@@ -31,7 +31,7 @@ def price(
     spec: RouterSpec = PLAIN,
 ) -> float:
     demand = Demand(10 * SIZE, 10, SIZE, role != "decode", role != "prefill")
-    return costs(spec, demand, [Standing(load, overlap, shared)])[0]
+    return costs(spec, demand, Standings([load], [overlap], [shared]))[0]
 
 
 def test_cost_is_prefill_left_to_do_plus_blocks_in_use() -> None:
@@ -62,13 +62,13 @@ def test_credit_decays_with_load_beyond_the_least_loaded() -> None:
     spec = RouterSpec(overlap_credit=1.0, prefill_load_scale=1.0, overlap_decay=1.0)
     demand = Demand(10 * SIZE, 10, SIZE, True, False)
     busy, idle = loaded(prefill_tokens=10 * SIZE), loaded()
-    assert costs(spec, demand, [Standing(busy, 8), Standing(idle, 8)]) == [20 - 8 / 2, 10 - 8]
+    assert costs(spec, demand, Standings([busy, idle], [8, 8], [0, 0])) == [20 - 8 / 2, 10 - 8]
 
 
 def test_loading_an_adapter_costs_its_tokens() -> None:
     demand = Demand(10 * SIZE, 10, SIZE, True, False)
-    standings = [Standing(loaded(), extra_tokens=3 * SIZE), Standing(loaded())]
-    assert costs(PLAIN, demand, standings) == [13, 10]
+    workers = Standings([loaded(), loaded()], [0, 0], [0, 0], [3 * SIZE, 0])
+    assert costs(PLAIN, demand, workers) == [13, 10]
 
 
 def test_weights_scale_their_parts() -> None:
