@@ -275,14 +275,15 @@ class Frontend(Section):
         list[ApiKey],
         BeforeValidator(_api_keys, json_schema_input_type=str | ApiKey | list[str | ApiKey]),
     ] = Field(default_factory=list)
-    """Keys that clients must send, one or a list: the key itself, env:NAME, file:PATH, sha256:HEX, or more.
-    """
+    """Keys that clients must send, one or a list: the key itself, env:NAME, file:PATH, sha256:HEX, or more."""
     admission: Admission = Field(default_factory=Admission)
     """When workers count as busy; changed while running at /busy_threshold."""
     tls: Tls | None = None
     """Serve HTTPS."""
     metrics_prefix: Literal["dynctl", "dynamo"] = "dynctl"
     """What the names in /metrics begin with; `dynamo`: dashboards made for NVIDIA Dynamo work as they are."""
+    coalesce: Duration = 0.002
+    """How long tokens may wait to be sent on together, once there are thousands a second; 0: never."""
     tokenizer_cache: Size = 128 * 1024 * 1024
     """Memory for the tokens of what prompts begin with; 0: every prompt is tokenised anew."""
     tracing: Tracing | None = None
