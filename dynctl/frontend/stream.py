@@ -41,7 +41,7 @@ _REFUSED = re.compile(
     rb'data: ?\{\s*"error": ?[^n\s]|data: ?\{\s*"object": ?"error"|"finish_reason": ?"abort"'
 )
 _CLIENTS_FAULT = re.compile(rb'"code": ?"?4\d\d\b')
-_FINISHED = re.compile(rb'data: ?\[DONE\]|"finish_reason": ?"')
+_FINISHED = re.compile(rb'data: ?\[DONE\]|"finish_reason": ?"|data: ?\{\s*"error": ?[^n\s]')
 _ABORTED = re.compile(rb'"finish_reason": ?"abort"')
 _OPENING = re.compile(rb'"role": ?"assistant", ?"content": ?""')
 _USAGE = re.compile(rb'"completion_tokens": ?(\d+)')

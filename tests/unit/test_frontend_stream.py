@@ -8,7 +8,7 @@ import pytest
 from dynctl.errors import EngineFailed
 from dynctl.frontend.accounts import Accounts
 from dynctl.frontend.stream import Relay, Ways, as_events, is_refusal, output_tokens
-from dynctl.http.framing import LAST_CHUNK, frame_chunk
+from dynctl.http.framing import LAST_CHUNK, Framing, frame_chunk
 from dynctl.observability.metrics import Metrics
 
 
@@ -191,3 +191,135 @@ def test_a_whole_text_answer_as_a_stream() -> None:
     for broken in (b"{", b"{}", b'{"choices": [1]}', b"[]"):
         with pytest.raises(EngineFailed):
             as_events(broken, usage=False)
+
+
+# --- what is kept for another worker to go on from
+
+
+class Kept(Setup):
+    """A relay whose stream could go on elsewhere."""
+
+    def __init__(self, framing: Framing = "chunked", *, room: bool = True) -> None:
+        super().__init__()
+        self.kept: list[bytes] = []
+        self.room = room
+        ways = Ways(
+            head=lambda: self.client.calls.append("head"),
+            first_token=lambda: self.client.calls.append("first"),
+            give_up=lambda: self.client.calls.append("give up"),
+        )
+        self.relay = Relay(self.client, self.account, ways, self, framing)  # type: ignore[arg-type]
+
+    def keep(self, pieces: list[bytes]) -> bool:
+        self.kept += pieces
+        return self.room
+
+
+def said(text: str, finish: str | None = None) -> bytes:
+    return event({"choices": [{"index": 0, "text": text, "finish_reason": finish}]})
+
+
+def test_half_an_event_is_held_back_until_it_is_whole() -> None:
+    test = Kept()
+    whole = said("a") + said("b") + said("c")
+    test.relay.feed(said("a") + said("b")[:9])
+    assert test.client.written == [said("a")]
+    test.relay.feed(said("b")[9:] + said("c")[:30])
+    test.relay.feed(said("c")[30:])
+    assert b"".join(test.client.written) == whole == b"".join(test.relay.pieces)
+    test.relay.feed(said("d"))
+    assert test.client.written[-1] == said("d")
+    assert test.relay.kept
+    assert test.relay.events == 4
+
+
+def test_breaking_off_inside_a_held_event_still_tells_the_client() -> None:
+    test = Kept()
+    test.relay.feed(said("a") + said("b")[:9])
+    test.relay.break_off(b'{"error":{}}')
+    assert test.client.written == [said("a"), frame_chunk(b'data: {"error":{}}\n\n') + LAST_CHUNK]
+
+
+@pytest.mark.parametrize("framing", ["chunked", "close"])
+def test_events_before_an_abort_reach_the_client_and_it_does_not(framing: Framing) -> None:
+    def sent(*events: bytes) -> bytes:
+        return b"".join(frame_chunk(e) if framing == "chunked" else e for e in events)
+
+    a, b = (b'data: {"choices":[{"text":"%b","finish_reason":null}]}\n\n' % x for x in (b"a", b"b"))
+    abort = b'data: {"choices":[{"text":"","finish_reason":"abort"}]}\n\n'
+    test = Kept(framing)
+    test.relay.feed(sent(a))
+    test.relay.feed(sent(b + abort))
+    test.relay.feed(sent(b))
+    assert b"".join(test.client.written) == sent(a) + sent(b)
+    assert "abort" in test.relay.refusal
+    assert test.client.calls[-1] == "give up"
+
+
+def test_an_error_that_is_the_clients_own_is_the_answer() -> None:
+    test = Kept()
+    test.relay.feed(said("a"))
+    test.relay.feed(event({"error": {"message": "no", "code": 400}}))
+    assert not test.relay.refusal
+    assert not test.relay.ended_early
+    assert len(test.client.written) == 2
+    test = Kept()
+    test.relay.feed(said("a"))
+    test.relay.feed(event({"error": {"message": "dead", "code": 500}}))
+    assert test.relay.refusal
+
+
+def test_a_stream_without_its_finish_has_ended_early() -> None:
+    test = Kept()
+    assert test.relay.ended_early
+    test.relay.feed(said("a"))
+    test.relay.feed(LAST_CHUNK)
+    assert test.relay.ended_early
+    assert test.client.written == [said("a")]
+    test = Kept()
+    for data in (said("a", "stop"), frame_chunk(b"data: [DONE]\n\n") + LAST_CHUNK):
+        test.relay.feed(data)
+    assert not test.relay.ended_early
+    test.relay.complete()
+    assert b"".join(test.client.written).endswith(b"[DONE]\n\n\r\n" + LAST_CHUNK)
+
+
+def test_events_that_end_by_crlf_are_events() -> None:
+    test = Kept()
+    one = frame_chunk(b'data: {"choices":[{"finish_reason":null}]}\r\n\r\n')
+    test.relay.feed(one)
+    test.relay.feed(one[:5])
+    test.relay.feed(one[5:])
+    assert test.client.written == [one, one]
+
+
+def test_a_stream_whose_events_have_no_end_is_passed_on_and_kept_no_more() -> None:
+    test = Kept()
+    test.relay.feed(said("a"))
+    test.relay.feed(b"8000\r\n" + b"x" * 20_000)
+    test.relay.feed(b"y")
+    assert not test.relay.kept
+    assert test.client.written[-1] == b"y"
+    test.relay.break_off(b"{}")
+    assert test.client.calls[-1] == "abort"
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_what_is_kept_is_handed_over_in_portions_until_it_is_too_much(room: bool) -> None:
+    test = Kept(room=room)
+    for number in range(3000):
+        test.relay.feed(said(str(number)))
+    assert test.relay.kept is room
+    assert len(test.relay.pieces) < 1030
+    if room:
+        assert test.kept + list(test.relay.pieces) == test.client.written
+    test.relay.count_tokens()
+    assert test.account.output_tokens == 3000
+
+
+def test_a_body_of_known_length_is_cut_when_it_breaks() -> None:
+    test = Kept("length")
+    test.relay.feed(b"data: {}\n\n")
+    assert not test.relay.kept
+    test.relay.break_off(b"{}")
+    assert test.client.calls[-1] == "abort"
