@@ -120,6 +120,7 @@ def frontend_command(site: Site, index: int, host: Host, ports: Mapping[str, int
         tls_key=recipe.frontend.tls.key if recipe.frontend.tls else "",
         metrics_prefix=recipe.frontend.metrics_prefix,
         tokenizer_cache_bytes=recipe.frontend.tokenizer_cache,
+        coalesce_s=recipe.frontend.coalesce,
         tracing=_tracing(recipe),
         sync_timeout_s=recipe.frontend.sync_timeout,
         drain_timeout_s=recipe.engine.drain_timeout,

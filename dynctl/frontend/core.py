@@ -78,6 +78,7 @@ class Core:
             self.router, _prompt_roles(spec), spec.router.queue, spec.busy, self.metrics, spec.model.name
         )
         self._client = Client()
+        self._client.readers.rest_s = spec.coalesce_s
         self._upstream = Upstream(self._client, spec.limits, self.metrics)
         self._preprocessor = (
             Preprocessor(spec.model, self.metrics, spec.tokenizer_cache_bytes)

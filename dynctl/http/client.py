@@ -76,6 +76,7 @@ class Client:
     `max_idle`: idle connections kept per origin; `idle_expiry_s` stays below the servers' own (uvicorn: 5 s).
     `body_bytes` bounds the whole answers of `request`, `header_bytes` every answer's head. `resend` false:
     requests must not reach a server twice, so a kept connection that dies unanswered is PeerLost at once.
+    `readers` are how long bodies are read.
     """
 
     def __init__(

@@ -17,6 +17,8 @@ from typing import Final
 logger = logging.getLogger(__name__)
 
 READ_BYTES: Final = 64 * 1024
+BUSY_READS_S: Final = 2000.0
+_RATE_S: Final = 0.05
 _EDGE: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
 
 
@@ -60,19 +62,30 @@ def delay_acknowledgements(own: socket.socket) -> None:
 class Readers:
     """Sockets of which each is reported by a call when bytes, the end or an error are there to be read.
 
-    A report comes once for all that is there: its taker reads until there is less than it asked for.
+    A report comes once for all that is there: its taker reads until there is less than it asked for. While
+    there are more than `BUSY_READS_S` a second, all are looked at every `rest_s` seconds instead of each at
+    once: what came meanwhile is read together. 0 = never.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
+        self.rest_s = 0.0
         self._ready: dict[int, Callable[[], None]] = {}
         self._epoll: select.epoll | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._reads = 0
+        self._since = 0.0
+
+    @property
+    def resting(self) -> bool:
+        """Whether it looks from time to time only."""
+        return self._timer is not None
 
     def add(self, own: socket.socket, ready: Callable[[], None]) -> None:
         """Report `own` by `ready()`; soon, when there is something already."""
         if self._epoll is None:
             self._epoll = select.epoll()
-            self._loop.add_reader(self._epoll.fileno(), self._report)
+            self._loop.add_reader(self._epoll.fileno(), self._at_once)
         self._ready[own.fileno()] = ready
         self._epoll.register(own, _EDGE)
 
@@ -84,15 +97,46 @@ class Readers:
     def close(self) -> None:
         """Report nothing any more."""
         self._ready.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         if self._epoll is not None:
             self._loop.remove_reader(self._epoll.fileno())
             self._epoll.close()
             self._epoll = None
 
+    def _at_once(self) -> None:
+        self._report()
+        if self.rest_s and self._epoll is not None and self._rate() > BUSY_READS_S:
+            self._loop.remove_reader(self._epoll.fileno())
+            self._timer = self._loop.call_later(self.rest_s, self._rested)
+
+    def _rested(self) -> None:
+        self._timer = None
+        self._report()
+        if self._epoll is None:
+            return
+        if self._rate() < BUSY_READS_S / 4:
+            self._loop.add_reader(self._epoll.fileno(), self._at_once)
+        else:
+            self._timer = self._loop.call_later(self.rest_s, self._rested)
+
+    def _rate(self) -> float:
+        """Reads a second, over the last `_RATE_S`; before that has passed, neither much nor little."""
+        now = self._loop.time()
+        passed = now - self._since
+        if passed < _RATE_S:
+            return BUSY_READS_S
+        rate = self._reads / passed
+        self._since, self._reads = now, 0
+        return rate
+
     def _report(self) -> None:
         assert self._epoll is not None
         ready_of = self._ready.get
-        for fd, _ in self._epoll.poll(0):
+        reported = self._epoll.poll(0)
+        self._reads += len(reported)
+        for fd, _ in reported:
             ready = ready_of(fd)
             if ready is None:
                 continue

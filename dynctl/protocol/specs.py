@@ -230,6 +230,7 @@ class FrontendSpec(msgspec.Struct, frozen=True, kw_only=True):
     tls_key: str = ""
     metrics_prefix: str = "dynctl"
     tokenizer_cache_bytes: int = 128 * 1024 * 1024
+    coalesce_s: float = 0.002
     tracing: TracingSpec = TracingSpec()
     sync_timeout_s: float = 10.0
     drain_timeout_s: float = 30.0

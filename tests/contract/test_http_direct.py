@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from dynctl.errors import PeerLost
+from dynctl.http import direct
 from dynctl.http.client import Client, Stream
 from dynctl.http.framing import LAST_CHUNK, frame_chunk
 from dynctl.http.relay import relay
@@ -178,6 +179,30 @@ async def test_a_long_body_rests_while_paused_and_loses_nothing() -> None:
         assert b"".join(sink.taken) == b"".join(tokens()) + frame_chunk(b"".join(tail)) + LAST_CHUNK
 
     await with_stream(script, use)
+
+
+@on_uvloop
+async def test_very_many_pieces_are_read_from_time_to_time_and_few_at_once() -> None:
+    sink = Pieces()
+    script = one_by_one(sink, CHUNKED, tokens(3_000), lambda writer: None)
+    async with scripted(script) as port, client() as one:
+        one.readers.rest_s = 0.001
+        stream = await one.open(here(port), "GET", "/x", timeouts=TIMEOUTS)
+        relaying = asyncio.create_task(stream.relay(sink))
+        for rate in (direct.BUSY_READS_S * 2, direct.BUSY_READS_S / 2):
+            one.readers._rate = lambda rate=rate: rate  # type: ignore[method-assign,misc]
+            await until(lambda: one.readers.resting)
+            taken = len(sink.taken)
+            await until(lambda taken=taken: len(sink.taken) > taken + 5)  # type: ignore[misc]
+            assert one.readers.resting
+        one.readers._rate = lambda: 0.0  # type: ignore[method-assign]
+        await until(lambda: not one.readers.resting)
+        taken = len(sink.taken)
+        await until(lambda: len(sink.taken) > taken + 5)
+        stream.abort()
+        with pytest.raises(PeerLost):
+            await relaying
+    assert b"".join(tokens(3_000)).startswith(b"".join(sink.taken))
 
 
 @on_uvloop
