@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 FIRST_VIEW_S = 1.0
 VIEW_S = 5.0
 LEAVE_S = 1.0
+IDLE_S = 1.0
 LIST_S = 2.0
 
 
@@ -154,7 +155,9 @@ class Frontend:
         self.core.drain()
         if self._registrar is not None and not self._ending.superseded:
             await self._registrar.set_state("draining", LEAVE_S)
-        left = await asyncio.gather(*(one.drain(self._spec.drain_timeout_s) for one in self._servers))
+        # Where others serve on, no client need notice: also not one that was about to send a request here.
+        drain_s, idle_s = self._spec.drain_timeout_s, IDLE_S if self._spec.own_port else 0.0
+        left = await asyncio.gather(*(one.drain(drain_s, idle_s) for one in self._servers))
         if any(left):
             logger.warning("frontend.drain_incomplete requests=%d", sum(left))
         for server in self._servers:

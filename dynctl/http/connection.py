@@ -33,6 +33,8 @@ class Owner(Protocol):
     loop: asyncio.AbstractEventLoop
     limits: Limits
     draining: bool
+    idle_s: float
+    """How long a connection may wait for its next request; 0 = it is closed after its answer."""
 
     def opened(self, connection: ServerConnection) -> bool: ...
 
@@ -173,7 +175,7 @@ class ServerConnection(asyncio.Protocol):
         self._exchange = None
         if self._transport is None:
             return
-        if not keep_alive or self._owner.draining:
+        if not keep_alive or not self._owner.idle_s:
             self._close_gracefully()
         elif not self.write_paused:
             self._await_request()
@@ -215,6 +217,13 @@ class ServerConnection(asyncio.Protocol):
                 HeadError(408, "request_timeout", f"the request's {self._stage} did not come in time")
             )
 
+    def wind_up(self) -> None:
+        """The server's end has begun: an idle connection is closed, at once or after the owner's `idle_s`."""
+        if not self._owner.idle_s:
+            self.close_idle()
+        elif not self._lingering:
+            self.deadline = min(self.deadline, self.loop.time() + self._owner.idle_s)
+
     def close_idle(self) -> None:
         """Close once what was written has been sent; for a connection that no request is using."""
         if self._transport is not None:
@@ -240,7 +249,7 @@ class ServerConnection(asyncio.Protocol):
 
     def _await_request(self) -> None:
         self._stage = "idle"
-        self.deadline = self.loop.time() + self._owner.limits.idle_timeout_s
+        self.deadline = self.loop.time() + self._owner.idle_s
         if self._read_paused:
             self._read_paused = False
             self._pause_reading(False)

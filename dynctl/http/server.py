@@ -44,6 +44,7 @@ class Server:
         self.loop = asyncio.get_running_loop()
         self._sweeper = Sweeper(self.loop, self._look)
         self.limits = limits
+        self.idle_s = limits.idle_timeout_s
         self.on_refused: Callable[[str], None] | None = None
         self.draining = False
         self.port = 0
@@ -65,12 +66,22 @@ class Server:
             self._listener.close()
             self._listener = None
 
-    async def drain(self, deadline_s: float) -> int:
-        """Stop accepting, let requests finish, and give back how many had not when the deadline passed."""
+    async def drain(self, deadline_s: float, idle_s: float = 0.0) -> int:
+        """Stop accepting, let requests finish, and give back how many had not when the deadline passed.
+
+        A connection without a request is closed after `idle_s`: what a client that could not know of the end
+        was about to send on it is answered, with word that it was the last.
+        """
         self.stop_accepting()
+        self.idle_s = idle_s
         for connection in [one for one in self._connections if not one.busy]:
-            connection.close_idle()
-        if self._busy():
+            connection.wind_up()
+        if idle_s and self._connections:
+            self._sweeper.ensure(idle_s / 4)
+            self._emptied = self.loop.create_future()
+            await asyncio.wait([self._emptied], timeout=deadline_s)
+            self._emptied = None
+        elif self._busy():
             self._settled = self.loop.create_future()
             await asyncio.wait([self._settled], timeout=deadline_s)
             self._settled = None

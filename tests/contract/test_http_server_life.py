@@ -59,6 +59,39 @@ async def test_drain_lets_requests_finish_and_closes_the_rest() -> None:
 
 
 @on_uvloop
+async def test_a_patient_drain_answers_what_clients_were_about_to_send() -> None:
+    release = asyncio.Event()
+
+    async def handler(request: Request, exchange: Exchange) -> None:
+        exchange.start(200, [], framing="chunked")
+        exchange.write(b"a")
+        await release.wait()
+        exchange.end()
+
+    async with served(handler) as server:
+        idle, silent, busy = [await Wire.to(server.port) for _ in range(3)]
+        busy.send(GET)
+        status, headers = await busy.head()
+        assert (status, b"connection" in headers) == (200, False)
+        draining = asyncio.create_task(server.drain(10, idle_s=0.3))
+        await until(lambda: server.draining)
+        release.set()
+        idle.send(GET)
+        status, headers = await idle.head()
+        assert (status, headers[b"connection"]) == (200, b"close")
+        assert await idle.rest() == b"1\r\na\r\n0\r\n\r\n"
+        await busy.reader.readuntil(b"0\r\n\r\n")
+        busy.send(GET)
+        status, headers = await busy.head()
+        assert (status, headers[b"connection"]) == (200, b"close"), "its last answer had not said so"
+        await busy.rest()
+        assert await silent.rest() == b""
+        assert await draining == 0
+        for wire in (idle, silent, busy):
+            await wire.close()
+
+
+@on_uvloop
 async def test_close_cancels_handlers_and_cuts_connections() -> None:
     cancelled: list[bool] = []
 

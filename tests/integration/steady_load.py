@@ -78,15 +78,17 @@ async def _connection(load: Load, client: Client) -> None:
         reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
     try:
         async with asyncio.timeout(DEADLINE_S):
-            health = json.loads(await _exchange(reader, writer, "GET", "/health", b""))
+            body, closes = await _exchange(reader, writer, "GET", "/health", b"")
+        health = json.loads(body)
         client.at = str(health["frontend"])
         for number in range(REQUESTS_A_CONNECTION):
-            if load.ending:
+            if load.ending or closes:
                 return
             prompt = f"client {client.number} says {number % 3} " + "word " * 40
-            body = {"model": "tiny", "prompt": prompt, "max_tokens": 8, "stream": True}
+            asked = {"model": "tiny", "prompt": prompt, "max_tokens": 8, "stream": True}
             async with asyncio.timeout(DEADLINE_S):
-                answer = await _exchange(reader, writer, "POST", "/v1/completions", json.dumps(body).encode())
+                text = json.dumps(asked).encode()
+                answer, closes = await _exchange(reader, writer, "POST", "/v1/completions", text)
             if answer.endswith(b"data: [DONE]\n\n") and answer.count(b'"text"') >= 8:
                 load.done[client.at] += 1
             else:
@@ -97,17 +99,21 @@ async def _connection(load: Load, client: Client) -> None:
 
 async def _exchange(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, method: str, path: str, body: bytes
-) -> bytes:
-    """The body of the answer. Raises EOFError or OSError when the connection breaks before its end."""
+) -> tuple[bytes, bool]:
+    """The body of the answer, and whether it is the connection's last one.
+
+    Raises EOFError or OSError when the connection breaks before its end.
+    """
     head = f"{method} {path} HTTP/1.1\r\nhost: test\r\ncontent-type: application/json\r\n"
     writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
     await writer.drain()
     told = (await reader.readuntil(b"\r\n\r\n")).lower()
+    closes = b"connection: close" in told
     if b"transfer-encoding: chunked" not in told:
         length = int(told.partition(b"content-length:")[2].split(b"\r\n")[0])
-        return await reader.readexactly(length)
+        return await reader.readexactly(length), closes
     found = b""
     while size := int(await reader.readuntil(b"\r\n"), 16):
         found += (await reader.readexactly(size + 2))[:-2]
     await reader.readexactly(2)
-    return found
+    return found, closes
