@@ -35,6 +35,8 @@ _LAST_PIECES = 4
 _KEPT_PIECES = 1024
 """Pieces kept as they are, about as many tokens, before the keeper takes them."""
 _TAIL_BYTES = 96
+_LESSONS = 8
+"""How many events are looked at for how they end, before it is taken to differ from token to token."""
 _NO_FINISH = re.compile(rb'"finish_reason": ?null[^\n]*\s*\Z')
 _FIRST_END = re.compile(rb"\n\n|\r\n\r\n")
 _REFUSED = re.compile(
@@ -92,6 +94,7 @@ class Relay:
         "_itl",
         "_keeper",
         "_last_s",
+        "_lessons",
         "_rest",
         "_usual",
         "_ways",
@@ -116,6 +119,7 @@ class Relay:
         self._framing = framing
         self._end = _EVENT_END
         self._usual = _NEVER
+        self._lessons = _LESSONS
         self._held = self._rest = b""
         self._last_s = 0.0
         self.pieces: list[bytes] | deque[bytes] = deque(maxlen=_LAST_PIECES)
@@ -169,15 +173,22 @@ class Relay:
 
     def _whole(self, data: bytes) -> bytes:
         """What can go to the client: all up to the last event's end, and no refusal. Holds back the rest."""
-        data, self._rest = self._rest + data, b""
         if self._keeper is None:
+            return data
+        if self._rest:
+            data, self._rest = self._rest + data, b""
+        if data.endswith(self._end) and b'"abort"' not in data and b'"error"' not in data:
+            if self._lessons:
+                self._lessons -= 1
+                self._usual = _tail(data)
             return data
         cut = data.rfind(self._end) + len(self._end) if self._end in data else 0
         if len(data) - cut > _FIRST_EVENT_BYTES:
             self._keep_no_more()
             return data
         whole, self._rest = data[:cut], data[cut:]
-        self._usual = _NEVER if self._rest else _tail(whole)
+        self._usual = _NEVER
+        self._lessons = _LESSONS
         if b'"abort"' in whole or b'"error"' in whole:
             return self._before_refusal(whole)
         return whole
