@@ -122,6 +122,26 @@ async def test_busy_and_failing_engines_are_replaced_before_the_first_byte(
     assert len(engines[0].requests) >= 1
 
 
+async def test_a_whole_answer_lost_half_way_is_asked_for_elsewhere() -> None:
+    async def dies_half_way(engine: Engine, request: Request, exchange: Exchange) -> None:
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"1000")]
+        exchange.start(200, headers, framing="raw")
+        exchange.write(b'{"choices": [{"text": "ha')
+        await asyncio.sleep(0.01)
+        exchange.on_disconnect = None
+        exchange.abort()
+
+    engines = [Engine(dies_half_way), Engine()]
+    async with frontend(make_spec(), aggregated=engines) as front:
+        for _ in range(2):
+            response = await front.post("/v1/completions", COMPLETION)
+            assert json.loads(response.body)["choices"][0]["text"] == "abc"
+        text = await front.metrics()
+        await front.idle()
+    assert len(engines[0].requests) >= 1
+    assert 'model_migration_total{migration_type="new_request",model="m"}' in text
+
+
 async def test_attempts_are_bounded_and_the_last_failure_is_told() -> None:
     engines = [Engine(status(500)) for _ in range(5)]
     async with frontend(make_spec(), aggregated=engines) as front:
