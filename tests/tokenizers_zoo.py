@@ -211,10 +211,9 @@ CUT_AT_WORDS = frozenset(
         "mistral_like",
         "gemma_like",
         "compatibility_forms",
-        "greedy_added_tokens",
     )
 )
-"""Of these it can be shown that a space between letters is a safe place."""
+"""Of these it can be shown that a space after another character is a safe place."""
 
 
 @cache

@@ -5,10 +5,10 @@ Two kinds of places are known to be safe:
 - *Before an added token* (`<|im_end|>`): the library splits a text at these before all else, and treats what
   lies between them apart. Used are tokens whose first character is in no added token but as its first, so
   that each occurrence is one.
-- *Before a space between two letters*, for tokenizers where it can be shown from their files: the normaliser
-  works character by character, no pre-tokeniser sees across (`patterns`), and either no entry of a BPE
-  vocabulary holds a letter directly before a space, so that no merge can cross, or the words are separated
-  anyway.
+- *Before a space that no space is before*, for tokenizers where it can be shown from their files: the
+  normaliser works character by character, no pre-tokeniser sees across (`patterns`), and either no entry of a
+  BPE vocabulary holds another character directly before a space, so that no merge can cross, or the words
+  are separated anyway.
 
 A tokenizer of which less can be shown gets fewer places, at worst none.
 """
@@ -30,7 +30,8 @@ _NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase")
 _UNTOUCHED = ("Digits", "Punctuation")
 _BYTE_SPACE = "Ġ"  # how byte-level tokenizers write a space
 _BYTES_BELOW_80 = r"\x00-\x7f\u0100-\u0121"  # and the rest of ASCII
-_SPACED = re.compile(r"(?:^|[^\W\d_]) (?:$|[^\W\d_])")
+_ENDS_IN_SPACE = re.compile(r"\S\s")
+_ASCII, _ANY = "[!-~]", r"\S"
 
 
 class AddedToken(msgspec.Struct):
@@ -65,18 +66,22 @@ class Layout(msgspec.Struct):
 class Cuts:
     """The places of one tokenizer. `pattern` finds one; None = a text is never cut.
 
-    Pieces have at least `least_chars` - 1 characters; at least 2.
+    Pieces have at least `least_chars` - 1 characters; at least 2. `before`: the characters after which a
+    space is a place, `space` finds such spaces; None = none is.
     """
 
-    def __init__(self, pattern: re.Pattern[str] | None, least_chars: int = CHUNK_CHARS) -> None:
+    def __init__(
+        self, pattern: re.Pattern[str] | None, least_chars: int = CHUNK_CHARS, before: str = ""
+    ) -> None:
         self._pattern = pattern
         self._least_chars = least_chars
+        self.space = re.compile(f" (?<={before} )") if before else None
 
     def next(self, text: str, start: int) -> int:
         """The end of the piece that begins at `start`: a place far enough on, or the text's end.
 
-        It depends on nothing before `start` and but two characters after the place: texts that begin alike
-        are cut alike.
+        It depends on nothing before `start`, and but on a few characters after the place: texts that begin
+        alike are cut alike.
         """
         if self._pattern is None or len(text) - start <= self._least_chars:
             return len(text)
@@ -97,10 +102,10 @@ def cuts_of(tokenizer_json: bytes, least_chars: int = CHUNK_CHARS) -> Cuts:
     openers = _openers(layout.added_tokens)
     marked = _any_of(sorted(t.content for t in layout.added_tokens if t.content[:1] in openers))
     parts = [f"({marked})"] if marked else []
-    letter = _letter_before_space(layout)
-    if letter:
-        parts.append(f"{letter} (?={letter})")
-    return Cuts(re.compile("|".join(parts)) if parts else None, least_chars)
+    before = _before_space(layout)
+    if before:
+        parts.append(f"{before} ")
+    return Cuts(re.compile("|".join(parts)) if parts else None, least_chars, before)
 
 
 def _openers(tokens: Sequence[AddedToken]) -> frozenset[str]:
@@ -122,9 +127,9 @@ def _any_of(words: Iterable[str]) -> str:
     return branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})" if branches else ""
 
 
-def _letter_before_space(layout: Layout) -> str:
-    """The class of letters between which a space is a safe place, "" when it is not."""
-    if any(_touches_words(token) for token in layout.added_tokens):
+def _before_space(layout: Layout) -> str:
+    """The class of characters after which a space is a safe place, "" when it is not."""
+    if any(_reaches_over(token) for token in layout.added_tokens):
         return ""
     replaced = _replaced_space(layout.normalizer)
     found = None if replaced is None else _pre_tokenized(layout.pre_tokenizer, replaced)
@@ -132,18 +137,16 @@ def _letter_before_space(layout: Layout) -> str:
         return ""
     space, separates = found
     if separates:
-        return r"[^\W\d_]"
+        return _ANY
     model = layout.model
     if model.type != "BPE" or model.continuing_subword_prefix or model.end_of_word_suffix:
         return ""
-    return _letter_by_vocabulary(msgspec.json.decode(model.vocab, type=dict[str, int]), space)
+    return _by_vocabulary(msgspec.json.decode(model.vocab, type=dict[str, int]), space)
 
 
-def _touches_words(token: AddedToken) -> bool:
-    """Whether an added token could take part in a space between letters, or reach for it."""
-    content = unicodedata.normalize("NFKC", token.content)
-    reaches = token.lstrip or token.rstrip or token.single_word
-    return bool(_SPACED.search(content)) or (reaches and any(c.isalnum() for c in content[:1] + content[-1:]))
+def _reaches_over(token: AddedToken) -> bool:
+    """Whether an added token can take a space together with what is before it."""
+    return token.rstrip or bool(_ENDS_IN_SPACE.search(unicodedata.normalize("NFKC", token.content)))
 
 
 def _replaced_space(normalizer: Mapping[str, Any] | None) -> str | None:
@@ -193,13 +196,13 @@ def _splits_safely(step: Mapping[str, Any], space: str) -> bool:
     return space == " " and (keeps or drops_gaps) and keeps_apart(str(pattern.get("Regex", "(")))
 
 
-def _letter_by_vocabulary(vocabulary: Iterable[str], space: str) -> str:
+def _by_vocabulary(vocabulary: Iterable[str], space: str) -> str:
     entries = set(vocabulary)
     if space not in entries:
         return ""
     mark = re.escape(space)
     joined = "\n".join(entry for entry in entries if space in entry[1:])
-    if re.search(f"[A-Za-z]{mark}", joined):
+    if re.search(f"{_ASCII}{mark}", joined):
         return ""
-    others = f"[^\\n{_BYTES_BELOW_80}]{mark}" if space == _BYTE_SPACE else f"[^\\n{mark}]{mark}"
-    return "[A-Za-z]" if re.search(others, joined) else r"[^\W\d_]"
+    others = f"[^\\n{_BYTES_BELOW_80}]{mark}" if space == _BYTE_SPACE else f"[^\\s{mark}]{mark}"
+    return _ASCII if re.search(others, joined) else _ANY

@@ -1,9 +1,9 @@
-"""What a pre-tokeniser's regular expression can do with a space between two letters. Pure.
+"""What a pre-tokeniser's regular expression can do with a space that follows something else. Pure.
 
-Asked of a pattern: for a text "…a b…" (letter, space, letter), are the matches in it those of "…a" followed
-by those of " b…"? They are when no match holds a letter directly before a space, and nothing looks past that
-place in a way that tells a space from the text's end. Read are the parts of Oniguruma's language that
-published tokenizers use; whatever is not understood counts as "no".
+Asked of a pattern: for a text "…a …" (any character that is no space, then a space), are the matches in it
+those of "…a" followed by those of " …"? They are when no match holds such a character directly before a
+space, and nothing looks past that place in a way that tells a space from the text's end. Read are the parts
+of Oniguruma's language that published tokenizers use; whatever is not understood counts as "no".
 """
 
 from __future__ import annotations
@@ -12,29 +12,35 @@ import string
 from dataclasses import dataclass
 
 OTHER = "\x80"
-"""Stands for every character outside ASCII that is no space: letters, and the marks that go with them."""
+"""Stands for every character outside printable ASCII that is no white space."""
 _LETTERS = frozenset(string.ascii_letters)
-_WORDS = _LETTERS | {OTHER}
+_DIGITS = frozenset(string.digits)
+_SYMBOLS = frozenset("$+<=>^`|~")
+_MARKS = frozenset(string.punctuation) - _SYMBOLS
+_PRINTED = _LETTERS | _DIGITS | _SYMBOLS | _MARKS
+_WORDS = _PRINTED | {OTHER}
 _SPACE = frozenset(" ")
 _ALL = _WORDS | _SPACE
 _NONE: frozenset[str] = frozenset()
-_EXACT_PROPERTIES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
-    "L": (_WORDS, _LETTERS),
-    "Lu": (_WORDS - set(string.ascii_lowercase), frozenset(string.ascii_uppercase)),
-    "Ll": (_WORDS - set(string.ascii_uppercase), frozenset(string.ascii_lowercase)),
-    "Z": (_SPACE, _SPACE),
-    "Zs": (_SPACE, _SPACE),
+_OTHER = frozenset(OTHER)
+_PROPERTIES = {
+    "L": _LETTERS,
+    "Lu": frozenset(string.ascii_uppercase),
+    "Ll": frozenset(string.ascii_lowercase),
+    "N": _DIGITS,
+    "Nd": _DIGITS,
+    "P": _MARKS,
+    "S": _SYMBOLS,
+    **dict.fromkeys(("Lt", "Lm", "Lo", "M", "Mn", "Mc", "Nl", "No", "So", "Han"), _NONE),
 }
-_WITHOUT_ASCII_LETTERS = frozenset(
-    ("Lt", "Lm", "Lo", "M", "Mn", "Mc", "N", "Nd", "Nl", "No", "P", "S", "Sm", "Sc", "Sk", "So", "Han")
-)
+"""ASCII characters that have it."""
 _CLASSES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "s": (_SPACE, _SPACE),
     "S": (_WORDS, _WORDS),
-    "w": (_WORDS, _LETTERS),
-    "W": (_SPACE | {OTHER}, _SPACE),
-    "d": (frozenset(OTHER), _NONE),
-    "D": (_ALL, _LETTERS | _SPACE),
+    "w": (_LETTERS | _DIGITS | {"_", OTHER}, _LETTERS | _DIGITS | {"_"}),
+    "W": (_ALL - _LETTERS - _DIGITS - {"_"}, _ALL - _LETTERS - _DIGITS - {"_", OTHER}),
+    "d": (_DIGITS | _OTHER, _DIGITS),
+    "D": (_ALL - _DIGITS, _ALL - _DIGITS - _OTHER),
 }
 _PLAIN_ESCAPES = frozenset("rntfv")
 _NOT_TAKEN = frozenset("^$")
@@ -80,7 +86,7 @@ def _meet(left: _Shape, right: _Shape) -> bool:
 
 
 def keeps_apart(pattern: str) -> bool:
-    """Whether a text may be cut at a space between two letters, before or after the pattern is applied."""
+    """Whether a text may be cut before a space, if none is before that, for each part to be matched alone."""
     reader = _Reader(pattern)
     try:
         shape = reader.alternatives()
@@ -198,10 +204,10 @@ class _Reader:
             high = self._next()
             if high in "\\[" or high < low:
                 raise _NotUnderstood
-            inside = frozenset(c for c in _LETTERS | _SPACE if low <= c <= high)
-            return (inside | {OTHER} if high > "\x7f" else inside), inside
+            inside = frozenset(c for c in _PRINTED | _SPACE if low <= c <= high)
+            return (inside | {OTHER} if high > "~" or low < " " else inside), inside
         found = _literal(low)
-        return found, found & (_LETTERS | _SPACE)
+        return found, frozenset(low) & _ALL
 
     def _escape(self) -> tuple[frozenset[str], frozenset[str]]:
         mark = self._next()
@@ -213,7 +219,7 @@ class _Reader:
             return _NONE, _NONE
         if mark.isalnum():  # an anchor, a back reference, a code point: not needed so far
             raise _NotUnderstood
-        return _literal(mark), _literal(mark) & _SPACE
+        return _literal(mark), frozenset(mark) & _ALL
 
     def _property(self, *, negated: bool) -> tuple[frozenset[str], frozenset[str]]:
         if not self._take("{"):
@@ -221,19 +227,20 @@ class _Reader:
         end = self._text.index("}", self._at) if "}" in self._text[self._at :] else -1
         name = self._text[self._at : end]
         self._at = end + 1
-        if end < 0 or (name not in _EXACT_PROPERTIES and name not in _WITHOUT_ASCII_LETTERS):
+        if end >= 0 and name in ("Z", "Zs"):
+            may, must = _SPACE, _SPACE
+        elif end >= 0 and name in _PROPERTIES:
+            may, must = _PROPERTIES[name] | _OTHER, _PROPERTIES[name]
+        else:
             raise _NotUnderstood
-        may, must = _EXACT_PROPERTIES.get(name, (frozenset(OTHER), _NONE))
         return (_ALL - must, _ALL - may) if negated else (may, must)
 
 
 def _one(characters: frozenset[str]) -> _Shape:
-    """One character out of `characters`; others than letters and the space matter to nobody."""
+    """One character out of `characters`."""
     return _Shape(characters, characters, False, False)
 
 
 def _literal(character: str) -> frozenset[str]:
     """A character in both cases: a flag may ask for either."""
-    if character.isascii():
-        return frozenset((character, character.swapcase())) & _ALL
-    return frozenset(OTHER)
+    return (frozenset((character, character.swapcase())) & _ALL) or _OTHER

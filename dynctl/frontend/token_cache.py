@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Lock
 
 from dynctl.frontend.cuts import Cuts
+from dynctl.frontend.words import Tokenise, Words
 from dynctl.kv.hashing import TOKEN_BYTES, pack_tokens, sequence_hashes
 
-Tokenise = Callable[[list[str]], list[list[int]]]
-"""Texts to the token ids of each, by itself and with no special tokens added."""
 _NODE_BYTES = 600
 _HASH_BYTES = 40
 _FIRST = 0
@@ -74,6 +73,7 @@ class TokenCache:
 
     def __init__(self, tokenise: Tokenise, cuts: Cuts, capacity_bytes: int) -> None:
         self._tokenise = tokenise
+        self._words = Words(tokenise, cuts.space) if cuts.space is not None else None
         self._cuts = cuts
         self._capacity_bytes = capacity_bytes
         self._nodes: OrderedDict[tuple[int, str], _Node] = OrderedDict()
@@ -109,10 +109,15 @@ class TokenCache:
         nodes = begun.nodes
         cached = sum(len(node.tokens) for node in nodes) // TOKEN_BYTES
         if begun.pieces:
-            made = [pack_tokens(ids) for ids in self._tokenise(begun.pieces)]
+            made = self._tokens(begun.pieces)
             nodes = nodes + self._keep(nodes[-1].number if nodes else _FIRST, begun.pieces, made)
         size = len(frame.before) + sum(len(node.tokens) for node in nodes) + len(frame.after)
         return Tokenised(size // TOKEN_BYTES, cached, _hashes(nodes, frame) if frame.block_size else [])
+
+    def _tokens(self, pieces: list[str]) -> list[bytes]:
+        if self._words is not None:
+            return self._words.tokens(pieces)
+        return [pack_tokens(ids) for ids in self._tokenise(pieces)]
 
     def _touch(self, keys: list[tuple[int, str]]) -> None:
         """Make them the last to go, those nearer to the root after those that hang on them."""

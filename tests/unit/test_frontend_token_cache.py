@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from dynctl.frontend.cuts import Cuts, cuts_of
 from dynctl.frontend.patterns import keeps_apart
 from dynctl.frontend.token_cache import Frame, TokenCache
+from dynctl.frontend.words import Words
 from dynctl.kv.hashing import pack_tokens, root_hash, sequence_hashes
 from tests.make_tiny_tokenizer import CORPUS
 from tests.tokenizers_zoo import CL100K, CUT_AT_WORDS, DEEPSEEK, MARKS, O200K, ZOO, made
@@ -64,6 +65,21 @@ def test_pieces_have_the_tokens_of_the_whole(make: Make, text: str, least: int) 
     tokenizer = made(make)
     cuts = cuts_of(tokenizer.to_str().encode(), least)
     assert tokens_in_pieces(tokenizer, cuts, text) == ids(tokenizer, text)
+
+
+@pytest.mark.parametrize("make", ZOO, ids=lambda make: make.__name__)
+@settings(max_examples=100, deadline=None)
+@given(texts=st.lists(TEXTS, min_size=1, max_size=4), most=st.sampled_from([0, 3, 1000]))
+def test_texts_put_together_from_known_words_have_the_tokens_of_the_whole(
+    make: Make, texts: list[str], most: int
+) -> None:
+    tokenizer = made(make)
+    space = cuts_of(tokenizer.to_str().encode()).space
+    assert (space is not None) == (make.__name__ in CUT_AT_WORDS)
+    if space is not None:
+        words = Words(lambda texts: [ids(tokenizer, text) for text in texts], space, most)
+        for _ in range(2):
+            assert words.tokens(texts) == [pack_tokens(ids(tokenizer, text)) for text in texts]
 
 
 @pytest.mark.parametrize("make", ZOO, ids=lambda make: make.__name__)

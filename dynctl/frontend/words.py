@@ -1,0 +1,51 @@
+"""Tokens of words seen before: a text of common words is put together, not tokenised.
+
+For tokenizers of which `cuts` can show that a space between two letters is a safe place, a text is the row of
+what lies between such spaces. What the library makes of each is kept, for as many as there is room.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from dynctl.kv.hashing import pack_tokens
+
+Tokenise = Callable[[list[str]], list[list[int]]]
+"""Texts to the token ids of each, by itself and with no special tokens added."""
+MOST_WORDS = 100_000
+_LONGEST = 40
+
+
+class Words:
+    """`space` finds the spaces to cut at. May be used from several threads."""
+
+    def __init__(self, tokenise: Tokenise, space: re.Pattern[str], most: int = MOST_WORDS) -> None:
+        self._tokenise = tokenise
+        self._split = space.split
+        self._most = most
+        self._known: dict[str, bytes] = {}
+
+    def tokens(self, texts: list[str]) -> list[bytes]:
+        """The packed token ids of each text."""
+        rows = [self._row(text) for text in texts]
+        known = self._known
+        get = known.get
+        new = [part for part in dict.fromkeys(part for row in rows for part in row) if get(part) is None]
+        if new:
+            made = dict(zip(new, map(pack_tokens, self._tokenise(new)), strict=True))
+            self._keep(made)
+            return [b"".join([known[p] if p in known else made[p] for p in row]) for row in rows]
+        return [b"".join([known[part] for part in row]) for row in rows]
+
+    def _row(self, text: str) -> list[str]:
+        """The parts of a text, each but the first with the space it was cut at."""
+        first, *others = self._split(text)
+        return [first, *[" " + word for word in others]]
+
+    def _keep(self, made: dict[str, bytes]) -> None:
+        """Nobody sees a word vanish: when there are too many, a new dict is begun."""
+        kept = {part: tokens for part, tokens in made.items() if len(part) <= _LONGEST}
+        if len(self._known) + len(kept) > self._most:
+            self._known = {}
+        self._known.update(kept)
