@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,16 @@ async def test_a_killed_frontend_loses_only_its_own_connections(served: Deployme
     assert (load.hung, load.wrong, load.broken.total()) == (0, [], lost)
     await until(lambda: idle(served))
     assert len(set(kv_blocks(served))) == 1, "the new one's index is that of the others"
+
+
+async def test_a_frontend_told_to_end_loses_nothing(served: Deployment) -> None:
+    async with steady_load(served.url, CLIENTS) as load:
+        await until(lambda: len(load.done) == 4)
+        row = (await asyncio.to_thread(served.workers, "frontend"))[0]
+        os.kill(row["pid"], signal.SIGTERM)
+        await until(partial(restarted, served, row))
+    told(f"one of four frontends ended by SIGTERM and restarted: {load}")
+    assert (load.hung, load.wrong, load.broken.total()) == (0, [], 0)
 
 
 async def test_with_the_controller_away_frontends_serve_on_and_miss_a_dead_one(served: Deployment) -> None:
