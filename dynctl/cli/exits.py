@@ -32,6 +32,8 @@ EXIT_CODES = {
     "request": 9,
     "model_not_found": 9,
     "unauthorized": 9,
+    "forbidden": 9,
+    "overloaded": 9,
     "rejected": 9,
     "context_length_exceeded": 9,
     "engine_failed": 9,

@@ -275,7 +275,7 @@ class Frontend(Section):
         list[ApiKey],
         BeforeValidator(_api_keys, json_schema_input_type=str | ApiKey | list[str | ApiKey]),
     ] = Field(default_factory=list)
-    """Keys that clients must send, one or a list: the key itself, env:NAME, file:PATH, sha256:HEX, or more."""
+    """Keys that clients must send, one or a list: the key, env:NAME, file:PATH, sha256:HEX, or a mapping."""
     admission: Admission = Field(default_factory=Admission)
     """When workers count as busy; changed while running at /busy_threshold."""
     tls: Tls | None = None
