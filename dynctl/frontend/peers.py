@@ -20,11 +20,13 @@ from dynctl.transport.keys import Keys
 logger = logging.getLogger(__name__)
 
 CHANGES_S = 0.04
-"""Between two messages with changes, at least, for each peer: a request after a pause is told at once, a storm
-of them in batches. A message costs sender and reader about 80 µs each, so hearing the peers is held to 0.2 % of
-a core at any rate of requests and with any number of frontends."""
+"""Between two messages with changes, at least, for each peer: a request after a pause is told at once, a
+storm of them in batches. So what hearing the peers costs is bounded, however many they and the requests are
+(tests/perf/frontends_cpu.py)."""
 CHANGES_LIMIT_S = 0.25
 WHOLE_S = 1.0
+GREETING_S = 0.1
+"""Until a frontend that has just come is told all: it needs that long to listen."""
 
 
 class PeerTalk:
@@ -69,6 +71,8 @@ class PeerTalk:
             self._subscriber.disconnect(gone)
         for endpoint in dialled:
             self._subscriber.connect(endpoint)
+        if not now.keys() <= self._others.keys():
+            self._beat_in(GREETING_S)
         self._others = now
         self._gap_s = min(CHANGES_LIMIT_S, CHANGES_S * max(1, len(now)))
         self._peers.expect(now)
@@ -93,10 +97,15 @@ class PeerTalk:
 
     def _beat(self) -> None:
         """All there is, now and every second; and whoever was not heard of for long is forgotten."""
-        self._beating = self._loop.call_later(WHOLE_S, self._beat)
+        self._beat_in(WHOLE_S)
         self._publish(self._peers.whole())
         for silent in self._peers.expire(self._loop.time()):
             logger.warning("peer.silent id=%s: its requests are not counted any more", silent)
+
+    def _beat_in(self, seconds: float) -> None:
+        if self._beating is not None:
+            self._beating.cancel()
+        self._beating = self._loop.call_later(seconds, self._beat)
 
     def _publish(self, message: Inflight) -> None:
         self._sent_at = self._loop.time()

@@ -72,6 +72,14 @@ def test_peers_add_up_and_a_leaving_one_takes_its_part_along() -> None:
     assert load.peers.requests == 3, "who is no member is not heard"
 
 
+def test_who_is_not_heard_is_told() -> None:
+    peers, _ = listening()
+    assert peers.begun
+    peers.take(message(0), 0.0)
+    (doubt,) = peers.doubts()
+    assert doubt.startswith("frontend-2: nothing is heard of it")
+
+
 def test_a_silent_peer_counts_no_more() -> None:
     peers, load = listening()
     peers.take(message(0, entry(2)), 0.0)
