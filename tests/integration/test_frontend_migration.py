@@ -193,6 +193,29 @@ async def test_membership_fails_the_legs_of_a_worker_that_is_gone(how: str) -> N
         await engines[1].stop()
 
 
+async def test_a_controller_that_comes_back_and_tells_of_the_same_workers_cuts_no_stream() -> None:
+    told = asyncio.Event()
+
+    async def pauses(engine: Engine, request: Request, exchange: Exchange) -> None:
+        exchange.start(200, [(b"content-type", b"text/event-stream")], framing="chunked")
+        for number, event in enumerate(toy.serve(json.loads(request.body))):
+            if number == 4:
+                await told.wait()
+            exchange.write(event)
+        exchange.end()
+
+    engine = Engine(pauses)
+    async with frontend(make_spec(), aggregated=[engine]) as front:
+        asking = asyncio.create_task(read(front, COMPLETION))
+        await engine.wait(lambda: len(engine.requests) == 1)
+        for state in ("ready", "draining", "ready"):
+            front.join("aggregated", 0, engine.url, state=state)
+        told.set()
+        same(await asking, COMPLETION)
+        assert engine.cancelled == 0
+    assert len(engine.requests) == 1
+
+
 async def test_a_request_waits_for_a_worker_to_come_back_when_half_was_said() -> None:
     engines = [Engine(freezes), Engine(says())]
     async with frontend(make_spec(), aggregated=engines[:1]) as front:
@@ -370,6 +393,25 @@ async def test_an_engine_that_ends_in_good_order_hands_its_streams_on(
         whole = await group[0].post(path, body)
         got = await read_killing(front, path, body, group, (10,), hard=False)
     check_mocked(got, whole)
+
+
+async def test_all_streams_of_a_killed_worker_go_on_together() -> None:
+    bodies = [
+        {**MOCK_COMPLETION, "prompt": f"Story {number}: once upon a time. " * 8} for number in range(24)
+    ]
+    async with mocked(aggregated=3) as (front, processes):
+        group = processes["aggregated"]
+        whole = [await group[0].post("/v1/completions", body) for body in bodies]
+        asking = [
+            asyncio.create_task(read_killing(front, "/v1/completions", body, group, ())) for body in bodies
+        ]
+        process = await busy(group[1:])
+        await asyncio.sleep(0.3)
+        process.process.send_signal(signal.SIGKILL)
+        for got, wanted in zip(await asyncio.gather(*asking), whole, strict=True):
+            check_mocked(got, wanted)
+        await front.idle()
+        assert "model_migration_total" in await front.metrics()
 
 
 def check_mocked(got: toy.Answer, whole: dict[str, Any]) -> None:
