@@ -57,17 +57,23 @@ class Subscriber:
 
     `topics` are prefixes; an empty tuple means every topic. `on_message` must not raise: bodies are read with
     `read_body` rules in mind, a message it cannot read is its own to log. Make it inside a running loop.
+    What comes within `rest_s` seconds of a message is taken together.
     """
 
     def __init__(
-        self, keys: Keys, on_message: Callable[[bytes, bytes], None], topics: tuple[bytes, ...] = ()
+        self,
+        keys: Keys,
+        on_message: Callable[[bytes, bytes], None],
+        topics: tuple[bytes, ...] = (),
+        *,
+        rest_s: float = 0.0,
     ) -> None:
         self._on_message = on_message
         self._socket = client_socket(zmq.SUB, keys)
         for topic in topics or (b"",):
             self._socket.setsockopt(zmq.SUBSCRIBE, topic)
         self._endpoints: set[str] = set()
-        self._channel = Channel(self._socket, self._receive)
+        self._channel = Channel(self._socket, self._receive, rest_s=rest_s)
 
     def connect(self, endpoint: str) -> None:
         """Listen to one more publisher; reconnects by itself. No effect when it is connected already."""

@@ -36,7 +36,8 @@ class Channel:
     """One socket on the running loop: `on_message` gets each message's frames, many per wake-up.
 
     `on_wake`, if given, is called after a round of receiving when the socket can send: the place to retry
-    what could not be sent.
+    what could not be sent. With `rest_s`, what comes within so many seconds of a message is taken together: a
+    wake-up costs more than a message.
     """
 
     def __init__(
@@ -44,6 +45,8 @@ class Channel:
         socket: Socket,
         on_message: Callable[[Frames], None],
         on_wake: Callable[[], None] | None = None,
+        *,
+        rest_s: float = 0.0,
     ) -> None:
         self._socket = socket
         self._on_message = on_message
@@ -52,6 +55,8 @@ class Channel:
         self._fd = int(socket.getsockopt(zmq.FD))
         self._scheduled = False
         self._closed = False
+        self._rest_s = rest_s
+        self._rest: asyncio.TimerHandle | None = None
         self._loop.add_reader(self._fd, self.drain)
         self._schedule()
 
@@ -72,6 +77,7 @@ class Channel:
         """Take what has arrived, up to a batch; the rest follows in the loop's next round."""
         self._scheduled = False
         receive, hand_on = self._socket.recv_multipart, self._on_message
+        came = False
         for _ in range(_BATCH):
             if self._closed:
                 return
@@ -79,6 +85,7 @@ class Channel:
                 frames = receive(zmq.NOBLOCK)
             except zmq.Again:
                 break
+            came = True
             try:
                 hand_on(frames)
             except Exception:
@@ -88,11 +95,24 @@ class Channel:
             self._schedule()
         if self._on_wake is not None and not self._closed:
             self._wake(self._on_wake)
+        if came and self._rest_s and self._rest is None and not self._closed:
+            self._loop.remove_reader(self._fd)
+            self._rest = self._loop.call_later(self._rest_s, self._rested)
+
+    def _rested(self) -> None:
+        """Look again; the descriptor is watched only once there was nothing for a while."""
+        self._rest = None
+        if self._closed:
+            return
+        self._loop.add_reader(self._fd, self.drain)
+        self.drain()
 
     def close(self) -> None:
         """Stop receiving and close the socket; what was not sent yet is dropped."""
         if not self._closed:
             self._closed = True
+            if self._rest is not None:
+                self._rest.cancel()
             self._loop.remove_reader(self._fd)
             self._socket.close(linger=0)
 

@@ -27,7 +27,8 @@ def payload(seq: int, time: float | None = None) -> bytes:
     return msgspec.msgpack.encode([seq if time is None else time, [f"b{seq}"], 0])
 
 
-async def test_every_message_arrives_in_order_from_each_publisher() -> None:
+@pytest.mark.parametrize("rest_s", [0.0, 0.002])
+async def test_every_message_arrives_in_order_from_each_publisher(rest_s: float) -> None:
     keys = Keys.generate()
     publishers = [Publisher(keys, "tcp://127.0.0.1:0") for _ in range(2)]
     heard: dict[bytes, list[int]] = {b"t0": [], b"t1": []}
@@ -35,7 +36,7 @@ async def test_every_message_arrives_in_order_from_each_publisher() -> None:
     def on_message(topic: bytes, body: bytes) -> None:
         heard[topic].append(msgspec.msgpack.decode(body, type=MembershipChange).seq)
 
-    subscriber = Subscriber(keys, on_message, (b"t",))
+    subscriber = Subscriber(keys, on_message, (b"t",), rest_s=rest_s)
     for publisher in publishers:
         subscriber.connect(publisher.start())
     topics = [b"t0", b"t1"]
@@ -50,6 +51,10 @@ async def test_every_message_arrives_in_order_from_each_publisher() -> None:
     await until(lambda: all(h[-1] == 1999 for h in heard.values()))
     assert [s for s in heard[b"t0"] if s >= 0] == list(range(2000))
     assert [s for s in heard[b"t1"] if s >= 0] == list(range(2000))
+    for number in range(3):  # each after a rest that heard nothing
+        await asyncio.sleep(0.02)
+        publishers[0].publish(b"t0", MembershipChange(epoch=0, seq=9_000 + number))
+        await until(lambda number=number: heard[b"t0"][-1] == 9_000 + number)  # type: ignore[misc]
     subscriber.close()
     for publisher in publishers:
         publisher.close()
