@@ -24,6 +24,7 @@ from dynctl.frontend.alike import alike
 from dynctl.frontend.body import Body, large_batch, messages, prompt
 from dynctl.frontend.cuts import cuts_of
 from dynctl.frontend.token_cache import Begun, Frame, TokenCache, Tokenised
+from dynctl.hub import snapshot
 from dynctl.kv.hashing import pack_tokens, root_hash, sequence_hashes
 from dynctl.observability.metrics import Metrics
 from dynctl.protocol.instances import ModelCard
@@ -347,13 +348,8 @@ def find_model_files(card: ModelCard) -> ModelFiles:
 
 def local_model_dir(name: str, revision: str) -> Path | None:
     """Where model `name` is: the directory itself, or its snapshot in the Hugging Face cache, or None."""
-    if os.path.isdir(name):
-        return Path(name)
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub")) / f"models--{name.replace('/', '--')}"
-    ref = cache / "refs" / (revision or "main")
-    snapshot = cache / "snapshots" / (ref.read_text().strip() if ref.is_file() else revision or "none")
-    return snapshot if snapshot.is_dir() else None
+    found = name if os.path.isdir(name) else snapshot(name, revision, os.environ)
+    return Path(found) if found else None
 
 
 def _template_source(card: ModelCard, directory: Path | None, config: dict[str, Any]) -> str:

@@ -15,6 +15,10 @@ Tokenise = Callable[[list[str]], list[list[int]]]
 """Texts to the token ids of each, by itself and with no special tokens added."""
 MOST_WORDS = 100_000
 _LONGEST = 40
+_FEW, _MOST_NEW, _LEAST_NEW = 4, 4096, 256
+"""Where not even three of four words are known, at most `_LEAST_NEW` are learnt at a time, and what has
+others is tokenised as a whole: a word by itself costs more than in its text.
+"""
 
 
 class Words:
@@ -32,11 +36,27 @@ class Words:
         known = self._known
         get = known.get
         new = [part for part in dict.fromkeys(part for row in rows for part in row) if get(part) is None]
-        if new:
-            made = dict(zip(new, map(pack_tokens, self._tokenise(new)), strict=True))
-            self._keep(made)
-            return [b"".join([known[p] if p in known else made[p] for p in row]) for row in rows]
-        return [b"".join([known[part] for part in row]) for row in rows]
+        if not new:
+            return [b"".join([known[part] for part in row]) for row in rows]
+        few = len(new) * _FEW <= sum(map(len, rows))
+        learnt = new[: _MOST_NEW if few else _LEAST_NEW]
+        made = dict(zip(learnt, map(pack_tokens, self._tokenise(learnt)), strict=True))
+        self._keep(made)
+        return self._joined(texts, rows, known, made)
+
+    def _joined(
+        self, texts: list[str], rows: list[list[str]], known: dict[str, bytes], made: dict[str, bytes]
+    ) -> list[bytes]:
+        """Rows of known words put together; the texts of the others as wholes."""
+        found: list[bytes | None] = []
+        for row in rows:
+            try:
+                found.append(b"".join([known[part] if part in known else made[part] for part in row]))
+            except KeyError:
+                found.append(None)
+        rest = self._tokenise([text for text, tokens in zip(texts, found, strict=True) if tokens is None])
+        others = iter(rest)
+        return [pack_tokens(next(others)) if tokens is None else tokens for tokens in found]
 
     def _row(self, text: str) -> list[str]:
         """The parts of a text, each but the first with the space it was cut at."""

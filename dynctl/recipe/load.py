@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from dynctl.errors import RecipeError
+from dynctl.hub import snapshot
 from dynctl.recipe import override
-from dynctl.recipe.model_files import ModelFiles, hub_directory, is_hub_id, is_path, read_facts, tokenizer_in
+from dynctl.recipe.model_files import ModelFiles, is_hub_id, is_path, read_facts, tokenizer_in
 from dynctl.recipe.problems import Problem, as_error, did_you_mean
 from dynctl.recipe.schema import ApiKey, Recipe, RoleSection
 from dynctl.recipe.shipped import find_recipe, shipped_recipes
@@ -189,9 +190,9 @@ class _Resolver:
         )
 
     def _files(self, path: str, tokenizer: str, template: str, revision: str) -> ModelFiles:
-        directory = path if os.path.isabs(path) else hub_directory(path, revision, self._environ)
+        directory = path if os.path.isabs(path) else snapshot(path, revision, self._environ)
         own = tokenizer or path
-        at_hand = own if os.path.isabs(own) else hub_directory(own, revision, self._environ)
+        at_hand = own if os.path.isabs(own) else snapshot(own, revision, self._environ)
         try:
             facts = read_facts(directory)
         except ValueError as error:

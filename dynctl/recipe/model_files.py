@@ -34,23 +34,6 @@ def is_hub_id(value: str) -> bool:
     return _HF_ID.fullmatch(value) is not None and ".." not in value
 
 
-def hub_directory(model_id: str, revision: str, environ: Mapping[str, str]) -> str:
-    """The snapshot of a model in the local Hugging Face cache, "" when it is not there.
-
-    Layout: HF_HUB_CACHE or HF_HOME/hub, then models--org--name/{refs/REVISION,snapshots/COMMIT}.
-    """
-    home = environ.get("HF_HOME") or str(Path(environ.get("HOME", "/"), ".cache", "huggingface"))
-    root = Path(environ.get("HF_HUB_CACHE") or Path(home, "hub"))
-    folder = root / ("models--" + model_id.replace("/", "--"))
-    wanted = revision or "main"
-    try:
-        commit = (folder / "refs" / wanted).read_text().strip()
-    except OSError:
-        commit = wanted
-    snapshot = folder / "snapshots" / commit
-    return str(snapshot) if snapshot.is_dir() else ""
-
-
 def tokenizer_in(directory: str) -> str:
     """The directory itself when it holds a fast tokenizer, else ""."""
     return directory if directory and Path(directory, "tokenizer.json").is_file() else ""

@@ -238,7 +238,8 @@ async def test_a_prompt_beyond_the_context_is_counted_and_not_hashed(model_dir: 
 async def test_other_requests_go_on_while_a_long_prompt_is_tokenised() -> None:
     preprocessor = Preprocessor(ModelCard(name="m", path=str(assets_dir())), Metrics())
     await preprocessor.warm()
-    body = Body.parse(msgspec.json.encode(chat("hello " * 200_000)))
+    text = " ".join(f"word{number}" for number in range(100_000))
+    body = Body.parse(msgspec.json.encode(chat(text)))
     task = asyncio.create_task(preprocessor.prepare("chat", body, 16))
     turns = 0
     while not task.done():
