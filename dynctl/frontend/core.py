@@ -218,9 +218,9 @@ class Core:
     def _ready(self) -> Counter[str]:
         return Counter(member.instance.role for member in self._members.values() if member.state == "ready")
 
-    def _count(self, text: str) -> int | None:
-        """Tokens of a text, where that can be known here."""
-        return self._preprocessor.count(text) if self._preprocessor is not None else None
+    def _encode(self, text: str) -> list[int] | None:
+        """Tokens of a text, where they can be known here."""
+        return self._preprocessor.encode(text) if self._preprocessor is not None else None
 
     def _edge(self, rng: Random) -> Edge:
         spec = self._spec
@@ -235,7 +235,7 @@ class Core:
             rng=rng,
             preprocessor=self._preprocessor,
             migrations=Migrations(
-                spec.migration, self._engine.continuation, self.metrics, spec.model.name, self._count
+                spec.migration, self._engine.continuation, self.metrics, spec.model.name, self._encode
             ),
             tell=tell,
             request_timeout_s=spec.limits.request_timeout_s,

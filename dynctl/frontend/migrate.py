@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from zlib import compress, decompress
 
@@ -18,7 +17,7 @@ from dynctl.http.framing import LAST_CHUNK, ChunkReader, Framing, frame_chunk
 from dynctl.http.server import Exchange
 from dynctl.observability.metrics import Metrics
 from dynctl.protocol.specs import MigrationSpec
-from dynctl.router.migration import CannotContinue, Kind, Said, continuation, spoken_tokens
+from dynctl.router.migration import CannotContinue, Encode, Kind, Said, continuation, spoken_tokens
 from dynctl.router.seam import Joint, Seam, ending
 
 logger = logging.getLogger(__name__)
@@ -179,13 +178,13 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class Migrations:
-    """What moving streams takes: the recipe's limits, the engine's way to continue, a counter of tokens."""
+    """What moving streams takes: the recipe's limits, the engine's way to continue, the tokens of a text."""
 
     spec: MigrationSpec
     dialect: Continuation
     metrics: Metrics
     model: str
-    count: Callable[[str], int | None]
+    encode: Encode
 
     def story(self, call: Call) -> Story | None:
         """What to keep of this call; None when it could not go on elsewhere anyway."""
@@ -206,9 +205,9 @@ class Migrations:
             self.metrics.counter("model_migration_max_seq_len_exceeded_total", model=self.model).inc()
             raise _ended(cause, f"it is over {self.spec.max_tokens} tokens")
         request, said = call.body.opened(), story.said
-        spoken = spoken_tokens(story.kind, request, said, self.count)
+        spoken = spoken_tokens(story.kind, request, said, self.encode)
         try:
-            rest = continuation(story.kind, request, said, spoken, self.dialect)
+            rest = continuation(story.kind, request, said, spoken, self.dialect, self.encode)
         except CannotContinue as reason:
             raise _ended(cause, str(reason)) from reason
         joint = Joint.of(story.kind, request, said, story.prompt_tokens, spoken)

@@ -137,9 +137,9 @@ class Preprocessor:
             self._loading = asyncio.create_task(self._load(), name="preprocess.load")
         return self._loading
 
-    def count(self, text: str) -> int | None:
+    def encode(self, text: str) -> list[int] | None:
         """Tokens of an answer's text, None when there is no tokenizer (yet)."""
-        return None if self._tokenizer is None else len(_ids(self._tokenizer, [text])[0])
+        return None if self._tokenizer is None else list(_ids(self._tokenizer, [text])[0])
 
     def close(self) -> None:
         """Give the threads back without waiting for them."""

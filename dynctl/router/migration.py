@@ -8,7 +8,7 @@ choices, guided decoding, a tool call or reasoning begun) `CannotContinue` says 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -17,6 +17,8 @@ from dynctl.engines.base import Continuation
 
 Json = dict[str, Any]
 Kind = Literal["chat", "completions"]
+Encode = Callable[[str], Sequence[int] | None]
+"""The tokens of a text; None = not known here."""
 
 DATA = b"data:"
 DONE = b"[DONE]"
@@ -161,7 +163,7 @@ class Said:
         self.finish = choice.get("finish_reason") or self.finish
 
 
-def spoken_tokens(kind: Kind, request: Json, said: Said, count: Callable[[str], int | None]) -> int:
+def spoken_tokens(kind: Kind, request: Json, said: Said, encode: Encode) -> int:
     """How many tokens were said: their ids, the engine's own count, ours of the text, or one a chunk.
 
     Without those that the next leg says again: a chat's white space at the end, and what the engine had made
@@ -171,14 +173,18 @@ def spoken_tokens(kind: Kind, request: Json, said: Said, count: Callable[[str], 
     again = text[len(text.rstrip()) :] if kind == "chat" and not said.finish else ""
     if said.tokens:
         return len(said.tokens)
-    counted, counted_again = count(text), count(text[: len(text) - len(again)])
-    if counted is None or counted_again is None:
+    whole, kept = encode(text), encode(text[: len(text) - len(again)])
+    if whole is None or kept is None:
         counted, counted_again = said.spoken, said.spoken - bool(again)
+    else:
+        counted, counted_again = len(whole), len(kept)
     told = counted if said.usage is None or holds_back(request) else said.usage[1]
     return max(0, told - (counted - counted_again))
 
 
-def continuation(kind: Kind, request: Json, said: Said, spoken: int, dialect: Continuation) -> Json:
+def continuation(
+    kind: Kind, request: Json, said: Said, spoken: int, dialect: Continuation, encode: Encode
+) -> Json:
     """The request for the rest; {} when all that was asked for has been said. `spoken` is in tokens.
 
     `request` values may be `msgspec.Raw`. Raises CannotContinue.
@@ -193,7 +199,7 @@ def continuation(kind: Kind, request: Json, said: Said, spoken: int, dialect: Co
     if kind == "chat":
         rest.update(_chat(request, said, dialect))
     else:
-        rest["prompt"] = _prompt(request.get("prompt"), said)
+        rest["prompt"] = _prompt(request.get("prompt"), said, encode)
     return {**request, **rest}
 
 
@@ -271,8 +277,11 @@ def _chat(request: Json, said: Said, dialect: Continuation) -> Json:
     return {"messages": [*messages[:-1], last], **dialect.chat}
 
 
-def _prompt(given: Any, said: Said) -> Any:
-    """The prompt with what was said behind it: by token ids where all are known, else by text."""
+def _prompt(given: Any, said: Said, encode: Encode) -> Any:
+    """The prompt with what was said behind it: by the very token ids where all are known, else by text.
+
+    A prompt of token ids takes the text's tokens: not always those that were said, but the same text.
+    """
     prompt = _plain(given)
     if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
         prompt = prompt[0]
@@ -280,9 +289,12 @@ def _prompt(given: Any, said: Said) -> Any:
     ids = prompt if numbers else said.prompt_ids
     if said.tokens is not None and ids:
         return [*ids, *said.tokens]
-    if not isinstance(prompt, str):
+    if isinstance(prompt, str):
+        return prompt + said.text
+    tokens = encode(said.text) if numbers and prompt else None
+    if tokens is None:
         raise CannotContinue("the prompt is not one text, and the tokens said are not known")
-    return prompt + said.text
+    return [*prompt, *tokens]
 
 
 def stops_of(request: Mapping[str, Any]) -> tuple[str, ...]:

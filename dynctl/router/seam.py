@@ -214,7 +214,7 @@ class Seam:
         return text, ""
 
     def _joined_usage(self, usage: Json) -> Json:
-        """Usage of the whole: the client's prompt, and what all legs said; never less than was told before."""
+        """Usage of the whole: the client's prompt, what all legs said; never less than was told before."""
         joint = self._joint
         given = int(usage.get("prompt_tokens") or 0)
         prompt = joint.prompt_tokens or max(0, given - joint.spoken)

@@ -78,7 +78,7 @@ class Deployment:
             CONTINUES_MESSAGE,
             self.metrics,
             "m",
-            toy.count,
+            toy.encode,
         )
         self.asked: list[dict[str, Any]] = []
         self.gave_up = 0

@@ -45,6 +45,11 @@ def nobody(_: str) -> None:
     """There is no tokenizer."""
 
 
+def letters(text: str) -> list[int]:
+    """A token a character."""
+    return [ord(letter) for letter in text]
+
+
 @given(st.lists(st.sampled_from([b"data: {}\n\n", b": ping\n\n", b"data: x\r\n\r\n"])), st.integers(0, 200))
 def test_events_are_split_alike_wherever_the_bytes_are_cut(parts: list[bytes], cut: int) -> None:
     whole = b"".join(parts)
@@ -93,32 +98,32 @@ def test_a_chunk_of_unknown_shape_ends_what_is_known(data: bytes) -> None:
     told = said(data)
     assert not told.lasting
     with pytest.raises(CannotContinue, match="no form"):
-        continuation("completions", TEXT, told, 0, CONTINUES_MESSAGE)
+        continuation("completions", TEXT, told, 0, CONTINUES_MESSAGE, nobody)
 
 
 def test_spoken_tokens_come_from_the_best_source_there_is() -> None:
     told = said(plain("a b "), plain("c"))
     assert spoken_tokens("completions", TEXT, told, nobody) == 2
-    assert spoken_tokens("completions", TEXT, told, len) == 5
+    assert spoken_tokens("completions", TEXT, told, letters) == 5
     told.feed(event({"choices": [], "usage": {"prompt_tokens": 4, "completion_tokens": 3}}))
-    assert spoken_tokens("completions", TEXT, told, len) == 3
-    assert spoken_tokens("completions", {**TEXT, "stop": "x"}, told, len) == 5
+    assert spoken_tokens("completions", TEXT, told, letters) == 3
+    assert spoken_tokens("completions", {**TEXT, "stop": "x"}, told, letters) == 5
     ids = said(plain("abc", token_ids=[1, 2]))
-    assert spoken_tokens("completions", TEXT, ids, len) == 2
+    assert spoken_tokens("completions", TEXT, ids, letters) == 2
 
 
 def test_white_space_that_a_chat_says_again_is_not_counted_as_said() -> None:
     told = said(chat("ab"), chat(" \n"))
-    assert spoken_tokens("chat", CHAT, told, len) == 2
+    assert spoken_tokens("chat", CHAT, told, letters) == 2
     assert spoken_tokens("chat", CHAT, told, nobody) == 1
     told.feed(chat("", finish_reason="stop"))
-    assert spoken_tokens("chat", CHAT, told, len) == 4
+    assert spoken_tokens("chat", CHAT, told, letters) == 4
 
 
 def test_a_chat_goes_on_as_its_last_message() -> None:
     request = {**CHAT, "messages": msgspec.Raw(json.dumps(CHAT["messages"]).encode()), "max_tokens": 9}
     request |= {"max_completion_tokens": 8, "min_tokens": 6, "seed": 1}
-    rest = continuation("chat", request, said(chat(" Hel"), chat("lo \n")), 4, CONTINUES_MESSAGE)
+    rest = continuation("chat", request, said(chat(" Hel"), chat("lo \n")), 4, CONTINUES_MESSAGE, nobody)
     assert rest["messages"] == [*CHAT["messages"], {"role": "assistant", "content": " Hello"}]
     assert (rest["continue_final_message"], rest["add_generation_prompt"]) == (True, False)
     assert (rest["max_tokens"], rest["max_completion_tokens"], rest["min_tokens"]) == (5, 4, 2)
@@ -128,48 +133,59 @@ def test_a_chat_goes_on_as_its_last_message() -> None:
 def test_a_chat_that_continues_a_message_continues_it_further() -> None:
     messages = [*CHAT["messages"], {"role": "assistant", "content": "Well:"}]
     request = {"messages": messages, "continue_final_message": True, "add_generation_prompt": False}
-    rest = continuation("chat", request, said(chat(" yes")), 1, CONTINUES_MESSAGE)
+    rest = continuation("chat", request, said(chat(" yes")), 1, CONTINUES_MESSAGE, nobody)
     assert rest["messages"][-1] == {"role": "assistant", "content": "Well: yes"}
     assert messages[-1]["content"] == "Well:"
     messages[-1]["content"] = [{"type": "text", "text": "Well:"}]
     with pytest.raises(CannotContinue, match="plain text"):
-        continuation("chat", request, said(chat(" yes")), 1, CONTINUES_MESSAGE)
+        continuation("chat", request, said(chat(" yes")), 1, CONTINUES_MESSAGE, nobody)
 
 
 def test_a_chat_of_which_nothing_or_blanks_were_said_is_asked_anew() -> None:
-    assert continuation("chat", CHAT, said(chat(""), chat("\n")), 0, CONTINUES_MESSAGE) == CHAT
+    assert continuation("chat", CHAT, said(chat(""), chat("\n")), 0, CONTINUES_MESSAGE, nobody) == CHAT
 
 
 def test_a_completion_goes_on_by_exact_tokens_before_text() -> None:
     dialect = CONTINUES_MESSAGE
-    assert continuation("completions", TEXT, said(plain("a")), 1, dialect)["prompt"] == "P:a"
+    assert continuation("completions", TEXT, said(plain("a")), 1, dialect, nobody)["prompt"] == "P:a"
     one = {**TEXT, "prompt": ["P:"]}
-    assert continuation("completions", one, said(plain("a")), 1, dialect)["prompt"] == "P:a"
+    assert continuation("completions", one, said(plain("a")), 1, dialect, nobody)["prompt"] == "P:a"
     ids = said(plain("a", token_ids=[5], prompt_token_ids=[1, 2]))
-    assert continuation("completions", TEXT, ids, 1, dialect)["prompt"] == [1, 2, 5]
+    assert continuation("completions", TEXT, ids, 1, dialect, nobody)["prompt"] == [1, 2, 5]
     given_ids = {**TEXT, "prompt": [[3, 4]]}
     told = said(plain("a", token_ids=[5]))
-    assert continuation("completions", given_ids, told, 1, dialect)["prompt"] == [3, 4, 5]
+    assert continuation("completions", given_ids, told, 1, dialect, nobody)["prompt"] == [3, 4, 5]
+    assert continuation("completions", given_ids, said(plain("a")), 1, dialect, letters)["prompt"] == [
+        3,
+        4,
+        97,
+    ]
     with pytest.raises(CannotContinue, match="not one text"):
-        continuation("completions", given_ids, said(plain("a")), 1, dialect)
+        continuation("completions", given_ids, said(plain("a")), 1, dialect, nobody)
     with pytest.raises(CannotContinue, match="not one text"):
-        continuation("completions", {**TEXT, "prompt": ["a", "b"]}, said(plain("a")), 1, dialect)
+        continuation("completions", {**TEXT, "prompt": ["a", "b"]}, said(plain("a")), 1, dialect, nobody)
 
 
 def test_the_engines_own_limit_holds_for_all_legs_together() -> None:
     unlimited = {"prompt": "P:"}
-    assert continuation("completions", unlimited, said(plain("a")), 6, CONTINUES_MESSAGE)["max_tokens"] == 10
-    assert continuation("completions", unlimited, said(plain("a")), 16, CONTINUES_MESSAGE) == {}
+    assert (
+        continuation("completions", unlimited, said(plain("a")), 6, CONTINUES_MESSAGE, nobody)["max_tokens"]
+        == 10
+    )
+    assert continuation("completions", unlimited, said(plain("a")), 16, CONTINUES_MESSAGE, nobody) == {}
     free = Continuation(completion_tokens=None)
-    assert "max_tokens" not in continuation("completions", unlimited, said(plain("a")), 99, free)
+    assert "max_tokens" not in continuation("completions", unlimited, said(plain("a")), 99, free, nobody)
     null = {"prompt": "P:", "max_tokens": None}
-    assert continuation("completions", null, said(plain("a")), 99, CONTINUES_MESSAGE)["max_tokens"] is None
+    assert (
+        continuation("completions", null, said(plain("a")), 99, CONTINUES_MESSAGE, nobody)["max_tokens"]
+        is None
+    )
 
 
 def test_nothing_is_asked_when_all_was_said() -> None:
-    assert continuation("completions", TEXT, said(plain("a")), 10, CONTINUES_MESSAGE) == {}
+    assert continuation("completions", TEXT, said(plain("a")), 10, CONTINUES_MESSAGE, nobody) == {}
     ended = said(chat("", tool_calls=[]), chat("a", finish_reason="stop"))
-    assert continuation("chat", CHAT, ended, 1, CONTINUES_MESSAGE) == {}
+    assert continuation("chat", CHAT, ended, 1, CONTINUES_MESSAGE, nobody) == {}
 
 
 @pytest.mark.parametrize(
@@ -199,17 +215,17 @@ def test_what_no_second_worker_could_say_rightly_is_refused_with_the_reason(
     fields: dict[str, Any], told: Said, why: str
 ) -> None:
     with pytest.raises(CannotContinue, match=why):
-        continuation("chat", {**CHAT, **fields}, told, 1, CONTINUES_MESSAGE)
+        continuation("chat", {**CHAT, **fields}, told, 1, CONTINUES_MESSAGE, nobody)
 
 
 def test_tools_that_were_not_called_and_plain_text_formats_go_on() -> None:
     request = {**CHAT, "tools": [{}], "tool_choice": "auto", "response_format": {"type": "text"}, "n": 1}
-    assert continuation("chat", request, said(chat("a")), 1, CONTINUES_MESSAGE)["tools"] == [{}]
+    assert continuation("chat", request, said(chat("a")), 1, CONTINUES_MESSAGE, nobody)["tools"] == [{}]
 
 
 def test_an_engine_that_cannot_continue_a_message_is_not_asked_to() -> None:
     with pytest.raises(CannotContinue, match="the engine"):
-        continuation("chat", CHAT, said(chat("a")), 1, Continuation())
+        continuation("chat", CHAT, said(chat("a")), 1, Continuation(), nobody)
 
 
 def test_stop_strings_are_read_in_both_spellings() -> None:

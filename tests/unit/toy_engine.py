@@ -39,9 +39,9 @@ BOUNDS = _bounds()
 """Where tokens end; the first is 0."""
 
 
-def count(text: str) -> int:
+def encode(text: str) -> range:
     """Whole tokens in the beginning of the answer."""
-    return sum(bound <= len(text) for bound in BOUNDS) - 1
+    return range(sum(bound <= len(text) for bound in BOUNDS) - 1)
 
 
 @dataclass
@@ -63,7 +63,7 @@ def serve(request: dict[str, Any], leg: int = 1) -> list[bytes]:
     chat = "messages" in request
     said = _said(request, chat)
     start = len(said)
-    first = count(said)
+    first = len(encode(said))
     options = request.get("stream_options") or {}
     limit = request.get("max_completion_tokens") or request.get("max_tokens") or (10**6 if chat else 16)
     stops = [request["stop"]] if isinstance(request.get("stop"), str) else request.get("stop") or []
@@ -74,7 +74,7 @@ def serve(request: dict[str, Any], leg: int = 1) -> list[bytes]:
     scanner = _Including(stops) if stops and keep else StopScanner(stops) if stops else None
     position, made = start, 0
     while True:
-        token = count(FULL[:position]) + 1
+        token = len(encode(FULL[:position])) + 1
         piece, position = FULL[position : BOUNDS[token]], BOUNDS[token]
         made += 1
         stopped = False
