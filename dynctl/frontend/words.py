@@ -34,10 +34,10 @@ class Words:
         """The packed token ids of each text."""
         rows = [self._row(text) for text in texts]
         known = self._known
-        get = known.get
-        new = [part for part in dict.fromkeys(part for row in rows for part in row) if get(part) is None]
-        if not new:
-            return [b"".join([known[part] for part in row]) for row in rows]
+        try:
+            return [b"".join(map(known.__getitem__, row)) for row in rows]
+        except KeyError:
+            new = list(dict.fromkeys(part for row in rows for part in row if part not in known))
         few = len(new) * _FEW <= sum(map(len, rows))
         learnt = new[: _MOST_NEW if few else _LEAST_NEW]
         made = dict(zip(learnt, map(pack_tokens, self._tokenise(learnt)), strict=True))
