@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from random import Random
 
@@ -15,7 +16,7 @@ from dynctl.router.guard import crowded
 from dynctl.router.request import Candidate, Picked, RouteRequest, Weighed, unhashed
 
 
-class _ByLoad:
+class _ByLoad(ABC):
     """What these modes have in common: requests in flight are the price, no block is told from another."""
 
     def pick(self, request: RouteRequest, candidates: Sequence[Candidate], block_size: int) -> Picked:
@@ -28,8 +29,9 @@ class _ByLoad:
     def took(self, request: RouteRequest, picked: Picked) -> None:
         return
 
+    @abstractmethod
     def _one(self, request: RouteRequest, candidates: Sequence[Candidate]) -> Candidate:
-        raise NotImplementedError
+        """Choose among `candidates`, of which there is at least one."""
 
 
 class RoundRobin(_ByLoad):

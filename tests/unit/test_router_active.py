@@ -187,3 +187,24 @@ def test_depths_of_long_prompts(held: list[int], length: int) -> None:
         assert shared.open() == place
         assert shared.add(place, prompt[:depth]) == depth
     assert shared.depths(prompt[:length]) == [min(depth, length) for depth in held]
+
+
+def test_one_worker_ends_a_prompt_whose_beginning_runs_elsewhere_too() -> None:
+    shared = SharedBlocks()
+    here, there = shared.open(), shared.open()
+    shared.add(here, [1, 2, 3])
+    shared.add(there, [1, 2])
+    assert shared.remove(here, [1, 2, 3]) == 3
+    assert shared.depths([1, 2, 3]) == [0, 2]
+    shared.add(here, [1])
+    assert shared.remove(there, [1, 2]) == 2
+    assert shared.depths([1, 2, 3]) == [1, 0]
+    assert len(shared) == 1
+
+
+def test_removing_more_than_was_added_takes_what_is_there() -> None:
+    shared = SharedBlocks()
+    here = shared.open()
+    shared.add(here, [1, 2])
+    assert shared.remove(here, [1, 2, 3]) == 2
+    assert len(shared) == 0

@@ -255,3 +255,10 @@ def test_consistent_hash_leaves_a_crowded_worker_and_goes_by_load_without_a_key(
     assert fleet.pick(request) != f"w-{home}"
     fleet.load((home + 1) % 3, Footprint())
     assert fleet.pick(RouteRequest("aggregated")) == f"w-{(home + 2) % 3}"
+
+
+def test_modes_by_load_are_weighed_by_requests() -> None:
+    fleet = Fleet("random")
+    fleet.load(1, Footprint())
+    weighed = fleet.policy.weigh(RouteRequest("aggregated"), fleet.candidates, SIZE)
+    assert (weighed.prices, weighed.overlaps, weighed.barred) == ([0, 1, 0], [0, 0, 0], None)
