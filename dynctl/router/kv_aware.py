@@ -38,8 +38,8 @@ class _Holdings:
 
 
 class KvAware:
-    """The lowest cost by `router.cost` among those that `router.guard` lets through; by load alone for a
-    request whose tokens are unknown.
+    """The lowest cost by `router.cost` among those that `router.guard` lets through; by requests alone
+    for a prompt of unknown length.
     """
 
     def __init__(self, spec: RouterSpec, knowledge: Knowledge, rng: Random) -> None:
@@ -48,7 +48,7 @@ class KvAware:
         self._rng = rng
 
     def pick(self, request: RouteRequest, candidates: Sequence[Candidate], block_size: int) -> Picked:
-        if not request.prompt_tokens or (request.hashes is None and request.adapter):
+        if not request.prompt_tokens:
             candidates = loaded(candidates, request.adapter)
         weighed = self.weigh(request, candidates, block_size)
         place = self._cheapest(weighed)
@@ -64,7 +64,7 @@ class KvAware:
     def weigh(self, request: RouteRequest, candidates: Sequence[Candidate], block_size: int) -> Weighed:
         loads = [one.load for one in candidates]
         out = crowded(self._spec.guard, loads)
-        if not request.prompt_tokens or (request.hashes is None and request.prefills):
+        if not request.prompt_tokens:
             return Weighed([load.requests for load in loads], [0] * len(loads), out)
         size, prefills = block_size, request.prefills
         demand = Demand(request.prompt_tokens, request.blocks(size), size, prefills, request.decodes)

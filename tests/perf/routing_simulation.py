@@ -5,9 +5,10 @@
 
 A cell of `routing_quality` in seconds, and the same every time: eight engines with the default profile, KV
 events taken over at once, load reports once a second. Capacity is what mode kv answers per second in a closed
-loop, 16 in flight per worker; loads are open loops at parts of it with the trace's own gaps scaled. "of oracle" is
-beside a router whose prompts are cached as soon as they are placed and take no memory while they run; mode
-oracle is beside the engines as they are.
+loop, 16 in flight per worker; loads are open loops at parts of it with the trace's own gaps scaled.
+
+"of oracle" is beside a router whose prompts are cached as soon as they are placed and take no memory while
+they run; mode oracle is beside the engines as they are, and always goes to the longest match.
 """
 
 from __future__ import annotations

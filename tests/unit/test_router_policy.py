@@ -262,3 +262,13 @@ def test_modes_by_load_are_weighed_by_requests() -> None:
     fleet.load(1, Footprint())
     weighed = fleet.policy.weigh(RouteRequest("aggregated"), fleet.candidates, SIZE)
     assert (weighed.prices, weighed.overlaps, weighed.barred) == ([0, 1, 0], [0, 0, 0], None)
+
+
+def test_prompt_known_by_its_length_alone_goes_where_the_least_is_to_compute() -> None:
+    fleet = Fleet("kv", "prefill")
+    fleet.load(0, Footprint(50_000))
+    for _ in range(3):
+        fleet.load(1, Footprint(100))
+    fleet.load(2, Footprint(20_000))
+    picked = fleet.policy.pick(RouteRequest("prefill", None, 4000), fleet.candidates, SIZE)
+    assert (picked.candidate.instance.id, picked.footprint) == ("w-1", Footprint(4000))
