@@ -12,6 +12,7 @@ import random
 import shutil
 import struct
 from array import array
+from collections.abc import Mapping
 from pathlib import Path
 
 ASSETS = Path(__file__).resolve().parents[2] / "dynctl" / "mocker" / "assets" / "tiny"
@@ -83,13 +84,21 @@ def _shapes(vocabulary: int) -> dict[str, tuple[int, ...]]:
 
 def _write_weights(path: Path, vocabulary: int) -> None:
     chance = random.Random(0)
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    blobs: list[bytes] = []
-    offset = 0
+    tensors: dict[str, tuple[tuple[int, ...], array[float]]] = {}
     for name, shape in sorted(_shapes(vocabulary).items()):
         count = shape[0] * (shape[1] if len(shape) > 1 else 1)
         norm = len(shape) == 1
         values = array("f", (1.0 if norm else chance.gauss(0.0, _SPREAD) for _ in range(count)))
+        tensors[name] = (shape, values)
+    write_tensors(path, tensors)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, tuple[tuple[int, ...], array[float]]]) -> None:
+    """A safetensors file of float32 tensors: name to shape and values."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    blobs: list[bytes] = []
+    offset = 0
+    for name, (shape, values) in tensors.items():
         blob = values.tobytes()
         header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, offset + len(blob)]}
         blobs.append(blob)
