@@ -85,13 +85,10 @@ class Index:
         """Forget the oldest blocks of the largest tier."""
         tier = max(self._masks, key=lambda one: len(self._masks[one]))
         masks = self._masks[tier]
-        holders = [held for slot in self._slots.values() if (held := slot.held.get(tier))]
-        holders += [held for slot in self._retired if (held := slot.held.get(tier))]
         oldest = list(islice(masks, min(EVICTED_AT_ONCE, max(1, self._limit // 8))))
         for h in oldest:
-            del masks[h]
-        for held in holders:
-            held.difference_update(oldest)
+            for number in places_of(masks.pop(h)):
+                self._by_number[number].held[tier].discard(h)
         self.evicted += len(oldest)
 
     def touch(self, hashes: Iterable[int]) -> None:
