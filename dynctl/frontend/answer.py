@@ -153,7 +153,7 @@ class Answer:
         """End a stream that the client has begun to read, and tell why. False when nothing was sent yet."""
         if not self.begun or self._exchange.ended:
             return self._exchange.ended
-        logger.warning("stream.broken id=%s why=%s", self._call.request_id, error)
+        logger.warning("stream.broken id=%s why=%s", self._call.request_id.decode(), error)
         if self._move is not None and not self.leg_begun:
             assert self._story is not None
             self._move.done("failure")

@@ -316,7 +316,7 @@ class Pipeline:
         self._parts.metrics.counter("retries_total", reason=failure.cause.kind).inc()
         if not attempt.answer.begun:
             self._parts.migrations.counted_retry()
-        logger.info("request.retried id=%s why=%s", attempt.call.request_id, failure.cause)
+        logger.info("request.retried id=%s why=%s", attempt.call.request_id.decode(), failure.cause)
         await asyncio.sleep(pause_s)
 
 

@@ -7,7 +7,7 @@ from random import Random
 
 from dynctl.errors import ConnectFailed, DynctlError
 
-MAX_ATTEMPTS = 3
+MAX_ATTEMPTS = 5
 MAX_UNSENT = 10
 """Of attempts that never reached an engine: many may have died at once. One that did may have killed it."""
 FIRST_PAUSE_S = 0.02

@@ -186,7 +186,7 @@ class Client:
         self, connection: UpstreamConnection, message: bytes, method: str, timeouts: Timeouts
     ) -> Stream:
         if not connection.usable:
-            raise PeerLost("the connection was lost as soon as it was made", where=connection.origin)
+            raise ConnectFailed("the connection was lost as soon as it was made", where=connection.origin)
         self._sweeper.ensure(timeouts.sweep_interval_s())
         return await connection.send(message, head_only=method == "HEAD", timeouts=timeouts)
 

@@ -190,8 +190,11 @@ class Worker:
             if self._superseded.is_set():
                 return self._was_superseded()
             if self._stop.is_set():
-                await planes.drain()
-            await planes.detach("the engine does not answer")
+                # Frontends give up what runs at a worker that has left: let it end first.
+                await _first(self._drain(probe, planes), self._external_gone(probe), self._hurry.wait())
+                await planes.detach("drained")
+            else:
+                await planes.detach("the engine does not answer")
         return None
 
     async def _external_ready(self, probe: Probe) -> Ready | None:

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 import openai
 import pytest
 
+from dynctl.frontend.retry import MAX_ATTEMPTS
 from dynctl.http.server import Exchange, Request
 from dynctl.protocol.specs import LimitsSpec, MigrationSpec
 from tests.integration.frontend_harness import (
@@ -143,12 +144,12 @@ async def test_a_whole_answer_lost_half_way_is_asked_for_elsewhere() -> None:
 
 
 async def test_attempts_are_bounded_and_the_last_failure_is_told() -> None:
-    engines = [Engine(status(500)) for _ in range(5)]
+    engines = [Engine(status(500)) for _ in range(MAX_ATTEMPTS + 2)]
     async with frontend(make_spec(), aggregated=engines) as front:
         response = await front.post("/v1/completions", COMPLETION)
         assert (response.status, error_of(response)["type"]) == (502, "engine_failed")
         await front.idle()
-    assert sum(len(engine.requests) for engine in engines) == 3
+    assert sum(len(engine.requests) for engine in engines) == MAX_ATTEMPTS
 
 
 async def test_all_busy_is_503_with_retry_after() -> None:
