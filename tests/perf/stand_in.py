@@ -45,7 +45,7 @@ BLOCK = 16
 MODEL = ModelCard(name="tiny", path=str(ASSETS), block_size=BLOCK)
 ANY_PORT = "tcp://127.0.0.1:0"
 HELD = 50_000
-EVENTS_A_SECOND = 200
+EVENTS_A_SECOND = 100
 
 
 async def shared_hashes() -> list[list[int]]:
