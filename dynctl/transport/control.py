@@ -193,8 +193,9 @@ class ControlClient:
         if self._closed:
             return
         self._closed = True
-        self._monitor.close()
+        # In this order: an event for a reader that has gone would stop the thread that moves all messages.
         self._socket.disable_monitor()
+        self._monitor.close()
         self._channel.close()
         self._fail("the client was closed")
 
