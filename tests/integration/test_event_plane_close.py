@@ -1,4 +1,4 @@
-"""Closing a control client while its connection is going: in a process of its own, which must come to an end."""
+"""Closing a control client while its connection goes: in a process of its own, which must come to an end."""
 
 from __future__ import annotations
 

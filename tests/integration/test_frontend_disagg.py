@@ -10,6 +10,7 @@ import pytest
 
 from dynctl.engines import catalog
 from dynctl.engines.base import Handoff
+from dynctl.frontend.retry import MAX_ATTEMPTS
 from dynctl.http.server import Exchange, Request
 from dynctl.protocol.specs import FrontendSpec, LimitsSpec
 from tests.integration.frontend_harness import (
@@ -347,4 +348,4 @@ async def test_retries_of_prefill_and_decode_are_bounded_together() -> None:
     prefill, decode = Engine(prefilled()), Engine(in_turn(status(500)))
     async with frontend(vllm(), prefill=[prefill], decode=[decode]) as front:
         assert (await front.post("/v1/completions", STREAMED)).status == 502
-    assert len(prefill.requests) == len(decode.requests) == 3
+    assert len(prefill.requests) == len(decode.requests) == MAX_ATTEMPTS
