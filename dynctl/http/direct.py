@@ -17,7 +17,7 @@ from typing import Final
 logger = logging.getLogger(__name__)
 
 READ_BYTES: Final = 64 * 1024
-BUSY_READS_S: Final = 2000.0
+BUSY_READS_S: Final = 10_000.0
 _RATE_S: Final = 0.05
 _EDGE: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
 
