@@ -67,8 +67,8 @@ class _First:
             self.at_s = time.perf_counter()
 
 
-def recipe(mode: str, speed: float, blocks: int) -> dict[str, Any]:
-    """Eight mockers behind one frontend."""
+def recipe(mode: str, speed: float, blocks: int, router: dict[str, Any]) -> dict[str, Any]:
+    """Eight mockers behind one frontend; `router` goes to mode kv alone."""
     return {
         "schema": "dynctl/v1",
         "name": "routing-quality",
@@ -83,7 +83,7 @@ def recipe(mode: str, speed: float, blocks: int) -> dict[str, Any]:
             }
         },
         "roles": {"aggregated": {"replicas": WORKERS}},
-        "router": {"mode": mode},
+        "router": {"mode": mode, **(router if mode == "kv" else {})},
         "frontend": {"port": 0},
     }
 
@@ -168,8 +168,11 @@ def hits_and_spread(deployment: Deployment) -> tuple[float, float]:
 class Bench:
     """Runs cells one after another, each in a deployment of its own."""
 
-    def __init__(self, cli: Cli, requests: list[TraceRequest], speed: float, blocks: int) -> None:
+    def __init__(
+        self, cli: Cli, requests: list[TraceRequest], speed: float, blocks: int, router: dict[str, Any]
+    ) -> None:
         self._cli = cli
+        self._router = router
         self._requests = requests
         self._bodies = bodies_of(requests)
         self._speed, self._blocks = speed, blocks
@@ -182,8 +185,8 @@ class Bench:
 
     def cell(self, mode: str, load: float, rate: float) -> Cell:
         """One run at `rate` requests a second."""
-        natural = len(self._requests) / max(1e-9, self._requests[-1].at_s)
-        times = [one.at_s * natural / rate for one in self._requests]
+        natural = len(self._requests) / max(1e-9, self._requests[-1].at_s - self._requests[0].at_s)
+        times = [(one.at_s - self._requests[0].at_s) * natural / rate for one in self._requests]
         with self._up(mode) as deployment:
             seen = runtime.run(self._open(deployment.url, times))
             hit_rate, spread = hits_and_spread(deployment)
@@ -200,7 +203,7 @@ class Bench:
 
     def _up(self, mode: str) -> Any:
         file = self._cli.home / f"{mode}.yaml"
-        file.write_text(json.dumps(recipe(mode, self._speed, self._blocks)))
+        file.write_text(json.dumps(recipe(mode, self._speed, self._blocks, self._router)))
         return up(self._cli, file)
 
 
@@ -222,14 +225,17 @@ def main() -> None:
     parser.add_argument("--loads", default=",".join(map(str, LOADS)))
     parser.add_argument("--speed", type=float, default=0.5, help="of the mockers; lower: fewer requests/s")
     parser.add_argument("--blocks", type=int, default=6000, help=f"of {BLOCK} tokens, per worker")
+    parser.add_argument("--router", default="{}", help="JSON: further router fields of mode kv")
+    parser.add_argument("--skip", type=int, default=0, help="requests of the trace to leave out before")
     parser.add_argument("--capacity", type=float, default=0.0, help="requests/s; 0: measure it")
     given = parser.parse_args()
-    requests = read_trace(given.trace, given.requests) if given.trace else made_up(given.requests)
+    count = given.skip + given.requests
+    requests = (read_trace(given.trace, count) if given.trace else made_up(count))[given.skip :]
     oracle = oracle_hits(requests, WORKERS, given.blocks, BLOCK)
     mean = statistics.mean(one.prompt_tokens for one in requests)
     print(f"{len(requests)} requests, mean prompt {mean:.0f} tokens, oracle's hit rate {oracle:.1%}")
     with tempfile.TemporaryDirectory() as home:
-        bench = Bench(Cli(Path(home)), requests, given.speed, given.blocks)
+        bench = Bench(Cli(Path(home)), requests, given.speed, given.blocks, json.loads(given.router))
         try:
             capacity = given.capacity or bench.capacity()
             print(f"capacity {capacity:.1f} requests/s")
