@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from dynctl import procfs
 from dynctl.deploy.home import LOCK_S, Home, RunDir, new_run_id
 from dynctl.deploy.plan import Plan, PlannedProcess, build_plan
 from dynctl.deploy.ports import holder, listen_error, listening
@@ -30,7 +31,6 @@ from dynctl.deploy.state import (
 )
 from dynctl.deploy.stop import CONTROLLER
 from dynctl.errors import CodecError, LaunchError, PortInUse, RecipeError, UsageError
-from dynctl.launchers import procfs
 from dynctl.launchers.base import Launch, Launcher, ProcessHandle, RunRef
 from dynctl.recipe.check import check_recipe
 from dynctl.recipe.load import LoadedRecipe, load_recipe
@@ -107,7 +107,7 @@ def start(checked: Checked, site: Site) -> Up:
     with site.home.locked(name, deadline_s=LOCK_S):
         living = claim(checked, site)
         if living is not None:
-            return adopt(living, site)
+            return adopt(living, checked, site)
         return begin(checked, site)
 
 
@@ -144,7 +144,7 @@ def same_recipe(run: RunDir, lock: str) -> bool:
         return False
 
 
-def adopt(run: RunDir, site: Site) -> Up:
+def adopt(run: RunDir, checked: Checked, site: Site) -> Up:
     """Start a new controller on a run whose processes live."""
     state = load_state(run.state)
     if state is None:
@@ -155,7 +155,8 @@ def adopt(run: RunDir, site: Site) -> Up:
     state.controller = ControllerRecord(incarnation=state.controller.incarnation + 1)
     with _disk_of(run):
         save_state(run.state, state)
-    handle = start_controller(run, plan, state.controller.incarnation, site.launcher)
+    launch = controller_of(plan, state.controller.incarnation, checked)
+    handle = site.launcher.start(launch, RunRef(run.run_id, run.path))
     return Up(state.name, run, state.url, handle, adopted=True)
 
 
@@ -170,7 +171,7 @@ def begin(checked: Checked, site: Site) -> Up:
         require_programs(plan, checked.loaded, site.environ)
         require_certificate(checked.loaded)
         run = write_run(plan, lock_text(checked.loaded, site.version), site.home)
-    handle = start_controller(run, plan, 1, site.launcher)
+    handle = site.launcher.start(controller_of(plan, 1, checked), RunRef(run.run_id, run.path))
     return Up(name, run, plan.url, handle, adopted=False)
 
 
@@ -301,11 +302,10 @@ def _seat(process: PlannedProcess, kind: SeatKind) -> SeatRecord:
     )
 
 
-def start_controller(run: RunDir, plan: Plan, incarnation: int, launcher: Launcher) -> ProcessHandle:
-    """Start the controller of a run. Raises LaunchError."""
+def controller_of(plan: Plan, incarnation: int, checked: Checked) -> Launch:
+    """The start of a run's controller; it and all it starts do without the variables that hold secrets."""
     process = plan.process(CONTROLLER)
-    launch = Launch(CONTROLLER, incarnation, process.command, process.node)
-    return launcher.start(launch, RunRef(run.run_id, run.path))
+    return Launch(CONTROLLER, incarnation, process.command, process.node, checked.loaded.secrets)
 
 
 @contextmanager

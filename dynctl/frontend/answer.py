@@ -101,7 +101,7 @@ class Answer:
 
     def said(self, body: bytes) -> None:
         """Answer in our own words: JSON, no engine was asked."""
-        self._exchange.respond(200, body, headers=[(b"x-request-id", self._call.request_id)])
+        self._exchange.respond(200, body)
 
     def whole(self, response: Response, workers: list[str]) -> None:
         """Give an engine's whole answer to the client, its refusals (4xx) too: these in OpenAI's shape.

@@ -27,12 +27,16 @@ class RunRef:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One start of one seat. `process_id` is the seat ("decode-0"), `node` where it is to run."""
+    """One start of one seat. `process_id` is the seat ("decode-0"), `node` where it is to run.
+
+    `withheld` names variables of our own environment that it and what it starts are not to have.
+    """
 
     process_id: str
     incarnation: int
     command: Command
     node: str = ""
+    withheld: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

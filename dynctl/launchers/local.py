@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from dynctl import procfs
 from dynctl.errors import LaunchError
-from dynctl.launchers import procfs
 from dynctl.launchers.base import (
     ENV_INCARNATION,
     ENV_PROCESS,
@@ -139,7 +139,7 @@ class LocalLauncher:
 def environment_for(launch: Launch, run_id: str) -> dict[str, str]:
     """What the process is started with: ours, the command's, and the three names by which it is found."""
     return {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if name not in launch.withheld},
         **KEEP_ENVIRON,
         **launch.command.env,
         ENV_RUN: run_id,

@@ -24,6 +24,7 @@ _BUILTIN = Path(__file__).resolve().parent.parent / "mocker" / "assets"
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 _ROLE_OPTION = re.compile(r"^roles\.[a-z]+\.(args|env)(?=\.|$)")
 _SHORTEST_KEY = 8
+_ENV = "env:"
 _MISSING = {"model.path": "model directory", "engine.venv": "virtual environment"}
 
 
@@ -33,6 +34,7 @@ class LoadedRecipe:
 
     In `recipe`, paths are absolute, `model.served_name` is filled in, and `frontend.api_key` holds digests
     ("sha256:HEX"): no secret of the frontend is kept. `model` is what is at hand of the model here.
+    `secrets` are the environment variables that may hold one: keys by `env:NAME`, and DYNCTL_SET.
     """
 
     recipe: Recipe
@@ -40,6 +42,7 @@ class LoadedRecipe:
     model: ModelFiles
     wheres: Mapping[Keys, str] = field(default_factory=dict)
     overrides: tuple[str, ...] = ()
+    secrets: frozenset[str] = frozenset()
 
     def where(self, dotted: str) -> str:
         """Where a field ("roles.decode.args.tp") was written: file:line, or the flag; else the file."""
@@ -78,7 +81,9 @@ def load_recipe(
     recipe, model = resolver.resolve(made)
     if resolver.problems:
         raise as_error(resolver.problems, str(file))
-    return LoadedRecipe(recipe, str(file), model, document.wheres, tuple(c.where for c in changes))
+    named = (given.key.removeprefix(_ENV) for given in made.frontend.api_key if given.key.startswith(_ENV))
+    secrets = frozenset((*named, override.VARIABLE))
+    return LoadedRecipe(recipe, str(file), model, document.wheres, tuple(c.where for c in changes), secrets)
 
 
 def _read(file: Path) -> Document:
@@ -219,10 +224,12 @@ class _Resolver:
 
     def _secret(self, at: Keys, text: str) -> str | None:
         """The key that `env:NAME`, `file:PATH` or the text itself gives; None when it is a problem."""
-        if text.startswith("env:"):
-            value = self._environ.get(text.removeprefix("env:"))
+        if text.startswith(_ENV):
+            name = text.removeprefix(_ENV)
+            value = self._environ.get(name)
             if not value:
-                self._problem(at, f"the environment variable {text.removeprefix('env:')} is not set", "")
+                hint = f"export {name} first" if name else "env:NAME names one"
+                self._problem(at, f"the environment variable {name} is not set", hint)
             return value or None
         if not text.startswith("file:"):
             return text

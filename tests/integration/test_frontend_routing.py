@@ -79,6 +79,7 @@ async def test_dry_run_tells_the_choice_and_asks_no_engine() -> None:
             assert headers is None or isinstance(headers, dict)
             answer = await front.post("/v1/completions", body, headers)
             assert answer.status == 200
+            assert [name for name, _ in answer.headers].count(b"x-request-id") == 1
             told = json.loads(answer.body)
             assert (told["worker"], told["rank"], told["overlap_blocks"]) == ("aggregated-1", 0, 6)
             assert (told["prompt_tokens"], told["prompt_blocks"], told["block_size"]) == (160, 10, 16)

@@ -13,7 +13,17 @@ import pytest
 from dynctl.deploy import run as steps
 from dynctl.deploy.home import Home, RunDir
 from dynctl.deploy.plan import Plan, build_plan
-from dynctl.deploy.run import Checked, Site, UpRequest, check, claim, initial_state, plan_run, write_run
+from dynctl.deploy.run import (
+    Checked,
+    Site,
+    UpRequest,
+    check,
+    claim,
+    controller_of,
+    initial_state,
+    plan_run,
+    write_run,
+)
 from dynctl.deploy.seats import RunContext
 from dynctl.deploy.state import load_state, save_state
 from dynctl.errors import CodecError, LaunchError, PortInUse, RecipeError, UsageError
@@ -159,6 +169,15 @@ def spoil(run: RunDir, plan: str | None) -> None:
     run.plan.unlink()
     if plan is not None:
         run.plan.write_text(plan)
+
+
+def test_no_process_inherits_the_variables_of_api_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOME_KEY", "long-enough")
+    made = checked(tmp_path, ("frontend.api_key=env:SOME_KEY",))
+    plan = written(made, site(tmp_path))[1]
+    assert controller_of(plan, 1, made).withheld == {"SOME_KEY", "DYNCTL_SET"}
 
 
 def test_the_frontends_port_is_probed_where_it_will_listen(tmp_path: Path) -> None:

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from dynctl import procfs
 from dynctl.command import Command
 from dynctl.errors import LaunchError
-from dynctl.launchers import procfs
 from dynctl.launchers.base import Launch, Owned, ProcessHandle, RunRef, heads
 from dynctl.launchers.local import LocalLauncher
 
@@ -87,6 +88,18 @@ def test_output_environment_and_files_are_as_the_command_says(launcher: LocalLau
     assert "True" in text
     for path in ("specs/a.json", "logs/decode-0.log"):
         assert (run.run_dir / path).stat().st_mode & 0o777 == 0o600
+
+
+def test_a_withheld_variable_of_ours_is_not_handed_on(
+    launcher: LocalLauncher, run: RunRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("A_KEY", "hidden")
+    code = "import os,sys; sys.exit('A_KEY' in os.environ)"
+    launch = replace(python(code), withheld=frozenset({"A_KEY", "NOT_SET"}))
+    assert ended(launcher, launcher.start(launch, run)) == 0
+    assert ended(launcher, launcher.start(python(code), run)) == 1
+    wanted = replace(python(code, env={"A_KEY": "by the recipe"}), withheld=frozenset({"A_KEY"}))
+    assert ended(launcher, launcher.start(wanted, run)) == 1
 
 
 def test_a_second_incarnation_appends_to_the_log(launcher: LocalLauncher, run: RunRef) -> None:
@@ -182,4 +195,4 @@ def test_names_with_blanks_and_parentheses_do_not_shift_the_fields(tmp_path: Pat
     folder.mkdir()
     fields = " ".join(["S", "1", "6", *["0"] * 16, "4242", "0"])
     (folder / "stat").write_text(f"7 (a ) b) {fields}\n")
-    assert procfs.stat(7, tmp_path) == procfs.Stat(7, "S", 1, 6, 4242)
+    assert procfs.stat(7, tmp_path) == procfs.Stat(7, "S", 1, 6, 6, 4242)

@@ -254,6 +254,7 @@ def test_api_keys_are_kept_as_digests_only(tmp_path: Path) -> None:
         "sha256:" + hashlib.sha256(key.encode()).hexdigest() for key in keys
     ]
     assert not any(key in lock_text(loaded, "1") for key in keys)
+    assert loaded.secrets == {"KEY", "DYNCTL_SET"}
     assert len(load(tmp_path, GOOD + "frontend: {api_key: literal-key}\n").recipe.frontend.api_key) == 1
 
 
