@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 
+from dynctl import procfs
 from dynctl.deploy.ask import ask_controller
 from dynctl.deploy.home import Home, RunDir
 from dynctl.deploy.state import ENDED, RunState, load_state
 from dynctl.deploy.status import view_of
 from dynctl.deploy.stop import CONTROLLER
 from dynctl.errors import CodecError, DynctlError, UsageError
-from dynctl.launchers import procfs
 from dynctl.launchers.local import LocalLauncher
 from dynctl.protocol.deployment import DeploymentView
 

@@ -10,13 +10,13 @@ import os
 import signal
 import sys
 
+from dynctl import procfs
 from dynctl.controller.service import Controller, Parts, run_dir_of
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.plan import Plan
 from dynctl.deploy.state import ENDED, ControllerRecord, load_state
 from dynctl.errors import DynctlError, LaunchError, UsageError
 from dynctl.http.runtime import run as run_loop
-from dynctl.launchers import procfs
 from dynctl.launchers.base import ENV_INCARNATION
 from dynctl.launchers.local import LocalLauncher
 from dynctl.observability.logs import setup

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from dynctl import procfs
 from dynctl.controller.moves import (
     Begin,
     Event,
@@ -45,7 +46,6 @@ from dynctl.discovery.adapters import Adapters
 from dynctl.discovery.lease import Changes
 from dynctl.discovery.registry import Registry
 from dynctl.errors import DiscoveryError, LaunchError
-from dynctl.launchers import procfs
 from dynctl.launchers.base import Launch, Launcher, Owned, ProcessHandle, RunRef
 from dynctl.launchers.files import write_atomic
 from dynctl.protocol.deployment import DownCall, DownReply

@@ -5,7 +5,8 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
-from dynctl.http.listeners import PROC, holders, listeners, name_of
+from dynctl.listeners import holders, listeners
+from dynctl.procfs import PROC, name
 
 
 def listening(proc: Path = PROC) -> set[int]:
@@ -29,4 +30,5 @@ def listen_error(host: str, port: int) -> OSError | None:
 def holder(port: int, proc: Path = PROC) -> str:
     """Who listens on a port, for people: "python3 (pid 12)"; "" when that cannot be read."""
     found = holders([listener.inode for listener in listeners(proc) if listener.port == port], proc)
-    return name_of(min(found.values()), proc) if found else ""
+    pid = min((pid for pids in found.values() for pid in pids), default=0)
+    return f"{name(pid, proc) or 'a process'} (pid {pid})" if pid else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from dynctl import procfs
 from dynctl.deploy.ask import Health, ask_health
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.logs import tail
@@ -13,7 +14,6 @@ from dynctl.deploy.state import ENDED, RunState, load_state
 from dynctl.deploy.status import diagnose, telling_lines, view_of
 from dynctl.deploy.stop import CONTROLLER, Stopper, stop_run
 from dynctl.errors import LaunchError, NotReady, PortInUse, ProcessExited
-from dynctl.launchers import procfs
 from dynctl.launchers.base import ProcessHandle
 from dynctl.launchers.files import write_atomic
 from dynctl.protocol.deployment import DeploymentView

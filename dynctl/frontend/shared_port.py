@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from dynctl import procfs
 from dynctl.errors import PortInUse
-from dynctl.http.listeners import PROC, holders, listeners, name_of
+from dynctl.listeners import holders, listeners
+from dynctl.procfs import PROC
 
 _RUN = "DYNCTL_RUN"
 _LOOKS = 3
@@ -42,18 +44,14 @@ def strangers(host: str, port: int, proc: Path = PROC) -> dict[str, str]:
     pids = holders(there, proc)
     found = {}
     for inode in there:
-        pid = pids.get(inode)
+        pid = next(iter(pids.get(inode, ())), None)
         if pid is None:
             found[inode] = "a process of somebody else"
         elif pid != os.getpid() and not _of_this_run(pid, proc):
-            found[inode] = name_of(pid, proc)
+            found[inode] = f"{procfs.name(pid, proc) or 'a process'} (pid {pid})"
     return found
 
 
 def _of_this_run(pid: int, proc: Path) -> bool:
     run = os.environ.get(_RUN)
-    try:
-        given = (proc / str(pid) / "environ").read_bytes().split(b"\0")
-    except OSError:
-        return False
-    return bool(run) and f"{_RUN}={run}".encode() in given
+    return bool(run) and procfs.environment(pid, proc).get(_RUN) == run

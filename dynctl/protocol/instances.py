@@ -36,10 +36,12 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
     """One registered process: `id` is its seat ("decode-0"), `incarnation` rises with each start of it.
 
     Workers: `url` is the engine's own HTTP base, `events` the PUB endpoint of the sidecar's event plane,
-    `kv_events` whether KV events come from there besides load, `control` its ZeroMQ ROUTER endpoint. Frontends: `url` is the public base, or where
-    the port of that is shared one that only this frontend answers; `events` tells others what it has in flight.
+    `kv_events` whether KV events come from there besides load, `control` its ZeroMQ ROUTER endpoint.
     `bootstrap_port` is where decode engines meet a prefill engine, for engines that link both legs by it (0 =
-    none), `peers` the names decode engines know its ranks by ([] = they need none). `started_at` is Unix time in seconds. `pid` is the sidecar's, `engine_pid` the engine's (0 = none).
+    none), `peers` the names decode engines know its ranks by ([] = they need none). `pid` is the sidecar's,
+    `engine_pid` the engine's (0 = none). Frontends: `url` is the public base, or where the port of that is
+    shared one that only this frontend answers; `events` tells others what it has in flight. `started_at` is
+    Unix time in seconds.
     """
 
     id: str

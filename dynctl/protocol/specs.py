@@ -195,9 +195,9 @@ class ApiKeySpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FrontendSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """One frontend. `roles` is what the model needs before it is ready: replicas wanted by role. `kv_transfer` is
-    how the KV cache moves from prefill to decode ("" = the engine's own default).
+    """One frontend. `roles` is what the model needs before it is ready: replicas wanted by role.
 
+    `kv_transfer` is how the KV cache moves from prefill to decode ("" = the engine's own default).
     `address` is its node's, as others dial it. Of several frontends each publishes at `events_port` what it
     has in flight; 0 = there are no others. `own_port` 0 = `port` is its alone; else it shares that with the
     other frontends of its node, and answers at this one too.

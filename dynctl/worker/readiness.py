@@ -14,7 +14,7 @@ from dynctl.engines.base import Canary, Engine, EngineInfo, EngineLoad, PrefillD
 from dynctl.errors import DynctlError, EngineFailed, NotReady, PortInUse, TransportError
 from dynctl.http.client import Client, Origin, Response
 from dynctl.protocol.specs import WorkerSpec
-from dynctl.worker.listeners import find_holder, is_former_self, listening_inodes
+from dynctl.worker.port_holder import find_holder, is_former_self, listening_inodes
 
 logger = logging.getLogger(__name__)
 
@@ -227,7 +227,7 @@ async def wait_until_ready(probe: Probe, engine_pid: int, timeout_s: float) -> R
     what was missing last.
     """
     last: DynctlError = NotReady("it does not listen", where=str(probe.origin))
-    verified: frozenset[int] = frozenset()
+    verified: frozenset[str] = frozenset()
     wrong = 0
     pause = _FIRST_PAUSE_S
     try:

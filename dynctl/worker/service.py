@@ -26,9 +26,9 @@ from dynctl.errors import (
 from dynctl.http.client import Client
 from dynctl.protocol.specs import EngineProcess, WorkerSpec
 from dynctl.transport.keys import bearer, load_engine_key
-from dynctl.worker.listeners import find_holder
 from dynctl.worker.load import wait_until_idle
 from dynctl.worker.planes import Attached, Planes
+from dynctl.worker.port_holder import find_holder
 from dynctl.worker.process import EngineChild
 from dynctl.worker.readiness import (
     Probe,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dynctl import procfs
 from dynctl.deploy import stop
 from dynctl.deploy.ask import Health
 from dynctl.deploy.home import Home, RunDir
@@ -16,7 +17,6 @@ from dynctl.deploy.state import ControllerRecord, RunState, SeatRecord, drain_of
 from dynctl.deploy.stop import Stopper, stop_run
 from dynctl.deploy.watch import Waiter, failure_of, wait_ready
 from dynctl.errors import LaunchError, NotReady, PeerLost, PortInUse, ProcessExited
-from dynctl.launchers import procfs
 from dynctl.launchers.base import Exit, Launch, Owned, ProcessHandle, RunRef
 from dynctl.protocol.deployment import DeploymentView
 from dynctl.protocol.exits import LastWords

@@ -15,7 +15,7 @@ import pytest
 
 from dynctl.errors import PortInUse
 from dynctl.frontend.shared_port import require_own, strangers
-from dynctl.http.listeners import Listener, listeners
+from dynctl.listeners import Listener, listeners
 
 _SERVE = """
 import socket, sys

@@ -195,4 +195,4 @@ def test_names_with_blanks_and_parentheses_do_not_shift_the_fields(tmp_path: Pat
     folder.mkdir()
     fields = " ".join(["S", "1", "6", *["0"] * 16, "4242", "0"])
     (folder / "stat").write_text(f"7 (a ) b) {fields}\n")
-    assert procfs.stat(7, tmp_path) == procfs.Stat(7, "S", 1, 6, 6, 4242)
+    assert procfs.stat(7, tmp_path) == procfs.Stat(7, "S", 1, 6, 0, 4242)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dynctl.worker.listeners import Holder, find_holder, is_former_self, listening_inodes
+from dynctl.worker.port_holder import Holder, find_holder, is_former_self, listening_inodes
 
 LISTEN = """
 import socket, sys
@@ -85,7 +85,7 @@ def test_process_that_cannot_be_looked_into_is_unknown(tmp_path: Path) -> None:
 def fake_process(proc: Path, pid: int, environ: bytes) -> None:
     (proc / str(pid) / "fd").mkdir(parents=True)
     (proc / str(pid) / "fd" / "3").symlink_to("socket:[4711]")
-    (proc / str(pid) / "stat").write_text(f"{pid} (a) b) S 1 {pid} {pid} 0")
+    (proc / str(pid) / "stat").write_text(f"{pid} (a) b) S 1 {pid} {pid} " + "0 " * 20)
     (proc / str(pid) / "environ").write_bytes(environ)
 
 
