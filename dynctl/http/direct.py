@@ -20,6 +20,7 @@ READ_BYTES: Final = 64 * 1024
 BUSY_READS_S: Final = 10_000.0
 _RATE_S: Final = 0.05
 _EDGE: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
+_ENDED: Final = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 
 
 def own_socket(transport: asyncio.Transport) -> socket.socket | None:
@@ -62,7 +63,8 @@ def delay_acknowledgements(own: socket.socket) -> None:
 class Readers:
     """Sockets of which each is reported by a call when bytes, the end or an error are there to be read.
 
-    A report comes once for all that is there: its taker reads until there is less than it asked for. While
+    A report comes once for all that is there: its taker reads until there is less than it asked for. An end
+    that came with the last bytes is not seen by that, so it is reported by a second call. While
     there are more than `BUSY_READS_S` a second, all are looked at every `rest_s` seconds instead of each at
     once: what came meanwhile is read together. 0 = never.
     """
@@ -136,7 +138,8 @@ class Readers:
         ready_of = self._ready.get
         reported = self._epoll.poll(0)
         self._reads += len(reported)
-        for fd, _ in reported:
+        ended = [fd for fd, events in reported if events & _ENDED]
+        for fd in [*(fd for fd, _ in reported), *ended]:
             ready = ready_of(fd)
             if ready is None:
                 continue

@@ -6,6 +6,7 @@ import asyncio
 import socket
 import struct
 from collections.abc import Awaitable, Callable
+from typing import cast
 
 import pytest
 
@@ -110,6 +111,27 @@ def test_a_peer_lost_amid_a_long_body_is_told(ending: Ending) -> None:
         await with_stream(one_by_one(sink, CHUNKED, tokens(), ending), use)
 
     on_uvloop(scenario)()
+
+
+@on_uvloop
+async def test_an_end_that_comes_together_with_the_last_bytes_is_seen() -> None:
+    sink, last = Pieces(), frame_chunk(b"last")
+
+    def last_words(writer: asyncio.StreamWriter) -> None:
+        own = direct.own_socket(cast(asyncio.Transport, writer.transport))
+        assert own is not None
+        with own:
+            own.send(last)
+            own.shutdown(socket.SHUT_WR)  # both are there before the reader looks
+
+    async def use(stream: Stream, one: Client) -> None:
+        with pytest.raises(PeerLost, match="before its answer had ended"):
+            async with asyncio.timeout(TIMEOUTS.stall_s / 2):
+                await stream.relay(sink)
+        assert sink.taken == [*tokens(), last]
+        await until(lambda: not one._open)
+
+    await with_stream(one_by_one(sink, CHUNKED, tokens(), last_words), use)
 
 
 @on_uvloop
