@@ -15,6 +15,7 @@ from dynctl.cli.pick import pick, state
 from dynctl.cli.render import json_data
 from dynctl.deploy.ask import open_frontend
 from dynctl.errors import EngineFailed, PeerLost, RequestError
+from dynctl.protocol.sse import DONE, event_data
 
 _ANSWER_S = 600.0
 
@@ -90,11 +91,10 @@ def stream(url: str, body: dict[str, Any], api_key: str | None) -> Iterator[dict
 def chunks(answer: Iterator[bytes], url: str) -> Iterator[dict[str, Any]]:
     """The objects of a server-sent event stream, to its [DONE]. Raises EngineFailed when it breaks off."""
     for raw in answer:
-        line = raw.strip()
-        if not line.startswith(b"data:"):
+        payload = event_data(raw)
+        if not payload:
             continue
-        payload = line.removeprefix(b"data:").strip()
-        if payload == b"[DONE]":
+        if payload == DONE:
             return
         found = json.loads(payload)
         if "error" in found:

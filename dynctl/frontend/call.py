@@ -40,7 +40,7 @@ class Endpoint:
 @dataclass(frozen=True, slots=True)
 class Call:
     """`body` carries no field that only dynctl may set. `headers` go to the engine as they are, and the
-    headers of `trace` with them, which differ by leg. `key` is the name of the API key it came with.
+    headers of `trace` with them, which differ by leg.
     """
 
     endpoint: Endpoint
@@ -53,7 +53,6 @@ class Call:
     account: Account
     trace: Trace
     hints: Hints = NO_HINTS
-    key: str = ""
 
 
 @dataclass(frozen=True, slots=True)

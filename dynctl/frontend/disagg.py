@@ -25,12 +25,12 @@ from dynctl.frontend.retry import AttemptFailed
 from dynctl.frontend.upstream import Leg
 from dynctl.http.client import Response
 from dynctl.protocol.instances import Role
+from dynctl.protocol.sse import DATA, event_data, split_events
 from dynctl.router.prefill import HandoffGuard, Refused
 from dynctl.router.service import Choice
 
 _ROOMS_BITS = 48
 _NAME_BITS = 127
-_DATA = b"data:"
 
 
 def flow_for(roles: frozenset[str], contract: PrefillDecode | None, naming: Naming | None = None) -> Flow:
@@ -108,6 +108,7 @@ class _PrefillFirst:
             return
         guard = HandoffGuard(handoff, attempt.call.body.original)
         attempt.answer.prefilled_by(prefill.instance.id)
+        attempt.call.account.handed_off()
         await self._decode(attempt, prefill, guard, link)
 
     def _read(self, attempt: Attempt, prefill: Choice, response: Response) -> Handoff:
@@ -212,12 +213,9 @@ def _events(response: Response) -> list[dict[str, Any]]:
     """What a prefill leg answered, as far as it is JSON: a whole answer, or the events of a stream."""
     if response.status != 200:
         return []
-    lines = response.body.splitlines() if response.body.startswith(_DATA) else [_DATA + response.body]
-    events = []
-    for line in lines:
-        if line.startswith(_DATA) and line[len(_DATA) :].lstrip().startswith(b"{"):
-            events.append(msgspec.json.decode(line[len(_DATA) :], type=dict[str, Any]))
-    return events
+    body = response.body
+    told = map(event_data, split_events(body + b"\n\n")[0]) if body.startswith(DATA) else (body.lstrip(),)
+    return [msgspec.json.decode(one, type=dict[str, Any]) for one in told if one.startswith(b"{")]
 
 
 async def _race(

@@ -17,6 +17,7 @@ from dynctl.http.framing import LAST_CHUNK, ChunkReader, Framing, frame_chunk
 from dynctl.http.server import Exchange
 from dynctl.observability.metrics import Metrics
 from dynctl.protocol.specs import MigrationSpec
+from dynctl.protocol.sse import DATA, framed
 from dynctl.router.migration import CannotContinue, Encode, Kind, Said, continuation, spoken_tokens
 from dynctl.router.seam import Joint, Seam, ending
 
@@ -24,7 +25,6 @@ logger = logging.getLogger(__name__)
 
 PATIENCE_S = 10.0
 """How long a half-said answer waits for a worker when there is none."""
-_DATA = b"data: "
 
 
 class Story:
@@ -132,7 +132,7 @@ class Rest:
             self._ways.first_token()
             self._ways.head()
         else:
-            number = max(1, events.count(_DATA))
+            number = max(1, events.count(DATA))
             self._account.itl.observe((now_s - self._last_s) / number, number)
         self._last_s = now_s
         self._story.write(self._exchange, events)
@@ -141,9 +141,9 @@ class Rest:
         """The rest was said: end the client's answer."""
         self._story.end(self._exchange)
 
-    def break_off(self, error_event: bytes) -> None:
+    def break_off(self, error: bytes) -> None:
         """Tell the client by a last event that there is no more."""
-        break_off(self._story, self._exchange, error_event)
+        break_off(self._story, self._exchange, error)
 
     def count_tokens(self) -> None:
         """Put down to the account what all legs have said."""
@@ -151,9 +151,9 @@ class Rest:
         self._account.output_tokens = self._seam.spoken if usage is None else usage[1]
 
 
-def break_off(story: Story, exchange: Exchange, error_event: bytes) -> None:
-    """End a client's answer that stands between two events by an error event."""
-    story.write(exchange, _DATA + error_event + b"\n\n")
+def break_off(story: Story, exchange: Exchange, error: bytes) -> None:
+    """End a client's answer that stands between two events by one with the JSON of an error."""
+    story.write(exchange, framed(error))
     story.end(exchange)
 
 

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -73,7 +73,6 @@ class PromptFacts:
     hashes: Sequence[int] | None = None
     approximate: Sequence[int] | None = None
     estimate: int = 0
-    hashing_s: float = field(default=0.0, compare=False)
 
 
 UNKNOWN = PromptFacts()

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from dynctl.errors import Overloaded
 from dynctl.protocol.specs import QueueSpec
 
-POLICIES = ("fcfs", "shortest")
 FAIR_TURN = 4
 LONGEST_RETRY_S = 120.0
 _NEWEST = 0.2
@@ -88,12 +87,7 @@ class Queue:
         """Give a place up; nothing happens when its turn has come."""
         if place.gone:
             return
-        place.gone = True
-        self.waiting.count(place.ask, -1)
-        if len(self._ranked) > 2 * self.waiting.requests + _SPARE:
-            self._ranked = [entry for entry in self._ranked if not entry[2].gone]
-            heapq.heapify(self._ranked)
-            self._by_arrival = deque(one for one in self._by_arrival if not one.gone)
+        self._take_out(place)
 
     def next(self, now_s: float) -> Place | None:
         """Whose turn it is, from now on out of the queue; None when nobody waits."""
@@ -101,12 +95,22 @@ class Queue:
             return None
         self._turns += 1
         place = self._oldest() if self._turns % FAIR_TURN == 0 else self._best()
-        place.gone = True
-        self.waiting.count(place.ask, -1)
+        self._take_out(place)
         if self._last_turn_s is not None:
             self._between_s += _NEWEST * (now_s - self._last_turn_s - self._between_s)
         self._last_turn_s = now_s
         return place
+
+    def _take_out(self, place: Place) -> None:
+        """It waits no more; either order may keep it until most of what is in them has gone."""
+        place.gone = True
+        self.waiting.count(place.ask, -1)
+        most = 2 * self.waiting.requests + _SPARE
+        if len(self._ranked) > most:
+            self._ranked = [entry for entry in self._ranked if not entry[2].gone]
+            heapq.heapify(self._ranked)
+        if len(self._by_arrival) > most:
+            self._by_arrival = deque(one for one in self._by_arrival if not one.gone)
 
     def retry_after_s(self) -> float:
         """When there should be room again: as long as it takes those who wait now, at the pace of late."""

@@ -12,8 +12,6 @@ MAX_UNSENT = 10
 """Of attempts that never reached an engine: many may have died at once. One that did may have killed it."""
 FIRST_PAUSE_S = 0.02
 LONGEST_PAUSE_S = 1.0
-
-
 RETRY_SHARE = 0.2
 RETRIES_PER_S = 10.0
 RETRY_RESERVE = 100.0
@@ -46,7 +44,7 @@ class Budget:
 
 
 class AttemptFailed(Exception):
-    """An attempt ended before the client had seen any of its answer, so it may be made again elsewhere.
+    """An attempt ended without its answer: it may be made again elsewhere, or gone on with if it had begun.
 
     `failed` are workers that themselves failed; `suspects` those that may be the cause: they are avoided as
     long as there is another.

@@ -221,23 +221,21 @@ class Routes:
     ) -> None:
         """Within the limit of the key it came with. Raises Overloaded beyond."""
         if key is None:
-            await self._serve("", endpoint, request, exchange, id_)
+            await self._serve(endpoint, request, exchange, id_)
             return
         key.enter()
         try:
-            await self._serve(key.name, endpoint, request, exchange, id_)
+            await self._serve(endpoint, request, exchange, id_)
         finally:
             key.leave()
 
-    async def _serve(
-        self, key: str, endpoint: Endpoint, request: Request, exchange: Exchange, id_: bytes
-    ) -> None:
+    async def _serve(self, endpoint: Endpoint, request: Request, exchange: Exchange, id_: bytes) -> None:
         edge = self._edge
         trace = edge.tracing.of(request.headers)
         with trace.root as root:
             root.set("url.path", endpoint.path)
             root.set("dynctl.request_id", id_.decode())
-            call = self._call(key, endpoint, request, id_, trace)
+            call = self._call(endpoint, request, id_, trace)
             root.set("gen_ai.request.model", call.adapter or edge.models.card.name)
             try:
                 await edge.pipeline.serve(call, exchange)
@@ -245,7 +243,7 @@ class Routes:
                 root.fail(error)
                 self._refuse(error, exchange, id_)
 
-    def _call(self, key: str, endpoint: Endpoint, request: Request, id_: bytes, trace: Trace) -> Call:
+    def _call(self, endpoint: Endpoint, request: Request, id_: bytes, trace: Trace) -> Call:
         edge = self._edge
         form = read_form(endpoint, read_body(endpoint, request), edge.models, edge.owned_fields)
         hints = read_hints(request.headers, form.body)
@@ -263,7 +261,6 @@ class Routes:
             account=edge.accounts.open(form.model, endpoint.label, stream=form.stream),
             trace=trace,
             hints=hints,
-            key=key,
         )
 
     def _refuse(self, error: DynctlError, exchange: Exchange, id_: bytes) -> None:

@@ -20,7 +20,7 @@ from dynctl.errors import EngineFailed
 from dynctl.frontend.accounts import Account
 from dynctl.http.framing import LAST_CHUNK, ChunkReader, Framing, frame_chunk
 from dynctl.http.server import Exchange
-from dynctl.router.migration import split_events
+from dynctl.protocol.sse import LAST_EVENT, event, framed, split_events
 
 SSE_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -197,15 +197,15 @@ class Relay:
         """The events before one that is a refusal, framed anew; all, when none is one."""
         payload = unframed(whole) if self._framing == "chunked" else whole
         events, _ = split_events(payload)
-        for number, event in enumerate(events):
-            if _REFUSED.search(event) and not _CLIENTS_FAULT.search(event):
-                self._refuse(event)
+        for number, one in enumerate(events):
+            if _REFUSED.search(one) and not _CLIENTS_FAULT.search(one):
+                self._refuse(one)
                 before = b"".join(events[:number])
                 return frame_chunk(before) if before and self._framing == "chunked" else before
         return whole
 
-    def _refuse(self, event: bytes) -> None:
-        self.refusal = _excerpt(event)
+    def _refuse(self, told: bytes) -> None:
+        self.refusal = _excerpt(told)
         self._rest = b""
         self._usual = _NEVER
         self._ways.give_up()
@@ -263,11 +263,11 @@ class Relay:
             self._exchange.write(self._rest)
         self._exchange.end()
 
-    def break_off(self, error_event: bytes) -> None:
+    def break_off(self, error: bytes) -> None:
         """The engine is lost: tell the client so by a last event, where the framing still allows one."""
         if self._framing != "length" and (self._keeper is not None or self._last().endswith(self._end)):
-            event = _DATA + error_event + _EVENT_END
-            self._exchange.write(frame_chunk(event) + LAST_CHUNK if self._framing == "chunked" else event)
+            last = framed(error)
+            self._exchange.write(frame_chunk(last) + LAST_CHUNK if self._framing == "chunked" else last)
             self._exchange.end()
         else:
             self._exchange.abort()
@@ -358,4 +358,4 @@ def as_events(answer: bytes, *, usage: bool) -> bytes:
     events: list[dict[str, Any]] = [{**base, "choices": choices}]
     if usage and "usage" in whole:
         events.append({**base, "choices": [], "usage": whole["usage"]})
-    return b"".join(_DATA + msgspec.json.encode(event) + _EVENT_END for event in events) + b"data: [DONE]\n\n"
+    return b"".join(map(event, events)) + LAST_EVENT

@@ -12,7 +12,8 @@ from dynctl.http.server import Exchange
 from dynctl.mocker.requests import ApiError, Generation
 from dynctl.mocker.scheduler import Sequence as Running
 from dynctl.mocker.tokens import Vocabulary
-from dynctl.mocker.wire import DONE, Envelope, StopScanner, event, usage
+from dynctl.mocker.wire import Envelope, StopScanner, usage
+from dynctl.protocol.sse import LAST_EVENT, event, framed
 
 _SSE = ((b"content-type", b"text/event-stream; charset=utf-8"),)
 
@@ -68,7 +69,7 @@ class Answer:
                 self._respond()
             return
         if not self._left:
-            last += (event(self._usage_chunk()) if self.asked.usage else b"") + DONE
+            last += (event(self._usage_chunk()) if self.asked.usage else b"") + LAST_EVENT
         self.exchange.write(last)
         if not self._left:
             self.exchange.end()
@@ -85,7 +86,7 @@ class Answer:
         if self.done.done():
             return
         if self.exchange.started:
-            self.exchange.write(b"data: " + error.body() + b"\n\n" + DONE)
+            self.exchange.write(framed(error.body()) + LAST_EVENT)
             self.exchange.end()
         else:
             self.exchange.respond(error.status, error.body(), headers=self.headers)

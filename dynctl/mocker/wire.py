@@ -7,15 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
-DONE = b"data: [DONE]\n\n"
-
-
-def event(value: object) -> bytes:
-    """One server-sent event."""
-    return b"data: " + msgspec.json.encode(value) + b"\n\n"
-
 
 @dataclass(frozen=True, slots=True)
 class Envelope:

@@ -7,22 +7,19 @@ choices, guided decoding, a tool call or reasoning begun) `CannotContinue` says 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
 
 from dynctl.engines.base import Continuation
+from dynctl.protocol.sse import DONE, event_data, split_events
 
 Json = dict[str, Any]
 Kind = Literal["chat", "completions"]
 Encode = Callable[[str], Sequence[int] | None]
 """The tokens of a text; None = not known here."""
 
-DATA = b"data:"
-DONE = b"[DONE]"
-_EVENT_END = re.compile(rb"\n\r?\n")
 _GUIDED = (
     "guided_json",
     "guided_regex",
@@ -41,24 +38,6 @@ _REASONING = ("reasoning_content", "reasoning")
 
 class CannotContinue(Exception):
     """The rest of this answer cannot be had from another worker; the message says why, for the client."""
-
-
-def split_events(data: bytes) -> tuple[list[bytes], bytes]:
-    """The whole server-sent events in `data`, each with its empty line, and what is left over."""
-    events: list[bytes] = []
-    start = 0
-    for end in _EVENT_END.finditer(data):
-        events.append(data[start : end.end()])
-        start = end.end()
-    return events, data[start:]
-
-
-def event_data(event: bytes) -> bytes:
-    """What one event carries: its `data:` lines; b"" for a comment."""
-    if event.startswith(DATA) and event.find(b"\n") >= len(event) - 2:
-        return event[len(DATA) :].strip()
-    lines = (line[len(DATA) :].strip() for line in event.splitlines() if line.startswith(DATA))
-    return b"\n".join(lines)
 
 
 class Said:

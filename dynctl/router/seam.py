@@ -11,9 +11,9 @@ from typing import Any
 
 import msgspec
 
-from dynctl.router.migration import DONE, Json, Kind, Said, event_data, split_events, stops_of
+from dynctl.protocol.sse import DONE, LAST_EVENT, event, event_data, split_events
+from dynctl.router.migration import Json, Kind, Said, stops_of
 
-LAST_EVENT = b"data: [DONE]\n\n"
 _EMPTY: tuple[object, ...] = (None, "", [], {})
 _IDLE_FIELDS = ("index", "logprobs", "finish_reason", "stop_reason")
 
@@ -67,18 +67,14 @@ def ending(said: Said, joint: Joint, reason: str) -> bytes:
     if joint.wants_usage and said.usage is None:
         usage = _usage(joint.prompt_tokens, joint.spoken)
         events.append({**said.head, "choices": [], "usage": usage})
-    for event in events:
-        said.take(event)
+    for chunk in events:
+        said.take(chunk)
     said.done = True
-    return b"".join(map(_event, events)) + LAST_EVENT
+    return b"".join(map(event, events)) + LAST_EVENT
 
 
 def _usage(prompt: int, completion: int) -> Json:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-
-
-def _event(chunk: Json) -> bytes:
-    return b"data: " + msgspec.json.encode(chunk) + b"\n\n"
 
 
 class Seam:
@@ -110,14 +106,14 @@ class Seam:
         """Take payload bytes without chunk framing; what can be sent of them."""
         events, self._pending = split_events(self._pending + payload)
         out: list[bytes] = []
-        for event in events:
+        for one in events:
             if self.lost or self.over:
                 break
-            out.append(self._take(event))
+            out.append(self._take(one))
         return b"".join(out)
 
-    def _take(self, event: bytes) -> bytes:
-        data = event_data(event)
+    def _take(self, given: bytes) -> bytes:
+        data = event_data(given)
         if data == DONE:
             return self._end()
         try:
@@ -125,7 +121,7 @@ class Seam:
         except (msgspec.DecodeError, UnicodeDecodeError):
             chunk = None
         if not isinstance(chunk, dict):
-            return event  # a comment, or nothing that is known here
+            return given  # a comment, or nothing that is known here
         if chunk.get("error") or chunk.get("object") == "error":
             self.lost = data[:300].decode("utf-8", "replace")
             return b""
@@ -153,9 +149,9 @@ class Seam:
             return b""
         self._said.take(chunk)
         if not stopped:
-            return _event(chunk)
+            return event(chunk)
         self.over = True
-        return _event(chunk) + self._stop_ending()
+        return event(chunk) + self._stop_ending()
 
     def _stop_ending(self) -> bytes:
         """After a stop string that lay across the seam: usage as far as it is known, and [DONE]."""

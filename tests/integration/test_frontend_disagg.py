@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from typing import Any
 
 import pytest
@@ -64,6 +65,9 @@ async def test_prefill_then_decode_with_its_params(body: dict[str, Any]) -> None
         assert response.status == 200
         assert dict(response.headers)[b"x-dynctl-workers"] == b"prefill-0,decode-0"
         await front.idle()
+        transfers = re.search(r"kv_transfer_estimated_latency_seconds_count\S* (\S+)", await front.metrics())
+        assert transfers is not None
+        assert transfers[1] == ("1.0" if "stream" in body else "0.0")
     asked = prefill.bodies()[0]
     assert asked["kv_transfer_params"] == {"do_remote_decode": True, "do_remote_prefill": False}
     assert (asked["max_tokens"], asked["stream"], asked["prompt"]) == (1, False, "hi")

@@ -9,12 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynctl.engines.base import CONTINUES_MESSAGE, Continuation
+from dynctl.protocol.sse import event_data, split_events
 from dynctl.router.migration import (
     CannotContinue,
     Said,
     continuation,
-    event_data,
-    split_events,
     spoken_tokens,
     stops_of,
 )
