@@ -27,6 +27,7 @@ from dynctl.protocol.instances import Role
 
 MAX_SESSION_CHARS = 256
 MAX_PRIORITY = 1_000_000
+MAX_OUTPUT_TOKENS = 1_000_000
 QUERY_ANNOTATION = "query_instance_id"
 
 
@@ -145,15 +146,22 @@ def _from_nvext(body: Body) -> Mapping[str, Any]:
     hints = given.agent_hints or _AgentHints()
     worker = given.backend_instance_id if given.decode_worker_id is None else given.decode_worker_id
     found = {
-        "worker": None if worker is None else str(worker),
-        "prefill_worker": None if given.prefill_worker_id is None else str(given.prefill_worker_id),
+        "worker": _name(worker),
+        "prefill_worker": _name(given.prefill_worker_id),
         "rank": given.dp_rank,
         "prefill_rank": given.prefill_dp_rank,
         "priority": None if hints.priority is None else _clamped(hints.priority),
-        "expected_output": None if hints.osl is None else max(0, hints.osl),
+        "expected_output": None if hints.osl is None else max(0, min(MAX_OUTPUT_TOKENS, hints.osl)),
         "dry_run": True if QUERY_ANNOTATION in (given.annotations or ()) else None,
     }
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _name(given: str | int | None) -> str | None:
+    name = None if given is None else str(given)
+    if name is not None and len(name) > MAX_SESSION_CHARS:
+        raise RequestError(f"`nvext` names a worker by over {MAX_SESSION_CHARS} characters", where="nvext")
+    return name
 
 
 def _clamped(priority: float) -> int:

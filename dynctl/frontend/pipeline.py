@@ -118,7 +118,7 @@ class Attempt:
             role,
             prompt.hashes if known else prompt.approximate,
             prompt.tokens or prompt.estimate,
-            hints.expected_output,
+            self._expected_output(),
             exclude,
             self.call.adapter,
             hints.session,
@@ -127,6 +127,14 @@ class Attempt:
             hints.priority,
             reads_prompt,
         )
+
+    def _expected_output(self) -> int | None:
+        """What the client expects, as far as it can come true: others are routed by it too."""
+        told = self.call.hints.expected_output
+        if told is None:
+            return None
+        asked, context = self.call.asked, self.parts.models.max_model_len
+        return min(told, told if asked is None else asked, context or told)
 
     def skips_prefill(self) -> bool:
         """Whether the prompt is better computed where it is decoded. Not if the client names its prefill."""

@@ -39,7 +39,7 @@ def _asked_for(
         known = ", ".join(sorted(member.instance.id for member in there)) or "none"
         raise RequestError(f"there is no worker {name!r} of role {request.role}", hint=f"there are: {known}")
     ranks = max(member.instance.dp_size for member in named)
-    if rank is not None and rank >= ranks:
+    if rank is not None and not 0 <= rank < ranks:
         whose = f"worker {name!r}" if name else f"any worker of role {request.role}"
         raise RequestError(f"there is no rank {rank} at {whose}", hint=f"there are: 0 to {ranks - 1}")
     told = f"the worker asked for, {name}, is {states(named)}" if name else f"no worker has rank {rank} ready"

@@ -287,6 +287,7 @@ class Router:
             return
         self.peers.detach(worker_id, worker.member.instance.incarnation)
         for load in worker.loads:
+            load.on_computed = None  # its places below may soon be another's
             load.retire()
         for memory in (*worker.memories, *worker.likenesses):
             self._recent.close(memory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +13,7 @@ from dynctl.kv.hashing import root_hash, sequence_hashes
 from dynctl.protocol.instances import ModelCard
 from dynctl.protocol.kv_events import Stored
 from dynctl.protocol.specs import AffinitySpec, ConditionalDisaggSpec, FrontendSpec, RouterSpec
-from tests.integration.frontend_harness import Engine, Front, error_of, frontend, make_spec
+from tests.integration.frontend_harness import Engine, Front, error_of, frontend, hangs, make_spec
 
 PROMPT = list(range(8, 8 + 160))
 COMPLETION: dict[str, Any] = {"model": "m", "prompt": PROMPT, "max_tokens": 4}
@@ -42,6 +43,18 @@ async def test_nvext_does_not_reach_the_engine() -> None:
     async with frontend(kv(), aggregated=[engine]) as front:
         await where(front, nvext={"agent_hints": {"priority": 1}})
     assert engine.bodies() == [COMPLETION]
+
+
+async def test_an_output_that_cannot_come_weighs_on_nobody() -> None:
+    engine = Engine(hangs)
+    async with frontend(kv(), aggregated=[engine]) as front:
+        hint = {"agent_hints": {"osl": 10**15}}
+        asked = asyncio.create_task(front.post("/v1/completions", {**COMPLETION, "nvext": hint}))
+        await engine.wait(lambda: bool(engine.requests))
+        assert [load.blocks for load in front.core.router.loads().values()] == [11]
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
 
 
 @pytest.mark.parametrize(

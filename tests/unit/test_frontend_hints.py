@@ -97,6 +97,12 @@ def test_wrong_nvext_is_named() -> None:
     assert caught.value.where == "nvext"
 
 
+def test_a_worker_cannot_be_named_at_any_length() -> None:
+    with pytest.raises(RequestError, match="256 characters"):
+        read_hints([], nvext(prefill_worker_id="p" * 257))
+
+
 def test_far_priorities_and_outputs_are_clamped() -> None:
     hints = read_hints([], nvext(agent_hints={"priority": -1e30, "osl": -3}))
     assert (hints.priority, hints.expected_output) == (-1_000_000, 0)
+    assert read_hints([], nvext(agent_hints={"osl": 2**70})).expected_output == 1_000_000

@@ -118,6 +118,18 @@ def test_those_who_left_take_no_memory(policy: str) -> None:
 
 
 @pytest.mark.parametrize("policy", ["fcfs", "shortest"])
+def test_those_who_had_their_turn_take_no_memory_while_others_wait(policy: str) -> None:
+    some = queue(policy)
+    for step in range(10_000):
+        some.join(Ask(tokens=1000 if step % 4 == 0 else 1), float(step))
+        if step > 20:
+            some.next(float(step))
+    assert some.waiting.requests > 10
+    assert len(some._ranked) < 200
+    assert len(some._by_arrival) < 200
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "shortest"])
 def test_every_place_gets_exactly_one_turn_or_is_left(policy: str) -> None:
     rng, some = Random(3), queue(policy)
     waiting: list[Place] = []

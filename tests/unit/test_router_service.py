@@ -471,6 +471,16 @@ async def test_failed_request_leaves_nothing_to_be_found() -> None:
         assert overlap(router, [1, 2]) == 0
 
 
+async def test_prompt_of_a_worker_that_died_is_not_believed_to_be_at_the_one_in_its_place() -> None:
+    async with routing() as router:
+        router.members_changed([member(events="", control="")], [])
+        ticket = router.choose(RouteRequest("aggregated", [1, 2, 3], 48)).ticket
+        ticket.first_token()
+        router.members_changed([member(incarnation=2, events="", control="")], [])
+        ticket.finish()
+        assert overlap(router, [1, 2, 3]) == 0
+
+
 async def test_burst_of_siblings_goes_to_one_worker_before_any_event() -> None:
     async with routing() as router:
         router.members_changed([member(f"aggregated-{number}") for number in range(4)], [])
@@ -520,8 +530,9 @@ async def test_worker_asked_for_is_chosen_or_the_reason_is_told() -> None:
         assert not isinstance(no.value, Rejected)
         with pytest.raises(RequestError, match=r"no rank 2 at worker .aggregated-0..*0 to 1"):
             router.choose(RouteRequest("aggregated", pinned="aggregated-0", pinned_rank=2))
-        with pytest.raises(RequestError, match="no rank 5 at any worker"):
-            router.choose(RouteRequest("aggregated", pinned_rank=5))
+        for rank in (5, -1):
+            with pytest.raises(RequestError, match=f"no rank {rank} at any worker"):
+                router.choose(RouteRequest("aggregated", pinned_rank=rank))
         router.members_changed([member(dp_size=2, state="silent")], [])
         with pytest.raises(Rejected, match="no worker has rank 1 ready"):
             router.choose(RouteRequest("aggregated", pinned_rank=1))
