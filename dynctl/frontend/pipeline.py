@@ -26,7 +26,7 @@ from dynctl.frontend.answer import Answer, Tell
 from dynctl.frontend.call import Call
 from dynctl.frontend.gate import Gate
 from dynctl.frontend.migrate import PATIENCE_S, Migrations
-from dynctl.frontend.preprocess import UNKNOWN, Preprocessor, PromptFacts
+from dynctl.frontend.preprocess import UNKNOWN, Preprocessor, PromptFacts, likeness
 from dynctl.frontend.preview import preview
 from dynctl.frontend.queue import Ask
 from dynctl.frontend.retry import AttemptFailed, Attempts, Budget
@@ -287,15 +287,15 @@ class Pipeline:
         return True
 
     async def _prompt(self, call: Call) -> PromptFacts:
-        preprocessor, kind = self._parts.preprocessor, call.endpoint.kind
-        if preprocessor is None:
+        preprocessor, kind, router = self._parts.preprocessor, call.endpoint.kind, self._parts.router
+        if not router.compares_prompts:
             return UNKNOWN
-        if kind == "other":
-            return preprocessor.likeness(call.body, self._parts.router.block_size, call.adapter)
+        if preprocessor is None or kind == "other":
+            return likeness(call.body, router.block_size, call.adapter)
         return await preprocessor.prepare(
             kind,
             call.body,
-            self._parts.router.block_size,
+            router.block_size,
             call.adapter,
             context=self._parts.models.max_model_len,
         )

@@ -165,10 +165,6 @@ class Preprocessor:
             self._metrics.counter("tokenize_fallbacks_total", reason=why.reason).inc()
             return PromptFacts(0, None, *alike(body, block_size, root))
 
-    def likeness(self, body: Body, block_size: int, adapter: str = "") -> PromptFacts:
-        """What can be said of the prompt of an endpoint whose prompts are not made here."""
-        return PromptFacts(0, None, *alike(body, block_size, root_hash(adapter)))
-
     async def _prepare(self, job: _Job) -> PromptFacts:
         in_thread = asyncio.get_running_loop().run_in_executor
         long = len(job.body.original) > _THREAD_BYTES
@@ -282,6 +278,11 @@ class Preprocessor:
             self._template = ChatTemplate(files.template_source, files.special_tokens)
         except Unrenderable as error:
             logger.warning("chat_template.unusable model=%s why=%s", self._card.name, error)
+
+
+def likeness(body: Body, block_size: int, adapter: str = "") -> PromptFacts:
+    """What can be said of a prompt that is not tokenised here."""
+    return PromptFacts(0, None, *alike(body, block_size, root_hash(adapter)))
 
 
 def _facts(tokens: int, job: _Job, hashes: Sequence[int]) -> PromptFacts:

@@ -107,6 +107,8 @@ class Router:
 
     `peers` is for whoever connects this frontend with others.
 
+    `compares_prompts`: hashes of prompts, or of their bytes, are of use to it.
+
     `block_size` in tokens is what prompts must be hashed with: the workers' own, else the one given; 0 = not
     known yet.
     """
@@ -134,6 +136,7 @@ class Router:
         self._policy = policy(spec, known, rng or Random())
         self._sessions = Sessions(spec.session_affinity)
         self._kv = spec.mode == "kv"
+        self.compares_prompts = self._kv or spec.mode == "consistent_hash"
         self._conditional = self._kv and spec.conditional_disagg.mode != "off"
         self._workers: dict[str, _Worker] = {}
         self._candidates: dict[str, list[Candidate]] = {}

@@ -155,3 +155,15 @@ async def test_worker_without_events_shows_in_health_and_metrics() -> None:
         health = json.loads((await front.call("GET", "/health")).body)
         assert health["doubts"] == ["aggregated-0: it publishes no KV events: what it has cached is guessed"]
         assert 'router_kv_guessed{worker="aggregated-0"} 1.0' in await front.metrics()
+
+
+async def test_prompts_that_begin_alike_have_one_home_in_mode_consistent_hash() -> None:
+    engines = [Engine() for _ in range(4)]
+    async with frontend(make_spec(router=RouterSpec(mode="consistent_hash")), aggregated=engines) as front:
+        homes = set()
+        for beginning in range(8):
+            texts = [f"{beginning} " * 40 + end for end in ("a", "b", "c")]
+            at = {await where(front, prompt=text) for text in texts}
+            assert len(at) == 1
+            homes |= at
+        assert len(homes) > 1
