@@ -131,6 +131,12 @@ def _api_keys(recipe: Recipe, engine: Engine) -> Iterator[Finding]:
     for i, name in enumerate(names):
         if name in names[:i]:
             yield _error(f"frontend.api_key.{i}.name", f"there are two API keys named '{name}'")
+    digests = [key.key for key in recipe.frontend.api_key]
+    for i, digest in enumerate(digests):
+        if digest in digests[:i]:
+            first = names[digests.index(digest)]
+            told = f"the API keys '{first}' and '{names[i]}' are the same; give each its own"
+            yield _error(f"frontend.api_key.{i}.key", told)
 
 
 def _environment(recipe: Recipe, engine: Engine) -> Iterator[Finding]:

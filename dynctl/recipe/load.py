@@ -213,6 +213,9 @@ class _Resolver:
             if _DIGEST.fullmatch(given.key):
                 digests.append(given)
                 continue
+            if given.key.startswith("sha256:"):
+                self._problem(at, "no SHA-256 digest follows 'sha256:'", "64 digits of 0-9 and a-f")
+                continue
             key = self._secret(at, given.key)
             if key is None:
                 continue

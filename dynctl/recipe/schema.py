@@ -56,6 +56,8 @@ def _env_value(value: object) -> object:
 def _api_keys(value: object) -> object:
     """One key or a list of them; a text alone is a key without a name."""
     given = value if isinstance(value, list) else [value]
+    if any(isinstance(one, bool | int | float) for one in given):
+        raise ValueError("must be a string, or a mapping with name and key; quote a key of digits")
     return [
         {"name": f"key-{number}", "key": one} if isinstance(one, str) else one
         for number, one in enumerate(given, 1)
@@ -73,6 +75,7 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 Env = dict[str, Annotated[str, BeforeValidator(_env_value)]]
 Args = dict[str, Any]
 Weight = Annotated[float, Field(ge=0)]
+Span = Annotated[Duration, Field(gt=0)]
 
 
 class Section(BaseModel):
@@ -108,9 +111,9 @@ class Canary(Section):
 
     enabled: bool = True
     """Ask idle engines whether they still generate."""
-    interval: Annotated[Duration, Field(gt=0)] = 30.0
+    interval: Span = 30.0
     """Idle for so long, an engine is asked."""
-    timeout: Annotated[Duration, Field(gt=0)] = 10.0
+    timeout: Span = 10.0
     """How long the token may take; the second in a row that is late takes the worker out of routing."""
 
 
@@ -196,21 +199,21 @@ class Tls(Section):
 class Limits(Section):
     """Limits at the HTTP edge."""
 
-    body: Size = 64 * 1024 * 1024
+    body: Annotated[Size, Field(gt=0)] = 64 * 1024 * 1024
     """Largest request body."""
-    headers: Size = 32 * 1024
+    headers: Annotated[Size, Field(gt=0)] = 32 * 1024
     """Largest request head."""
-    header_timeout: Duration = 10.0
+    header_timeout: Span = 10.0
     """For the head of a request to arrive."""
-    body_timeout: Duration = 60.0
+    body_timeout: Span = 60.0
     """For the body of a request to arrive."""
-    idle_timeout: Duration = 75.0
+    idle_timeout: Span = 75.0
     """For the next request on an open connection."""
-    request_timeout: Duration = 3600.0
+    request_timeout: Span = 3600.0
     """For a whole answer."""
-    first_byte_timeout: Duration = 600.0
+    first_byte_timeout: Span = 600.0
     """For the first byte of an engine's answer."""
-    stall_timeout: Duration = 300.0
+    stall_timeout: Span = 300.0
     """Between two parts of an engine's answer."""
     max_connections: Count = 8192
     """Open client connections."""
@@ -312,7 +315,7 @@ class SessionAffinity(Section):
 
     mode: Literal["off", "soft", "hard"] = "off"
     """soft: while that worker is not overloaded; hard: as long as it can be chosen at all."""
-    ttl: Duration = 600.0
+    ttl: Span = 600.0
     """How long a session is remembered after its last request."""
     sessions: Count = 100_000
     """Most sessions remembered; the longest unused go first."""
@@ -342,7 +345,7 @@ class Queue(Section):
     """Most requests that wait; more are refused (429). 0: nobody waits, who finds all busy is refused."""
     limit_tokens: Annotated[int, Field(ge=0)] = 0
     """Most prompt tokens that wait, of all requests together; 0: no limit."""
-    deadline: Duration = 600.0
+    deadline: Span = 600.0
     """Longest wait; then the request is refused (429)."""
 
 

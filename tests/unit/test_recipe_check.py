@@ -92,6 +92,14 @@ def test_roles_and_arguments_that_cannot_be(tmp_path: Path, roles: str, told: st
         ("engine: {venv: ., python: python3}", "r.yaml:6: engine.venv and engine.python exclude each other"),
         ("engine:\n  args:\n    host: x", "r.yaml:8: 'host' is set by dynctl, from hosts"),
         ("hosts: [{name: a}, {name: a}]", "r.yaml:6: there are two hosts named 'a'"),
+        (
+            "frontend: {api_key: [{name: a, key: long-key-1}, {name: a, key: long-key-2}]}",
+            "r.yaml:6: there are two API keys named 'a'",
+        ),
+        (
+            "frontend: {api_key: [{name: a, key: long-key-1}, {name: b, key: long-key-1}]}",
+            "r.yaml:6: the API keys 'a' and 'b' are the same; give each its own",
+        ),
     ],
 )
 def test_sections_that_cannot_be(tmp_path: Path, extra: str, told: str) -> None:
