@@ -1,13 +1,14 @@
 """An engine's KV events, translated and numbered, onto the event plane; and what readers missed of them.
 
 Per data-parallel rank: the engine's own stream comes in order (see `transport.engine_events`; `kv_poll` for
-engines that are asked), each batch that changes something goes out under the next number, the last ones are
-kept for readers with a gap. When engine events are lost for good, a `Cleared` goes out and the index is built
-anew from what follows. Blocks that cannot be taken over are logged once a streak: see `SkippedLog`.
+engines that are asked), what changes within `GATHER_S` goes out as one batch under the next number, the last
+ones are kept for readers with a gap. When engine events are lost for good, a `Cleared` goes out and the index
+is built anew from what follows. Blocks that cannot be taken over are logged once a streak: see `SkippedLog`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections import deque
@@ -23,6 +24,8 @@ from dynctl.transport.engine_events import EngineEventSource, EngineSubscriber
 logger = logging.getLogger(__name__)
 
 KEPT_BATCHES = 4096
+GATHER_S = 0.05
+"""An engine tells of blocks at every step, and each message costs every frontend a wake-up."""
 
 
 class SkippedLog:
@@ -59,12 +62,21 @@ def _lost(skipped: Skipped) -> int:
 
 
 class RankRelay:
-    """One rank's events. Pure but for the injected `publish`."""
+    """One rank's events. Pure but for `publish`, and `gathers`, which sees to it that `flush` is called."""
 
     def __init__(
-        self, worker: str, incarnation: int, rank: int, *, publish: Callable[[KvBatch], None], kept: int
+        self,
+        worker: str,
+        incarnation: int,
+        rank: int,
+        *,
+        publish: Callable[[KvBatch], None],
+        gathers: Callable[[], None],
+        kept: int,
     ) -> None:
         self.resets = 0
+        self._gathers = gathers
+        self._gathered: list[KvEvent] = []
         self._worker = worker
         self._incarnation = incarnation
         self._rank = rank
@@ -97,6 +109,7 @@ class RankRelay:
         self.resets += 1
         logger.warning("kv_index.reset worker=%s rank=%d reason=%s", self._worker, self._rank, reason)
         self._translator.reset()
+        self._gathered.clear()
         self._send([Cleared()])
 
     def beat(self) -> None:
@@ -111,6 +124,7 @@ class RankRelay:
 
     def sync(self, from_seq: int) -> KvSyncReply:
         """All batches from that number on, or the whole when they are not kept any more."""
+        self.flush()
         first = self._next - len(self._kept)
         kept = first <= from_seq <= self._next
         return KvSyncReply(
@@ -124,6 +138,13 @@ class RankRelay:
         )
 
     def _send(self, events: list[KvEvent]) -> None:
+        if events:
+            self._gathered += events
+            self._gathers()
+
+    def flush(self) -> None:
+        """Publish what has been gathered."""
+        events, self._gathered = self._gathered, []
         if not events:
             return
         batch = KvBatch(self._worker, self._incarnation, self._rank, self._next, events, self.block_size)
@@ -151,10 +172,11 @@ class KvRelay:
         publish: Callable[[KvBatch], None],
     ) -> None:
         self._incarnation = incarnation
+        self._flush: asyncio.TimerHandle | None = None
         self._sources = sources
         self._new_reader = new_reader
         self._ranks = [
-            RankRelay(worker, incarnation, rank, publish=publish, kept=KEPT_BATCHES)
+            RankRelay(worker, incarnation, rank, publish=publish, gathers=self._gathers, kept=KEPT_BATCHES)
             for rank in range(1 if polled else len(sources))
         ]
         self._strangers: set[int] = set()
@@ -172,8 +194,20 @@ class KvRelay:
             self._subscribers.append(subscriber)
             subscriber.start()
 
+    def _gathers(self) -> None:
+        if self._flush is None:
+            self._flush = asyncio.get_running_loop().call_later(GATHER_S, self._flush_all)
+
+    def _flush_all(self) -> None:
+        self._flush = None
+        for rank in self._ranks:
+            rank.flush()
+
     def detach(self) -> None:
-        """Stop listening."""
+        """Stop listening, and tell no more."""
+        if self._flush is not None:
+            self._flush.cancel()
+            self._flush_all()
         for subscriber in self._subscribers:
             subscriber.close()
         self._subscribers.clear()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 
 import pytest
 
 from dynctl.errors import CodecError
 from dynctl.protocol.kv_events import Cleared, EngineKvBatch, EngineStored, KvBatch, KvSync, Stored
-from dynctl.worker.kv_relay import KvRelay, RankRelay
+from dynctl.worker.kv_relay import GATHER_S, KvRelay, RankRelay
 
 
 def stored(name: int) -> EngineKvBatch:
@@ -17,7 +18,9 @@ def stored(name: int) -> EngineKvBatch:
 
 
 def relay(sent: list[KvBatch], kept: int = 4) -> RankRelay:
-    return RankRelay("w", 3, 0, publish=sent.append, kept=kept)
+    """One that publishes each change by itself."""
+    rank = RankRelay("w", 3, 0, publish=sent.append, gathers=lambda: rank.flush(), kept=kept)
+    return rank
 
 
 def test_batches_are_numbered_without_holes_and_repeats_change_nothing() -> None:
@@ -30,6 +33,34 @@ def test_batches_are_numbered_without_holes_and_repeats_change_nothing() -> None
         ("w", 3, 0, 1),
     ]
     assert sent[0].block_size == 4
+
+
+def test_changes_that_come_together_go_out_as_one_batch() -> None:
+    sent: list[KvBatch] = []
+    rank = RankRelay("w", 3, 0, publish=sent.append, gathers=lambda: None, kept=4)
+    for name in (1, 2):
+        rank.feed(stored(name))
+    assert sent == []
+    rank.flush()
+    rank.flush()
+    assert [(batch.seq, len(batch.events)) for batch in sent] == [(0, 2)]
+
+
+def test_a_reader_that_syncs_is_told_what_was_gathered_just_now() -> None:
+    sent: list[KvBatch] = []
+    rank = RankRelay("w", 3, 0, publish=sent.append, gathers=lambda: None, kept=4)
+    rank.feed(stored(1))
+    assert rank.sync(0).batches == sent
+    assert len(sent) == 1
+
+
+def test_what_was_gathered_before_a_reset_is_not_told_after_it() -> None:
+    sent: list[KvBatch] = []
+    rank = RankRelay("w", 3, 0, publish=sent.append, gathers=lambda: None, kept=4)
+    rank.feed(stored(1))
+    rank.reset("lost")
+    rank.flush()
+    assert sent[0].events == [Cleared()]
 
 
 def test_sync_gives_batches_while_they_are_kept_and_else_the_whole() -> None:
@@ -113,16 +144,18 @@ def whole(sent: list[KvBatch], *, polled: bool) -> KvRelay:
     return KvRelay("w", 3, [], polled=polled, new_reader=Dialect, publish=sent.append)
 
 
-def test_polled_engine_has_one_rank_and_others_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+async def test_polled_engine_has_one_rank_and_others_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
     sent: list[KvBatch] = []
     made = whole(sent, polled=True)
     made.attach(0)
     elsewhere = EngineKvBatch(timestamp=1.0, rank=1, events=stored(2).events)
     made.take([stored(1), elsewhere])
     made.take([elsewhere])
+    await asyncio.sleep(2 * GATHER_S)
     assert [(batch.rank, batch.seq) for batch in sent] == [(0, 0)]
     assert caplog.text.count("rank_ignored") == 1
     made.reset("lost")
+    made.detach()
     assert sent[1].events == [Cleared()]
     assert made.sync(KvSync(rank=0, from_seq=2)).resets == 1
 
