@@ -1,8 +1,8 @@
 """Every metric of the serving tower: name, type, labels, help and buckets.
 
-Names, labels and buckets are those of Dynamo's frontend (`dynamo_frontend_*`) and of its router
-(`dynamo_component_router_*`, `dynamo_router_overhead_*_ms`) where it has the metric, so its dashboards work
-with the prefix `dynamo`.
+Names, labels and buckets are those documented of Dynamo's frontend (`dynamo_frontend_*`) and of its router
+(`dynamo_component_router_*`, `dynamo_router_overhead_*_ms`) where it has the metric, so that with the prefix
+`dynamo` what is asked of it can be asked here.
 """
 
 from __future__ import annotations
