@@ -284,7 +284,7 @@ class Frontend(Section):
     tls: Tls | None = None
     """Serve HTTPS."""
     metrics_prefix: Literal["dynctl", "dynamo"] = "dynctl"
-    """What the names in /metrics begin with; `dynamo`: dashboards made for NVIDIA Dynamo work as they are."""
+    """What the names in /metrics begin with; `dynamo`: the names NVIDIA Dynamo documents."""
     coalesce: Duration = 0.002
     """How long tokens may wait to be sent on together, once there are over 10,000 a second; 0: never."""
     tokenizer_cache: Size = 128 * 1024 * 1024
