@@ -45,7 +45,9 @@ BLOCK = 16
 MODEL = ModelCard(name="tiny", path=str(ASSETS), block_size=BLOCK)
 ANY_PORT = "tcp://127.0.0.1:0"
 HELD = 50_000
-EVENTS_A_SECOND = 100
+EVENTS_A_SECOND = 40
+"""Four sidecars, each with a batch every `kv_relay.GATHER_S`."""
+CHANGED = 12
 
 
 async def shared_hashes() -> list[list[int]]:
@@ -87,10 +89,10 @@ class Sidecar:
         )
 
     def tell(self, rng: random.Random) -> None:
-        """Four blocks come, four go."""
-        new = [rng.getrandbits(64) for _ in range(4)]
-        events: list[Any] = [Stored(new), Removed(self.held[-4:])]
-        self.held[-4:] = new
+        """So many blocks come as go."""
+        new = [rng.getrandbits(64) for _ in range(CHANGED)]
+        events: list[Any] = [Stored(new), Removed(self.held[-CHANGED:])]
+        self.held[-CHANGED:] = new
         self.publisher.publish(KV_TOPIC, KvBatch(self.id, 1, 0, self.seq, events, BLOCK))
         self.seq += 1
 
