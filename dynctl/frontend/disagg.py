@@ -131,7 +131,8 @@ class _PrefillFirst:
                 attempt.parts.metrics.counter("handoffs_refused_total", reason=handoff.reason).inc()
                 raise AttemptFailed(EngineFailed(f"prefill's hand-off is not usable: {handoff.reason}"))
             body = encode(self._contract.decode_body(attempt.call.body.opened(), handoff, link))
-            await attempt.answer.by(attempt.parts.upstream, attempt.leg(decode, body), decode.ticket)
+            leg = attempt.leg(decode, body, once=True)
+            await attempt.answer.by(attempt.parts.upstream, leg, decode.ticket)
         except AttemptFailed as failure:
             raise _shared_blame(failure, prefill) from failure
         finally:
@@ -159,8 +160,10 @@ class _Concurrent:
     async def _both(self, attempt: Attempt, prefill: Choice, decode: Choice) -> None:
         contract, request = self._contract, attempt.call.body
         link = _link(contract, attempt, prefill)
-        prefill_leg = attempt.leg(prefill, encode(contract.prefill_body(request.opened(), link)))
-        decode_leg = attempt.leg(decode, encode(contract.decode_body(request.opened(), None, link)))
+        prefill_body = encode(contract.prefill_body(request.opened(), link))
+        decode_body = encode(contract.decode_body(request.opened(), None, link))
+        prefill_leg = attempt.leg(prefill, prefill_body, once=True)
+        decode_leg = attempt.leg(decode, decode_body, once=True)
         attempt.answer.prefilled_by(prefill.instance.id)
         first = asyncio.create_task(self._first(attempt, prefill, prefill_leg))
         second = asyncio.create_task(attempt.answer.by(attempt.parts.upstream, decode_leg, decode.ticket))

@@ -155,8 +155,8 @@ class Attempt:
         if self.parts.router.ready({role: 1}):
             raise Rejected(f"no worker of role {role} is ready", hint="try again later")
 
-    def leg(self, choice: Choice, body: bytes) -> Leg:
-        """The call's request to the chosen worker, with `body`."""
+    def leg(self, choice: Choice, body: bytes, *, once: bool = False) -> Leg:
+        """The call's request to the chosen worker, with `body`; `once` as in `Leg`."""
         call, worker = self.call, choice.instance
         span = call.trace.span(worker.role, "client")
         if span.data is not None:
@@ -165,7 +165,7 @@ class Attempt:
             span.set("server.address", worker.url)
         headers = (*call.headers, *call.trace.headers(span))
         ends_s = call.account.started_s + self.parts.request_timeout_s
-        return Leg(choice, call.endpoint.path, headers, body, ends_s, span)
+        return Leg(choice, call.endpoint.path, headers, body, ends_s, span, once)
 
 
 Flow = Callable[[Attempt], Awaitable[None]]

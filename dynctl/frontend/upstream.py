@@ -48,7 +48,7 @@ Headers = Sequence[tuple[bytes, bytes]]
 class Leg:
     """One request to one engine, of a call that ends at `ends_s` (monotonic): no hop waits beyond that.
 
-    Whoever sends it ends `span`.
+    Whoever sends it ends `span`. `once`: its transfer parameters must not reach the engine a second time.
     """
 
     choice: Choice
@@ -57,6 +57,7 @@ class Leg:
     body: bytes
     ends_s: float = inf
     span: Span = UNRECORDED
+    once: bool = False
 
     @property
     def worker(self) -> str:
@@ -172,9 +173,8 @@ class Upstream:
         headers = leg.all_headers()
         self.circuits.sent(leg.worker, time.monotonic())
         with self._stages.enter("dispatch", UNRECORDED, leg.choice.instance.role):
-            return await self._client.open(
-                origin, "POST", leg.path, headers=headers, body=leg.body, timeouts=timeouts
-            )
+            send = self._client.open_once if leg.once else self._client.open
+            return await send(origin, "POST", leg.path, headers=headers, body=leg.body, timeouts=timeouts)
 
     def failed(self, leg: Leg, error: DynctlError) -> AttemptFailed:
         """Record that `leg` failed, against its worker where it is to blame."""

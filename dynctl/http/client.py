@@ -137,12 +137,31 @@ class Client:
         fresh one. Headers that belong to the connection or to the body's length are set here.
         """
         message = _message(origin, method, path, headers, body)
+        return await self._open_with(origin, method, message, timeouts, resend=self._resend)
+
+    async def open_once(
+        self,
+        origin: Origin,
+        method: str,
+        path: str,
+        *,
+        headers: Sequence[tuple[bytes, bytes]] = (),
+        body: bytes = b"",
+        timeouts: Timeouts,
+    ) -> Stream:
+        """As `open`, for what must not reach the server twice: no connection is replaced."""
+        message = _message(origin, method, path, headers, body)
+        return await self._open_with(origin, method, message, timeouts, resend=False)
+
+    async def _open_with(
+        self, origin: Origin, method: str, message: bytes, timeouts: Timeouts, *, resend: bool
+    ) -> Stream:
         pooled = self._pool.take(origin, self._loop.time())
         if pooled is not None and pooled.usable:
             try:
                 return await self._send(pooled, message, method, timeouts)
             except PeerLost:
-                if pooled.answered or self._closed or not self._resend:
+                if pooled.answered or self._closed or not resend:
                     raise
                 logger.debug("connection.stale origin=%s", origin)
         fresh = await self._connect(origin, timeouts.connect_s)

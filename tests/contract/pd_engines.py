@@ -17,9 +17,9 @@ from dynctl.http.server import Exchange, Request
 from tests.integration.frontend_harness import Engine, answers, chat_token, sse, token
 
 Json = dict[str, Any]
-Fault = Literal["", "400", "500", "503", "hang", "lost", "dies", "mid"]
+Fault = Literal["", "400", "500", "503", "hang", "lost", "dies", "took", "mid"]
 """How a request ends: well, by a status, never, by a lost connection; "dies": a prefill whose blocks are gone
-once it has answered; "mid": a decode that hangs after its first token."""
+once it has answered; "took": a decode lost when it has its blocks; "mid": one that hangs after a token."""
 ENDED_BY_NAME = "/abort_request"
 LEASE_S = 30.0
 
@@ -450,6 +450,8 @@ class PdEngine(Engine):
 
     async def _decode(self, request: Request, body: Json, exchange: Exchange, fault: Fault) -> None:
         await self.rules.decode(self.referee, request, body)
+        if fault == "took":
+            raise ConnectionError
         if fault != "mid":
             await answers(self, request, exchange)
             return

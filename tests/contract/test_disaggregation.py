@@ -133,6 +133,18 @@ async def test_a_leg_that_fails_is_made_again_with_a_fresh_one(
 
 
 @every_engine
+@every_shape
+async def test_a_decode_lost_on_a_kept_connection_is_not_sent_its_blocks_again(
+    rules: Rules, shape: str
+) -> None:
+    async with scene(rules, decode=[("", "took", "")]) as s:
+        answers = [await s.ask(shape) for _ in range(3)]
+        assert right(answers[0])
+        assert [answer.status for answer in answers] == [200, 502, 200]
+    assert s.referee.plain == 0
+
+
+@every_engine
 @pytest.mark.parametrize("side", ["prefill", "decode"])
 async def test_a_side_without_a_worker_that_answers_is_told_within_the_deadline(
     rules: Rules, side: str
