@@ -391,7 +391,7 @@ class Router(Section):
     queue: Queue = Field(default_factory=Queue)
     """Requests that wait while all workers are busy."""
     conditional_disagg: ConditionalDisagg = Field(default_factory=ConditionalDisagg)
-    """Short prompts that skip the prefill workers."""
+    """Prompts that skip the prefill workers."""
 
 
 class Sla(Section):
