@@ -1,6 +1,6 @@
 """Steady load for a while, and what memory it takes: `python -m tests.perf.soak [--minutes 10] [--rate 20]`.
 
-Four mockers, two frontends on one port, through `dynctl up`. Requests are streams of chats and completions with
+Four mockers, two frontends on one port, through `dynctl up`. Requests are streams of all sorts, with
 shared beginnings and ends of their own, one in twenty cut by its client. Prints the memory of each process
 over time, what failed, and what is in flight at the end.
 """
