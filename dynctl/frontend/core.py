@@ -22,7 +22,7 @@ from dynctl.frontend.gate import Gate
 from dynctl.frontend.keys import ApiKeys
 from dynctl.frontend.migrate import Migrations
 from dynctl.frontend.pipeline import Parts, Pipeline
-from dynctl.frontend.preprocess import Preprocessor
+from dynctl.frontend.prompt.preprocess import Preprocessor
 from dynctl.frontend.pulse import Pulse
 from dynctl.frontend.series import Choices, Stages
 from dynctl.frontend.server import Edge, Routes, tell

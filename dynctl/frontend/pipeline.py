@@ -26,8 +26,8 @@ from dynctl.frontend.answer import Answer, Tell
 from dynctl.frontend.call import Call
 from dynctl.frontend.gate import Gate
 from dynctl.frontend.migrate import PATIENCE_S, Migrations
-from dynctl.frontend.preprocess import UNKNOWN, Preprocessor, PromptFacts, likeness
 from dynctl.frontend.preview import preview
+from dynctl.frontend.prompt.preprocess import UNKNOWN, Preprocessor, PromptFacts, likeness
 from dynctl.frontend.queue import Ask
 from dynctl.frontend.retry import AttemptFailed, Attempts, Budget
 from dynctl.frontend.series import Choices, Stages

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from dynctl.frontend.preprocess import PromptFacts
+from dynctl.frontend.prompt.preprocess import PromptFacts
 from dynctl.protocol.instances import Role
 from dynctl.router.service import Preview, Router, RouteRequest
 

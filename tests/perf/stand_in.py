@@ -27,7 +27,7 @@ import dynctl.mocker
 from dynctl.discovery.registry import Registry
 from dynctl.errors import UsageError
 from dynctl.frontend.body import Body
-from dynctl.frontend.preprocess import Preprocessor
+from dynctl.frontend.prompt.preprocess import Preprocessor
 from dynctl.http.runtime import run
 from dynctl.observability.metrics import Metrics
 from dynctl.protocol.instances import Instance, ModelCard

@@ -14,12 +14,12 @@ from tokenizers.processors import TemplateProcessing
 from dynctl.engines.mocker import assets_dir
 from dynctl.errors import ContextTooLong, RequestError
 from dynctl.frontend.body import Body
-from dynctl.frontend.preprocess import (
+from dynctl.frontend.prompt.model_files import find_model_files
+from dynctl.frontend.prompt.preprocess import (
     THREAD_CHARS,
     Kind,
     Preprocessor,
     PromptFacts,
-    find_model_files,
 )
 from dynctl.kv.hashing import OF_BYTES, root_hash, sequence_hashes
 from dynctl.observability.metrics import Metrics

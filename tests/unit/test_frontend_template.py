@@ -7,7 +7,7 @@ import pytest
 
 from dynctl.errors import RequestError
 from dynctl.frontend.body import Body, messages
-from dynctl.frontend.template import ChatTemplate, Unrenderable
+from dynctl.frontend.prompt.template import ChatTemplate, Unrenderable
 
 PLAIN = (
     "{% for message in messages %}<{{ message.role }}>{{ message['content'] }}</s>\n{% endfor %}"

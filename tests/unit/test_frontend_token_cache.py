@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from dynctl.frontend.cuts import Cuts, cuts_of
-from dynctl.frontend.patterns import keeps_apart
-from dynctl.frontend.token_cache import Frame, TokenCache
-from dynctl.frontend.words import Words
+from dynctl.frontend.prompt.cuts import Cuts, cuts_of
+from dynctl.frontend.prompt.patterns import keeps_apart
+from dynctl.frontend.prompt.token_cache import Frame, TokenCache
+from dynctl.frontend.prompt.words import Words
 from dynctl.kv.hashing import pack_tokens, root_hash, sequence_hashes
 from tests.make_tiny_tokenizer import CORPUS
 from tests.tokenizers_zoo import CL100K, CUT_AT_WORDS, DEEPSEEK, MARKS, O200K, ZOO, made

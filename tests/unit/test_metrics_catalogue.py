@@ -40,7 +40,7 @@ def test_catalogue_names_are_unique_and_follow_the_conventions() -> None:
 
 def test_every_row_is_set_somewhere() -> None:
     rooms = (Path(dynctl.frontend.__file__).parent, Path(dynctl.router.__file__).parent)
-    code = "".join(path.read_text() for room in rooms for path in room.glob("*.py"))
+    code = "".join(path.read_text() for room in rooms for path in room.rglob("*.py"))
     assert [metric.name for metric in FRONTEND if f'"{metric.name}"' not in code] == []
 
 

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Lock
 
-from dynctl.frontend.cuts import Cuts
-from dynctl.frontend.words import Tokenise, Words
+from dynctl.frontend.prompt.cuts import Cuts
+from dynctl.frontend.prompt.words import Tokenise, Words
 from dynctl.kv.hashing import TOKEN_BYTES, pack_tokens, sequence_hashes
 
 _NODE_BYTES = 600

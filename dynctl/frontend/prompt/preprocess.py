@@ -14,17 +14,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-import msgspec
+from typing import TYPE_CHECKING, Literal
 
 from dynctl.errors import ContextTooLong
-from dynctl.frontend.alike import alike
 from dynctl.frontend.body import Body, large_batch, messages, prompt
-from dynctl.frontend.cuts import cuts_of
-from dynctl.frontend.token_cache import Begun, Frame, TokenCache, Tokenised
-from dynctl.hub import snapshot
+from dynctl.frontend.prompt.alike import alike
+from dynctl.frontend.prompt.cuts import cuts_of
+from dynctl.frontend.prompt.model_files import ModelFiles, find_model_files
+from dynctl.frontend.prompt.token_cache import Begun, Frame, TokenCache, Tokenised
 from dynctl.kv.hashing import pack_tokens, root_hash, sequence_hashes
 from dynctl.observability.metrics import Metrics
 from dynctl.protocol.instances import ModelCard
@@ -32,7 +29,7 @@ from dynctl.protocol.instances import ModelCard
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from dynctl.frontend.template import ChatTemplate
+    from dynctl.frontend.prompt.template import ChatTemplate
 
 logger = logging.getLogger(__name__)
 
@@ -76,15 +73,6 @@ class PromptFacts:
 
 
 UNKNOWN = PromptFacts()
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFiles:
-    """What was found on disk for a model. `template_source` and `special_tokens` may be empty."""
-
-    tokenizer_json: Path | None
-    template_source: str
-    special_tokens: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +197,7 @@ class Preprocessor:
         return [token for token in given if isinstance(token, int)]
 
     def _chat_text(self, body: Body) -> str:
-        from dynctl.frontend.template import Unrenderable
+        from dynctl.frontend.prompt.template import Unrenderable
 
         if self._template is None:
             raise NotTokenised("template_missing")
@@ -269,7 +257,7 @@ class Preprocessor:
         self._load_template(files)
 
     def _load_template(self, files: ModelFiles) -> None:
-        from dynctl.frontend.template import ChatTemplate, Unrenderable
+        from dynctl.frontend.prompt.template import ChatTemplate, Unrenderable
 
         if not files.template_source:
             logger.warning("chat_template.missing model=%s", self._card.name)
@@ -322,67 +310,3 @@ def _refuse_far_too_long(tokenizer: Tokenizer, text: str, context: int) -> None:
                 f"resulted in more than {least} tokens. Please reduce the length of the messages.",
                 where="messages",
             )
-
-
-def find_model_files(card: ModelCard) -> ModelFiles:
-    """Tokenizer, chat template and special tokens of a model directory or a downloaded Hugging Face model.
-
-    The card's own tokenizer and chat template go first. Raises OSError or ValueError for files that cannot
-    be read.
-    """
-    if not (card.tokenizer or card.path):
-        return ModelFiles(None, "", {})
-    tokenizer = Path(card.tokenizer or card.path)
-    tokenizer_dir = (
-        tokenizer.parent if tokenizer.is_file() else local_model_dir(str(tokenizer), card.revision)
-    )
-    tokenizer_json = tokenizer if tokenizer.is_file() else _existing(tokenizer_dir, "tokenizer.json")
-    config = _json_file(_existing(tokenizer_dir, "tokenizer_config.json"))
-    special = _json_file(_existing(tokenizer_dir, "special_tokens_map.json")) | config
-    return ModelFiles(
-        tokenizer_json=tokenizer_json,
-        template_source=_template_source(card, tokenizer_dir, config),
-        special_tokens={name: _token(value) for name, value in special.items() if _is_token(name, value)},
-    )
-
-
-def local_model_dir(name: str, revision: str) -> Path | None:
-    """Where model `name` is: the directory itself, or its snapshot in the Hugging Face cache, or None."""
-    found = name if os.path.isdir(name) else snapshot(name, revision, os.environ)
-    return Path(found) if found else None
-
-
-def _template_source(card: ModelCard, directory: Path | None, config: dict[str, Any]) -> str:
-    if card.chat_template:
-        return Path(card.chat_template).read_text()
-    for where in (directory, local_model_dir(card.path, card.revision) if card.path else None):
-        file = _existing(where, "chat_template.jinja")
-        if file is not None:
-            return file.read_text()
-    named = _json_file(_existing(directory, "chat_template.json")).get("chat_template")
-    found = named or config.get("chat_template")
-    if isinstance(found, list):
-        found = next((entry["template"] for entry in found if entry.get("name") == "default"), "")
-    return found if isinstance(found, str) else ""
-
-
-def _existing(directory: Path | None, name: str) -> Path | None:
-    return directory / name if directory is not None and (directory / name).is_file() else None
-
-
-def _json_file(path: Path | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except msgspec.DecodeError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _is_token(name: str, value: object) -> bool:
-    text = value.get("content") if isinstance(value, dict) else value
-    return name.endswith("_token") and isinstance(text, str)
-
-
-def _token(value: Any) -> str:
-    return str(value["content"]) if isinstance(value, dict) else str(value)

@@ -22,7 +22,7 @@ from typing import Any
 
 import msgspec
 
-from dynctl.frontend.patterns import keeps_apart
+from dynctl.frontend.prompt.patterns import keeps_apart
 
 CHUNK_CHARS = 512
 """The least length of a piece: short ones cost more to look up than they save."""
