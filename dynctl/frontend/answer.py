@@ -11,17 +11,9 @@ from dynctl.errors import DynctlError, EngineFailed, TransportError
 from dynctl.frontend.call import Call
 from dynctl.frontend.migrate import Move, Rest, Story, break_off, last_words
 from dynctl.frontend.refusal import openai_error
-from dynctl.frontend.stream import (
-    SSE_HEADERS,
-    Load,
-    Relay,
-    Ways,
-    as_events,
-    cached_tokens,
-    is_refusal,
-    output_tokens,
-)
+from dynctl.frontend.stream import Load, Relay, Ways
 from dynctl.frontend.upstream import Leg, Upstream
+from dynctl.frontend.whole import SSE_HEADERS, as_events, cached_tokens, is_refusal, output_tokens
 from dynctl.http.client import Response, Stream
 from dynctl.http.heads import end_to_end
 from dynctl.http.server import Exchange

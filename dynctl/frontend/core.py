@@ -15,13 +15,14 @@ from typing import Any
 from dynctl.engines import catalog
 from dynctl.frontend.accounts import Accounts
 from dynctl.frontend.admission import Models
+from dynctl.frontend.attempt import Parts
 from dynctl.frontend.circuit import STATES
 from dynctl.frontend.disagg import flow_for
 from dynctl.frontend.export import exporter
 from dynctl.frontend.gate import Gate
 from dynctl.frontend.keys import ApiKeys
 from dynctl.frontend.migrate import Migrations
-from dynctl.frontend.pipeline import Parts, Pipeline
+from dynctl.frontend.pipeline import Pipeline
 from dynctl.frontend.prompt.preprocess import Preprocessor
 from dynctl.frontend.pulse import Pulse
 from dynctl.frontend.series import Choices, Stages

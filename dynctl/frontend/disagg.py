@@ -19,8 +19,8 @@ import msgspec
 from dynctl.engines.base import Handoff, Meeting, Naming, PrefillDecode
 from dynctl.errors import EngineFailed, LaunchError
 from dynctl.frontend.answer import Answer
+from dynctl.frontend.attempt import Attempt, Flow, single_leg
 from dynctl.frontend.body import encode
-from dynctl.frontend.pipeline import Attempt, Flow, single_leg
 from dynctl.frontend.retry import AttemptFailed
 from dynctl.frontend.upstream import Leg
 from dynctl.http.client import Response

@@ -17,7 +17,7 @@ from dynctl.frontend.admission import Models
 from dynctl.frontend.body import Body
 from dynctl.frontend.call import Endpoint, read_form
 from dynctl.frontend.refusal import openai_error
-from dynctl.frontend.stream import as_events, is_refusal, output_tokens
+from dynctl.frontend.whole import as_events, is_refusal, output_tokens
 from dynctl.kv.translate import Translator
 from dynctl.observability.tracing import Tracing
 from dynctl.protocol.instances import ModelCard

@@ -7,7 +7,8 @@ import pytest
 
 from dynctl.errors import EngineFailed
 from dynctl.frontend.accounts import Accounts
-from dynctl.frontend.stream import Relay, Ways, as_events, is_refusal, output_tokens
+from dynctl.frontend.stream import Relay, Ways
+from dynctl.frontend.whole import as_events, is_refusal, output_tokens
 from dynctl.http.framing import LAST_CHUNK, Framing, frame_chunk
 from dynctl.observability.metrics import Metrics
 
