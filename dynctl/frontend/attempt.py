@@ -19,7 +19,8 @@ from dynctl.frontend.series import Choices, Stages
 from dynctl.frontend.upstream import Leg, Upstream
 from dynctl.observability.metrics import Metrics
 from dynctl.protocol.instances import Role
-from dynctl.router.service import Choice, Router, RouteRequest
+from dynctl.router.request import RouteRequest
+from dynctl.router.service import Choice, Router
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from dynctl.protocol.specs import BusySpec
 from dynctl.router.active import RankLoad
-from dynctl.router.policy import Candidate
+from dynctl.router.request import Candidate
 
 BATCH_TOKENS = 8192
 """Tokens an engine computes per step, where it is not known: the usual default."""

@@ -27,10 +27,9 @@ from dynctl.router.follow import DEFAULT_TIMING, Following, SyncCall, SyncTiming
 from dynctl.router.indexer import StreamState
 from dynctl.router.kv_aware import Knowledge
 from dynctl.router.peers import Peers
-from dynctl.router.policy import Candidate, RouteRequest, policy
+from dynctl.router.policy import policy
+from dynctl.router.request import Candidate, RouteRequest
 from dynctl.router.shared import SharedBlocks
-
-__all__ = ["Choice", "RouteRequest", "Router", "SyncTiming", "Ticket", "WorkerLinks"]
 
 FALLBACK_BLOCK_TOKENS = 16
 """The unit of load, in tokens, while no worker has told its block size."""

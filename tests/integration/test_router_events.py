@@ -13,7 +13,8 @@ from dynctl.protocol.kv_events import KV_TOPIC, KvBatch, KvSync, KvSyncReply, St
 from dynctl.protocol.registry import Member
 from dynctl.protocol.specs import RouterSpec
 from dynctl.router.follow import SyncTiming
-from dynctl.router.service import Router, RouteRequest, WorkerLinks
+from dynctl.router.request import RouteRequest
+from dynctl.router.service import Router, WorkerLinks
 from dynctl.transport.control import ControlClient, ControlServer, read_body
 from dynctl.transport.event_plane import Publisher, Subscriber
 from dynctl.transport.keys import Keys

@@ -23,7 +23,8 @@ from dynctl.protocol.instances import Instance, ModelCard
 from dynctl.protocol.kv_events import EngineKvBatch, EngineStored, KvSync, KvSyncReply, Removed, Stored
 from dynctl.protocol.registry import Member
 from dynctl.protocol.specs import RouterSpec
-from dynctl.router.service import Router, RouteRequest, WorkerLinks
+from dynctl.router.request import RouteRequest
+from dynctl.router.service import Router, WorkerLinks
 
 WORKERS = 64
 BLOCK_TOKENS = 16

@@ -34,7 +34,8 @@ from dynctl.protocol.kv_events import KvSync, KvSyncReply, LoadReport, Removed, 
 from dynctl.protocol.registry import Member
 from dynctl.protocol.specs import RouterSpec
 from dynctl.router.active import Ticket
-from dynctl.router.service import Router, RouteRequest, WorkerLinks
+from dynctl.router.request import RouteRequest
+from dynctl.router.service import Router, WorkerLinks
 from tests.perf.traces import BLOCK_TOKENS, TraceRequest, made_up, oracle_hits, read_trace
 
 WORKERS = 8

@@ -15,8 +15,10 @@ from dynctl.protocol.instances import Instance
 from dynctl.protocol.kv_events import KvSync, KvSyncReply, LoadReport
 from dynctl.protocol.registry import Member
 from dynctl.protocol.specs import BusySpec, QueueSpec, RouterSpec
+from dynctl.router.active import Ticket
 from dynctl.router.busy import BATCH_TOKENS
-from dynctl.router.service import Router, RouteRequest, Ticket, WorkerLinks
+from dynctl.router.request import RouteRequest
+from dynctl.router.service import Router, WorkerLinks
 
 PROMPT = 100
 

@@ -9,7 +9,7 @@ from dynctl.protocol.kv_events import LoadReport
 from dynctl.protocol.specs import BusySpec
 from dynctl.router.active import Footprint, RankLoad
 from dynctl.router.busy import BATCH_TOKENS, Busy
-from dynctl.router.policy import Candidate
+from dynctl.router.request import Candidate
 from dynctl.router.shared import SharedBlocks
 
 

@@ -15,7 +15,8 @@ from dynctl.protocol.specs import RouterSpec
 from dynctl.router.active import Footprint, RankLoad
 from dynctl.router.approximate import Recent
 from dynctl.router.kv_aware import Knowledge
-from dynctl.router.policy import Candidate, Policy, RouteRequest, policy
+from dynctl.router.policy import policy
+from dynctl.router.request import Candidate, Policy, RouteRequest
 from dynctl.router.shared import SharedBlocks
 
 SIZE = 16

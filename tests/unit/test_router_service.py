@@ -26,7 +26,9 @@ from dynctl.protocol.kv_events import (
 )
 from dynctl.protocol.registry import InstanceState, Member
 from dynctl.protocol.specs import AffinitySpec, ConditionalDisaggSpec, RouterSpec
-from dynctl.router.service import Router, RouteRequest, SyncTiming, WorkerLinks
+from dynctl.router.follow import SyncTiming
+from dynctl.router.request import RouteRequest
+from dynctl.router.service import Router, WorkerLinks
 
 QUICK = SyncTiming(deadline_s=2.0, retry_s=0.001, retry_limit_s=0.002, settle_s=30.0, recheck_s=30.0)
 
