@@ -17,6 +17,7 @@ from dynctl.http.server import Request
 from dynctl.protocol.specs import BusySpec
 
 _FORWARDED = (b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via")
+_OF_A_PAGE = (b"origin", b"sec-fetch-site")
 
 
 class _Change(msgspec.Struct, forbid_unknown_fields=True):
@@ -78,7 +79,7 @@ def check_may_change(key: ApiKey | None, request: Request) -> None:
     """Raises Forbidden unless whoever asks may change how the deployment works.
 
     Where API keys are asked for: with one that is marked so. Else: from this very machine, and not through a
-    proxy on it, whose clients may be anywhere.
+    proxy on it, whose clients may be anywhere; nor by a page in a browser on it, which may be anybody's.
     """
     if key is not None:
         if not key.admin:
@@ -86,7 +87,7 @@ def check_may_change(key: ApiKey | None, request: Request) -> None:
                 "this API key may not change settings", hint="one with `admin: true` in the recipe may"
             )
         return
-    forwarded = any(request.header(name) is not None for name in _FORWARDED)
+    forwarded = any(request.header(name) is not None for name in (*_FORWARDED, *_OF_A_PAGE))
     if forwarded or not is_loopback(request.peer):
         raise Forbidden(
             "settings may be changed from this machine only",

@@ -222,7 +222,8 @@ class Client:
             raise ConnectFailed(f"no connection in {connect_s:g} s", where=str(origin)) from error
         except OSError as error:
             raise ConnectFailed(f"cannot connect: {error}", where=str(origin)) from error
-        self._open[connection] = origin
+        if connection.usable:  # it may have been lost already, and is then told of no more
+            self._open[connection] = origin
         return connection
 
     def _tls_context(self) -> ssl.SSLContext:

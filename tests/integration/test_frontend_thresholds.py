@@ -74,7 +74,9 @@ async def test_clients_keys_may_not_change_it_and_an_admins_may() -> None:
 async def test_a_proxy_on_this_machine_is_not_taken_for_its_clients() -> None:
     async with frontend(make_spec(), aggregated=[Engine()]) as front:
         forwarded = {"x-forwarded-for": "203.0.113.7"}
-        assert (await front.post("/busy_threshold", {}, forwarded)).status == 403
+        page = {"origin": "http://elsewhere.example", "content-type": "text/plain"}
+        for headers in (forwarded, page):
+            assert (await front.post("/busy_threshold", {}, headers)).status == 403
         assert (await front.post("/busy_threshold", {})).status == 200
 
 

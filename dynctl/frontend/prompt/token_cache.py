@@ -19,6 +19,7 @@ from dynctl.kv.hashing import TOKEN_BYTES, pack_tokens, sequence_hashes
 
 _NODE_BYTES = 600
 _HASH_BYTES = 40
+_USUAL_BLOCK = 16
 _FIRST = 0
 
 
@@ -110,7 +111,8 @@ class TokenCache:
         cached = sum(len(node.tokens) for node in nodes) // TOKEN_BYTES
         if begun.pieces:
             made = self._tokens(begun.pieces)
-            nodes = nodes + self._keep(nodes[-1].number if nodes else _FIRST, begun.pieces, made)
+            parent = nodes[-1].number if nodes else _FIRST
+            nodes = nodes + self._keep(parent, begun.pieces, made, frame.block_size or _USUAL_BLOCK)
         size = len(frame.before) + sum(len(node.tokens) for node in nodes) + len(frame.after)
         return Tokenised(size // TOKEN_BYTES, cached, _hashes(nodes, frame) if frame.block_size else [])
 
@@ -126,8 +128,10 @@ class TokenCache:
                 if key in self._nodes:
                     self._nodes.move_to_end(key)
 
-    def _keep(self, parent: int, pieces: Sequence[str], made: Sequence[bytes]) -> list[_Node]:
-        """New nodes below the one numbered `parent`; kept as far as there is room."""
+    def _keep(
+        self, parent: int, pieces: Sequence[str], made: Sequence[bytes], block_size: int
+    ) -> list[_Node]:
+        """New nodes below the one numbered `parent`; kept as far as there is room, also for their hashes."""
         nodes: list[_Node] = []
         keys: list[tuple[int, str]] = []
         with self._lock:
@@ -137,7 +141,7 @@ class TokenCache:
                 nodes.append(_Node(parent, tokens))
             for key, node in zip(reversed(keys), reversed(nodes), strict=True):
                 node.size_bytes = _NODE_BYTES + sys.getsizeof(key[1]) + len(node.tokens)
-                node.size_bytes += len(node.tokens) // TOKEN_BYTES * _HASH_BYTES // 16
+                node.size_bytes += len(node.tokens) // TOKEN_BYTES * _HASH_BYTES // block_size
                 replaced = self._nodes.pop(key, None)
                 self.size_bytes += node.size_bytes - (replaced.size_bytes if replaced else 0)
                 self._nodes[key] = node
