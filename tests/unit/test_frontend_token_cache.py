@@ -153,9 +153,9 @@ def test_the_longest_unused_go_first_and_memory_stays_bounded() -> None:
 @pytest.mark.parametrize("block_size", [1, 16])
 def test_hashes_of_small_blocks_are_part_of_the_memory(block_size: int) -> None:
     rng = random.Random(2)
-    cache, frame = cache_of(made(ZOO[0]), 64, 100_000), Frame(block_size, root_hash())
+    cache, frame = cache_of(made(ZOO[0]), 512, 100_000), Frame(block_size, root_hash())
     for _ in range(40):
-        cache.complete(cache.begin(" ".join(rng.choices(WORDS, k=100))), frame)
+        cache.complete(cache.begin(" ".join(rng.choices(WORDS, k=400))), frame)
     hashes = sum(len(node.chain[1]) for node in cache._nodes.values() if node.chain is not None)
     assert 0 < hashes * sys.getsizeof(1 << 63) <= cache.size_bytes <= 100_000
 
