@@ -19,8 +19,8 @@ from dynctl.frontend.series import Choices, Stages
 from dynctl.frontend.upstream import Leg, Upstream
 from dynctl.observability.metrics import Metrics
 from dynctl.protocol.instances import Role
-from dynctl.router.request import RouteRequest
-from dynctl.router.service import Choice, Router
+from dynctl.router.request import Choice, RouteRequest
+from dynctl.router.service import Router
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from dynctl.http.client import Response
 from dynctl.protocol.instances import Role
 from dynctl.protocol.sse import DATA, event_data, split_events
 from dynctl.router.prefill import HandoffGuard, Refused
-from dynctl.router.service import Choice
+from dynctl.router.request import Choice
 
 _ROOMS_BITS = 48
 _NAME_BITS = 127

@@ -9,8 +9,8 @@ import msgspec
 
 from dynctl.frontend.prompt.preprocess import PromptFacts
 from dynctl.protocol.instances import Role
-from dynctl.router.request import RouteRequest
-from dynctl.router.service import Preview, Router
+from dynctl.router.request import Preview, RouteRequest
+from dynctl.router.service import Router
 
 
 def preview(

@@ -7,7 +7,7 @@ from types import TracebackType
 
 from dynctl.observability.metrics import Counter, Gauge, Histogram, Metrics
 from dynctl.observability.tracing import Span
-from dynctl.router.service import Choice
+from dynctl.router.request import Choice
 
 _MS = 1000.0
 

@@ -32,7 +32,7 @@ from dynctl.observability.metrics import Metrics
 from dynctl.observability.tracing import UNRECORDED, Span
 from dynctl.protocol.instances import Instance
 from dynctl.protocol.specs import LimitsSpec
-from dynctl.router.service import Choice
+from dynctl.router.request import Choice
 
 logger = logging.getLogger(__name__)
 

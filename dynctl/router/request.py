@@ -8,7 +8,7 @@ from typing import Protocol
 
 from dynctl.kv.index import SlotKey
 from dynctl.protocol.instances import Instance, Role
-from dynctl.router.active import Footprint, RankLoad
+from dynctl.router.active import Footprint, RankLoad, Ticket
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +93,37 @@ class Picked:
     overlap: int
     footprint: Footprint
     best_overlap: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Where a request goes. The caller must call `ticket.finish()` when the request is over, however it ends.
+
+    `overlap_blocks`: blocks of the prompt cached there, `best_overlap_blocks` at the one of all `candidates`
+    (worker, rank)s that has most of them; both 0 where nobody looked.
+    """
+
+    instance: Instance
+    rank: int
+    overlap_blocks: int
+    candidates: int
+    ticket: Ticket
+    best_overlap_blocks: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """One (worker, rank) as a choice would see it. `barred`: the guard keeps requests from it now."""
+
+    worker: str
+    rank: int
+    chosen: bool
+    cost: float
+    overlap_blocks: int
+    requests: int
+    prefill_tokens: int
+    blocks: int
+    barred: bool
 
 
 class Policy(Protocol):

@@ -14,11 +14,10 @@ from random import Random
 
 from dynctl.kv.hashing import OF_BYTES
 from dynctl.kv.index import Index, SlotKey
-from dynctl.protocol.instances import Instance
 from dynctl.protocol.kv_events import KV_TOPIC, LOAD_TOPIC, KvBatch, LoadReport
 from dynctl.protocol.registry import Member
 from dynctl.protocol.specs import RouterSpec
-from dynctl.router.active import RankLoad, Ticket
+from dynctl.router.active import RankLoad
 from dynctl.router.affinity import Sessions
 from dynctl.router.approximate import Keeping, Recent, guessed, keeping
 from dynctl.router.conditional import reads_itself
@@ -28,7 +27,7 @@ from dynctl.router.indexer import StreamState
 from dynctl.router.kv_aware import Knowledge
 from dynctl.router.peers import Peers
 from dynctl.router.policy import policy
-from dynctl.router.request import Candidate, RouteRequest
+from dynctl.router.request import Candidate, Choice, Preview, RouteRequest
 from dynctl.router.shared import SharedBlocks
 
 FALLBACK_BLOCK_TOKENS = 16
@@ -36,37 +35,6 @@ FALLBACK_BLOCK_TOKENS = 16
 
 _INDEXED = ("prefill", "aggregated")
 """Roles whose cached blocks matter: decode alone gets its KV from prefill, whatever it holds."""
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """Where a request goes. The caller must call `ticket.finish()` when the request is over, however it ends.
-
-    `overlap_blocks`: blocks of the prompt cached there, `best_overlap_blocks` at the one of all `candidates`
-    (worker, rank)s that has most of them; both 0 where nobody looked.
-    """
-
-    instance: Instance
-    rank: int
-    overlap_blocks: int
-    candidates: int
-    ticket: Ticket
-    best_overlap_blocks: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Preview:
-    """One (worker, rank) as a choice would see it. `barred`: the guard keeps requests from it now."""
-
-    worker: str
-    rank: int
-    chosen: bool
-    cost: float
-    overlap_blocks: int
-    requests: int
-    prefill_tokens: int
-    blocks: int
-    barred: bool
 
 
 @dataclass(frozen=True, slots=True)

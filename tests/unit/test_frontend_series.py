@@ -5,7 +5,7 @@ from dynctl.observability.metrics import Metrics
 from dynctl.observability.tracing import UNRECORDED
 from dynctl.protocol.instances import Instance
 from dynctl.router.active import Footprint, RankLoad
-from dynctl.router.service import Choice
+from dynctl.router.request import Choice
 from dynctl.router.shared import SharedBlocks
 
 
