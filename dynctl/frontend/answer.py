@@ -89,6 +89,8 @@ class Answer:
         response = await upstream.whole(leg)
         if response.status == 200 and is_refusal(response.body):
             raise upstream.failed(leg, EngineFailed("the engine aborted the request: it is draining"))
+        if response.status == 200:
+            load.first_token()
         self.whole(response, workers)
 
     def said(self, body: bytes) -> None:

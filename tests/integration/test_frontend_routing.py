@@ -45,6 +45,15 @@ async def test_nvext_does_not_reach_the_engine() -> None:
     assert engine.bodies() == [COMPLETION]
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/responses"])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_worker_without_events_is_believed_to_hold_what_it_answered(path: str, stream: bool) -> None:
+    async with frontend(kv(), aggregated=[Engine() for _ in range(4)]) as front:
+        body = {**COMPLETION, "stream": stream, "input": "words " * 200}
+        workers = [dict((await front.post(path, body)).headers)[b"x-dynctl-workers"] for _ in range(12)]
+        assert len(set(workers)) == 1
+
+
 async def test_an_output_that_cannot_come_weighs_on_nobody() -> None:
     engine = Engine(hangs)
     async with frontend(kv(), aggregated=[engine]) as front:
