@@ -17,7 +17,7 @@ import msgspec
 from dynctl.discovery.registry import Registry
 from dynctl.errors import PeerLost
 from dynctl.http.client import Client, Origin, Response
-from dynctl.protocol.instances import Instance, ModelCard
+from dynctl.protocol.instances import ModelCard
 from dynctl.protocol.kv_events import KV_TOPIC, KvBatch, KvEvent, KvSync, KvSyncReply, Removed, Stored
 from dynctl.protocol.registry import Member, Register, Renew
 from dynctl.protocol.specs import FrontendSpec
@@ -25,6 +25,7 @@ from dynctl.transport.control import ControlServer, read_body
 from dynctl.transport.event_plane import Publisher
 from dynctl.transport.keys import Keys
 from tests.integration.frontend_harness import DEADLINE_S, Engine, make_spec
+from tests.workers import worker_instance
 
 ANY_PORT = "tcp://127.0.0.1:0"
 BLOCK = 4
@@ -162,14 +163,9 @@ class Sidecar:
         self.held: set[int] = set()
         self.asked, self.answers = asyncio.Event(), asyncio.Event()
         self.answers.set()
-        self.instance = Instance(
+        self.instance = worker_instance(
+            index,
             id=f"aggregated-{index}",
-            incarnation=1,
-            role="aggregated",
-            index=index,
-            node="n",
-            pid=1,
-            started_at=0.0,
             url=engine.url,
             model=ModelCard(name="m", **card),
             events=self.publisher.start(),

@@ -16,19 +16,11 @@ from dynctl.protocol.registry import LeaseReply, Member, Register
 from dynctl.transport.control import ControlClient, ControlServer
 from dynctl.transport.event_plane import Publisher
 from dynctl.transport.keys import Keys
+from tests.workers import worker_instance
 
 
 def instance(incarnation: int = 1, seat: str = "decode-0") -> Instance:
-    return Instance(
-        id=seat,
-        incarnation=incarnation,
-        role="decode",
-        index=0,
-        node="n",
-        pid=1,
-        started_at=0,
-        url="http://a:1",
-    )
+    return worker_instance(id=seat, incarnation=incarnation, role="decode")
 
 
 async def until(condition: Callable[[], bool], deadline_s: float = 15) -> None:

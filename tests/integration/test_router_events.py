@@ -18,6 +18,7 @@ from dynctl.router.service import Router, WorkerLinks
 from dynctl.transport.control import ControlClient, ControlServer, read_body
 from dynctl.transport.event_plane import Publisher, Subscriber
 from dynctl.transport.keys import Keys
+from tests.workers import worker_instance
 
 ANY = "tcp://127.0.0.1:0"
 TIMING = SyncTiming(deadline_s=5.0, retry_s=0.01, retry_limit_s=0.05, settle_s=30.0, recheck_s=30.0)
@@ -37,15 +38,10 @@ class Worker:
         self.control = self.server.start()
 
     def member(self) -> Member:
-        instance = Instance(
+        instance = worker_instance(
+            self.index,
             id=self.id,
             incarnation=self.incarnation,
-            role="aggregated",
-            index=self.index,
-            node="n",
-            pid=1,
-            started_at=0.0,
-            url="http://127.0.0.1:1",
             model=ModelCard(name="m", block_size=16),
             events=self.events,
             control=self.control,

@@ -25,6 +25,7 @@ from dynctl.protocol.registry import Member
 from dynctl.protocol.specs import RouterSpec
 from dynctl.router.request import RouteRequest
 from dynctl.router.service import Router, WorkerLinks
+from tests.workers import worker_instance
 
 WORKERS = 64
 BLOCK_TOKENS = 16
@@ -260,17 +261,7 @@ def _one(router: Router, request: RouteRequest) -> tuple[float, float]:
 
 def _member(number: int) -> Member:
     card = ModelCard(name="m", block_size=BLOCK_TOKENS)
-    instance = Instance(
-        id=f"aggregated-{number}",
-        incarnation=1,
-        role="aggregated",
-        index=number,
-        node="n",
-        pid=1,
-        started_at=0.0,
-        url="http://127.0.0.1:1",
-        model=card,
-    )
+    instance = worker_instance(number, id=f"aggregated-{number}", model=card)
     return Member(instance=instance, state="ready")
 
 

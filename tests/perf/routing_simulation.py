@@ -37,6 +37,7 @@ from dynctl.router.active import Ticket
 from dynctl.router.request import RouteRequest
 from dynctl.router.service import Router, WorkerLinks
 from tests.perf.traces import BLOCK_TOKENS, TraceRequest, made_up, oracle_hits, read_trace
+from tests.workers import worker_instance
 
 WORKERS = 8
 REPORT_S = 1.0
@@ -244,17 +245,7 @@ def hashes_of(request: TraceRequest, size: int) -> list[int]:
 
 
 def _member(number: int, size: int) -> Member:
-    instance = Instance(
-        id=f"aggregated-{number}",
-        incarnation=1,
-        role="aggregated",
-        index=number,
-        node="n",
-        pid=1,
-        started_at=0.0,
-        url="http://127.0.0.1:1",
-        model=ModelCard(name="m", block_size=size),
-    )
+    instance = worker_instance(number, id=f"aggregated-{number}", model=ModelCard(name="m", block_size=size))
     return Member(instance=instance, state="ready")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dynctl.discovery.lease import NO_CHANGES, Changes, LeaseTable
 from dynctl.protocol.instances import Instance
 from dynctl.protocol.registry import LeaseReply, Member
+from tests.workers import worker_instance
 
 OK = LeaseReply(outcome="ok", ttl_s=10)
 UNKNOWN = LeaseReply(outcome="unknown")
@@ -12,16 +13,7 @@ SUPERSEDED = LeaseReply(outcome="superseded")
 
 
 def instance(incarnation: int = 1, seat: str = "decode-0", url: str = "http://a:1") -> Instance:
-    return Instance(
-        id=seat,
-        incarnation=incarnation,
-        role="decode",
-        index=0,
-        node="n",
-        pid=1,
-        started_at=0,
-        url=url,
-    )
+    return worker_instance(id=seat, incarnation=incarnation, role="decode", url=url)
 
 
 def member(incarnation: int = 1, seat: str = "decode-0") -> Member:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dynctl.discovery.lease import NO_CHANGES, Changes
 from dynctl.discovery.view import MembershipView
-from dynctl.protocol.instances import Instance
 from dynctl.protocol.registry import Member, Membership, MembershipChange
+from tests.workers import worker_instance
 
 
 def member(seat: str, incarnation: int = 1) -> Member:
-    instance = Instance(
-        id=seat, incarnation=incarnation, role="decode", index=0, node="n", pid=1, started_at=0, url="u"
-    )
+    instance = worker_instance(id=seat, incarnation=incarnation, role="decode")
     return Member(instance=instance, state="ready")
 
 

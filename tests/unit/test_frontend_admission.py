@@ -6,20 +6,11 @@ from dynctl.errors import ContextTooLong, ModelNotFound, RequestError
 from dynctl.frontend.admission import Models, asked_tokens, check_context
 from dynctl.frontend.body import Body
 from dynctl.protocol.instances import Instance, ModelCard
+from tests.workers import worker_instance
 
 
 def instance(card: ModelCard | None) -> Instance:
-    return Instance(
-        id="a-0",
-        incarnation=1,
-        role="aggregated",
-        index=0,
-        node="n",
-        pid=1,
-        started_at=0.0,
-        url="u",
-        model=card,
-    )
+    return worker_instance(model=card)
 
 
 def test_models_follow_what_workers_report() -> None:

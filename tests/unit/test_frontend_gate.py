@@ -19,6 +19,7 @@ from dynctl.router.active import Ticket
 from dynctl.router.busy import BATCH_TOKENS
 from dynctl.router.request import RouteRequest
 from dynctl.router.service import Router, WorkerLinks
+from tests.workers import worker_instance
 
 PROMPT = 100
 
@@ -40,16 +41,7 @@ class Rig:
         self.router.members_changed([self.member(0), self.member(1)], [])
 
     def member(self, index: int) -> Member:
-        instance = Instance(
-            id=f"w{index}",
-            incarnation=1,
-            role="aggregated",
-            index=index,
-            node="n",
-            pid=1,
-            started_at=0.0,
-            url="http://127.0.0.1:1",
-        )
+        instance = worker_instance(index, id=f"w{index}")
         return Member(instance=instance, state="ready")
 
     async def request(self, name: str, ask: Ask) -> None:

@@ -3,17 +3,14 @@ from __future__ import annotations
 from dynctl.frontend.series import Choices, Stages
 from dynctl.observability.metrics import Metrics
 from dynctl.observability.tracing import UNRECORDED
-from dynctl.protocol.instances import Instance
 from dynctl.router.active import Footprint, RankLoad
 from dynctl.router.request import Choice
 from dynctl.router.shared import SharedBlocks
+from tests.workers import worker_instance
 
 
 def choice(overlap: int, best: int) -> Choice:
-    worker = Instance(
-        id="w-0", incarnation=1, role="aggregated", index=0, node="n", pid=1, started_at=0.0, url="http://h:1"
-    )
-    return Choice(worker, 0, overlap, 2, RankLoad(SharedBlocks()).add(Footprint()), best)
+    return Choice(worker_instance(), 0, overlap, 2, RankLoad(SharedBlocks()).add(Footprint()), best)
 
 
 def test_regret_is_what_the_best_worker_had_beyond_the_chosen_one() -> None:

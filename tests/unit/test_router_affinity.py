@@ -1,27 +1,18 @@
 from __future__ import annotations
 
-from dynctl.protocol.instances import Instance
 from dynctl.protocol.specs import AffinitySpec, ConditionalDisaggSpec, GuardSpec
 from dynctl.router.active import RankLoad
 from dynctl.router.affinity import Sessions
 from dynctl.router.conditional import reads_itself
 from dynctl.router.request import Candidate, RouteRequest
 from dynctl.router.shared import SharedBlocks
+from tests.workers import worker_instance
 
 
 def candidates() -> list[Candidate]:
     found = []
     for number in range(3):
-        instance = Instance(
-            id=f"w-{number}",
-            incarnation=1,
-            role="aggregated",
-            index=number,
-            node="n",
-            pid=1,
-            started_at=0.0,
-            url="http://h:1",
-        )
+        instance = worker_instance(number)
         found.append(Candidate((instance.id, 0), instance, RankLoad(SharedBlocks())))
     return found
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from dynctl.protocol.instances import Instance
 from dynctl.protocol.kv_events import LoadReport
 from dynctl.protocol.specs import BusySpec
 from dynctl.router.active import Footprint, RankLoad
 from dynctl.router.busy import BATCH_TOKENS, Busy
 from dynctl.router.request import Candidate
 from dynctl.router.shared import SharedBlocks
+from tests.workers import worker_instance
 
 
 def load(prefill_tokens: int = 0, blocks: int = 0, *, capacity: int = 100, waiting: int = 0) -> RankLoad:
@@ -21,9 +21,7 @@ def load(prefill_tokens: int = 0, blocks: int = 0, *, capacity: int = 100, waiti
 
 
 def candidates(*loads: RankLoad) -> list[Candidate]:
-    instance = Instance(
-        id="w", incarnation=1, role="aggregated", index=0, node="n", pid=1, started_at=0.0, url="u"
-    )
+    instance = worker_instance(id="w")
     return [Candidate(("w", rank), instance, one) for rank, one in enumerate(loads)]
 
 

@@ -18,6 +18,7 @@ from dynctl.router.kv_aware import Knowledge
 from dynctl.router.policy import policy
 from dynctl.router.request import Candidate, Policy, RouteRequest
 from dynctl.router.shared import SharedBlocks
+from tests.workers import worker_instance
 
 SIZE = 16
 
@@ -53,16 +54,7 @@ class Fleet:
 
 
 def _instance(worker_id: str, role: Role, number: int) -> Instance:
-    return Instance(
-        id=worker_id,
-        incarnation=1,
-        role=role,
-        index=number,
-        node="n",
-        pid=1,
-        started_at=0.0,
-        url="http://h:1",
-    )
+    return worker_instance(number, id=worker_id, role=role)
 
 
 def test_unknown_mode_names_the_valid_ones() -> None:

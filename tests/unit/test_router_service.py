@@ -29,6 +29,7 @@ from dynctl.protocol.specs import AffinitySpec, ConditionalDisaggSpec, RouterSpe
 from dynctl.router.follow import SyncTiming
 from dynctl.router.request import RouteRequest
 from dynctl.router.service import Router, WorkerLinks
+from tests.workers import worker_instance
 
 QUICK = SyncTiming(deadline_s=2.0, retry_s=0.001, retry_limit_s=0.002, settle_s=30.0, recheck_s=30.0)
 
@@ -42,15 +43,11 @@ def member(
         "control": f"tcp://control-{worker_id}",
         "model": ModelCard(name="m", block_size=16),
     }
-    instance = Instance(
+    instance = worker_instance(
+        int(worker_id.rsplit("-", 1)[1]),
         id=worker_id,
         incarnation=incarnation,
         role=role,
-        index=int(worker_id.rsplit("-", 1)[1]),
-        node="n",
-        pid=1,
-        started_at=0.0,
-        url="http://h:1",
         **{**given, **fields},
     )
     return Member(instance=instance, state=state)
