@@ -1,15 +1,21 @@
-"""The API keys clients come with: which there are, by digest alone, and how much each may ask for at once."""
+"""The API keys clients come with: which there are, by digest alone, how much each may ask for, and who may
+change how the deployment works.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 from collections.abc import Iterable
 
-from dynctl.errors import Overloaded, Unauthorized
+from dynctl.errors import Forbidden, Overloaded, Unauthorized
+from dynctl.http.server import Request
 from dynctl.observability.metrics import Metrics
 from dynctl.protocol.specs import ApiKeySpec
 
 RETRY_AFTER_S = 1.0
+_FORWARDED = (b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via")
+_OF_A_PAGE = (b"origin", b"sec-fetch-site")
 
 
 class ApiKey:
@@ -67,3 +73,33 @@ class ApiKeys:
         if key is None:
             raise Unauthorized("the API key is not valid here")
         return key
+
+
+def check_may_change(key: ApiKey | None, request: Request) -> None:
+    """Raises Forbidden unless whoever asks may change how the deployment works.
+
+    Where API keys are asked for: with one that is marked so. Else: from this very machine, and not through a
+    proxy on it, whose clients may be anywhere; nor by a page in a browser on it, which may be anybody's.
+    """
+    if key is not None:
+        if not key.admin:
+            raise Forbidden(
+                "this API key may not change settings", hint="one with `admin: true` in the recipe may"
+            )
+        return
+    forwarded = any(request.header(name) is not None for name in (*_FORWARDED, *_OF_A_PAGE))
+    if forwarded or not is_loopback(request.peer):
+        raise Forbidden(
+            "settings may be changed from this machine only",
+            hint="or from elsewhere with a key: frontend.api_key with `admin: true`",
+        )
+
+
+def is_loopback(peer: str) -> bool:
+    """Whether "address:port" is of this machine."""
+    try:
+        address = ipaddress.ip_address(peer.rpartition(":")[0])
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return bool((mapped or address).is_loopback)

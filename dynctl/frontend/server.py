@@ -17,9 +17,9 @@ from dynctl.frontend.admission import Models
 from dynctl.frontend.body import excerpt
 from dynctl.frontend.call import Call, Endpoint, Headers, engine_headers, read_body, read_form, request_id
 from dynctl.frontend.hints import read_hints
-from dynctl.frontend.keys import ApiKey, ApiKeys
+from dynctl.frontend.keys import ApiKey, ApiKeys, check_may_change
 from dynctl.frontend.pipeline import Pipeline, error_type_of
-from dynctl.frontend.thresholds import Thresholds, check_may_change
+from dynctl.frontend.thresholds import Thresholds
 from dynctl.frontend.upload import Upload
 from dynctl.http.server import Exchange, Request
 from dynctl.observability.metrics import CONTENT_TYPE, Metrics

@@ -5,19 +5,13 @@ A change is for the frontend that is asked, and until it ends; the recipe is wha
 
 from __future__ import annotations
 
-import ipaddress
 from typing import Any
 
 import msgspec
 
-from dynctl.errors import Forbidden, ModelNotFound, RequestError
+from dynctl.errors import ModelNotFound, RequestError
 from dynctl.frontend.gate import Gate
-from dynctl.frontend.keys import ApiKey
-from dynctl.http.server import Request
 from dynctl.protocol.specs import BusySpec
-
-_FORWARDED = (b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via")
-_OF_A_PAGE = (b"origin", b"sec-fetch-site")
 
 
 class _Change(msgspec.Struct, forbid_unknown_fields=True):
@@ -73,33 +67,3 @@ class Thresholds:
         thresholds: BusySpec = self._gate.thresholds
         values = {name: getattr(thresholds, own) for name, own in _NAMES.items()}
         return {"model": self._model, **values, "frontend": self._frontend}
-
-
-def check_may_change(key: ApiKey | None, request: Request) -> None:
-    """Raises Forbidden unless whoever asks may change how the deployment works.
-
-    Where API keys are asked for: with one that is marked so. Else: from this very machine, and not through a
-    proxy on it, whose clients may be anywhere; nor by a page in a browser on it, which may be anybody's.
-    """
-    if key is not None:
-        if not key.admin:
-            raise Forbidden(
-                "this API key may not change settings", hint="one with `admin: true` in the recipe may"
-            )
-        return
-    forwarded = any(request.header(name) is not None for name in (*_FORWARDED, *_OF_A_PAGE))
-    if forwarded or not is_loopback(request.peer):
-        raise Forbidden(
-            "settings may be changed from this machine only",
-            hint="or from elsewhere with a key: frontend.api_key with `admin: true`",
-        )
-
-
-def is_loopback(peer: str) -> bool:
-    """Whether "address:port" is of this machine."""
-    try:
-        address = ipaddress.ip_address(peer.rpartition(":")[0])
-    except ValueError:
-        return False
-    mapped = getattr(address, "ipv4_mapped", None)
-    return bool((mapped or address).is_loopback)

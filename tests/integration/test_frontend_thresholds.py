@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from dynctl.frontend.thresholds import is_loopback
+from dynctl.frontend.keys import is_loopback
 from dynctl.protocol.kv_events import LoadReport
 from dynctl.protocol.specs import ApiKeySpec, QueueSpec, RouterSpec
 from tests.integration.frontend_harness import Engine, Front, error_of, frontend, make_spec
