@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 from dynctl.errors import Rejected, RequestError
 from dynctl.protocol.registry import Member
@@ -10,19 +10,26 @@ from dynctl.router.request import Candidate, RouteRequest
 
 
 def eligible(
-    request: RouteRequest, candidates: Sequence[Candidate], there: Iterable[Member]
+    request: RouteRequest,
+    candidates: Sequence[Candidate],
+    there: Sequence[Member],
+    gone: Container[tuple[str, str]] = (),
 ) -> Sequence[Candidate]:
     """Those of `candidates` (ready, of the request's role) that may get it; at least one.
 
-    `there`: all members of the role, ready or not. Raises Rejected when there is none now, RequestError when
-    the client asks for a worker or rank that does not exist.
+    `there`: all members of the role, ready or not; `gone`: (role, id) of those there were, which may be back.
+    Raises Rejected when there is none now, RequestError when the client asks for a worker or rank that does
+    not exist.
     """
-    if request.pinned or request.pinned_rank is not None:
-        candidates = _asked_for(request, candidates, list(there))
+    name, rank = request.pinned, request.pinned_rank
+    if name and (request.role, name) in gone and all(member.instance.id != name for member in there):
+        raise Rejected(f"the worker asked for, {name}, is gone", hint="try again later, or ask for no worker")
+    if there and (name or rank is not None):
+        candidates = _asked_for(request, candidates, there)
     if request.exclude:
         candidates = [one for one in candidates if one.instance.id not in request.exclude]
     if not candidates:
-        raise _nobody(request, list(there))
+        raise _nobody(request, there)
     return candidates
 
 

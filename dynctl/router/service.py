@@ -106,6 +106,7 @@ class Router:
         self.compares_prompts = self._kv or spec.mode == "consistent_hash"
         self._conditional = self._kv and spec.conditional_disagg.mode != "off"
         self._workers: dict[str, _Worker] = {}
+        self._gone: set[tuple[str, str]] = set()
         self._candidates: dict[str, list[Candidate]] = {}
         self._block_sizes: dict[str, int] = {}
         self.on_freed: Callable[[], None] | None = None
@@ -172,7 +173,8 @@ class Router:
     def _among(self, request: RouteRequest, now_s: float) -> Sequence[Candidate]:
         candidates = self._candidates.get(request.role, [])
         if request.exclude or request.pinned or request.pinned_rank is not None or not candidates:
-            candidates = list(eligible(request, candidates, self._of_role(request.role)))
+            there = self._of_role(request.role)
+            candidates = list(eligible(request, candidates, there, self._gone))
         if not request.session:
             return candidates
         self._sessions.several = self.peers.begun
@@ -255,6 +257,7 @@ class Router:
         worker = self._workers.pop(worker_id, None)
         if worker is None:
             return
+        self._gone.add((worker.member.instance.role, worker_id))
         self.peers.detach(worker_id, worker.member.instance.incarnation)
         for load in worker.loads:
             load.on_computed = None  # its places below may soon be another's
