@@ -194,6 +194,10 @@ class Answer:
             exchange.start(stream.status, self._headers(stream.headers, workers, stream), framing=framing)
 
         relay = self._relay = self._sink(stream, head, load)
+        if self._move is not None:
+            await (
+                exchange.drained()
+            )  # the client may be slow from an earlier leg on: nobody tells of that again
         exchange.on_pause, exchange.on_resume = stream.pause, stream.resume
         try:
             await stream.relay(relay)

@@ -14,9 +14,11 @@ import openai
 import pytest
 
 import dynctl.mocker
+from dynctl.http.client import Timeouts
 from dynctl.http.server import Exchange, Request
 from dynctl.protocol.instances import ModelCard
 from dynctl.protocol.specs import LimitsSpec, MigrationSpec, RouterSpec
+from tests.contract.http_wire import until
 from tests.integration.frontend_harness import (
     DEADLINE_S,
     Engine,
@@ -26,7 +28,9 @@ from tests.integration.frontend_harness import (
     hangs,
     in_turn,
     make_spec,
+    sse,
     status,
+    token,
 )
 from tests.integration.mocker_process import MockerProcess, mocker
 from tests.unit import toy_engine as toy
@@ -62,6 +66,38 @@ async def freezes(engine: Engine, request: Request, exchange: Exchange) -> None:
     for event in toy.serve(json.loads(request.body))[:4]:
         exchange.write(event)
     await asyncio.Event().wait()
+
+
+async def floods(engine: Engine, request: Request, exchange: Exchange) -> None:
+    """An engine that says 20 MB as fast as they are taken."""
+    exchange.start(200, [(b"content-type", b"text/event-stream")], framing="chunked")
+    for _ in range(400):
+        exchange.write(b"data: " + json.dumps(token("x" * 50_000)).encode() + b"\n\n")
+        await exchange.drained()
+        await asyncio.sleep(0)
+    exchange.write(b"".join(sse(token("", "stop"))))
+    exchange.end()
+
+
+async def test_a_client_that_reads_nothing_holds_up_the_next_worker_too() -> None:
+    engines = [Engine(floods), Engine(floods)]
+    async with frontend(make_spec(), aggregated=engines) as front:
+        timeouts = Timeouts(DEADLINE_S, DEADLINE_S, DEADLINE_S)
+        body = json.dumps({**COMPLETION, "max_tokens": 10_000}).encode()
+        stream = await front.client.open(
+            front.origin, "POST", "/v1/completions", body=body, timeouts=timeouts
+        )
+        (client,) = (one for one in front.server._connections if one.busy)
+        await until(lambda: client.write_paused)
+        first, other = (0, 1) if engines[0].requests else (1, 0)
+        front.core.members_changed([], [f"aggregated-{first}"])
+        await engines[other].wait(lambda: bool(engines[other].requests))
+        assert client._transport is not None
+        for _ in range(20):
+            await asyncio.sleep(0.01)
+            assert client._transport.get_write_buffer_size() < 2_000_000
+        stream.abort()
+        await front.idle()
 
 
 async def read(front: Front, body: dict[str, Any], path: str = "/v1/completions") -> toy.Answer:
