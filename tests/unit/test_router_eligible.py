@@ -27,4 +27,4 @@ async def test_worker_or_rank_asked_for_before_any_is_there_is_no_mistake_of_the
     async with routing(mode="least_loaded") as router:
         for asked in ({"pinned": "aggregated-0"}, {"pinned_rank": 0}):
             with pytest.raises(Rejected, match="no worker of role aggregated is registered"):
-                router.choose(RouteRequest("aggregated", **asked))  # type: ignore[arg-type]
+                router.choose(RouteRequest("aggregated", **asked))
