@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import Sequence
 from random import Random
 from typing import Any
@@ -16,10 +15,10 @@ from dynctl.engines import catalog
 from dynctl.frontend.accounts import Accounts
 from dynctl.frontend.admission import Models
 from dynctl.frontend.attempt import Parts
-from dynctl.frontend.circuit import STATES
 from dynctl.frontend.disagg import flow_for
 from dynctl.frontend.export import exporter
 from dynctl.frontend.gate import Gate
+from dynctl.frontend.gauges import Gauges, ready_by_role
 from dynctl.frontend.keys import ApiKeys
 from dynctl.frontend.migrate import Migrations
 from dynctl.frontend.pipeline import Pipeline
@@ -37,25 +36,6 @@ from dynctl.protocol.registry import Member
 from dynctl.protocol.specs import FrontendSpec
 from dynctl.router.service import Router, WorkerLinks
 from dynctl.transport.keys import bearer, load_engine_key
-
-_WORKER_SERIES = (
-    "router_kv_guessed",
-    "circuit_state",
-    "circuit_opened_total",
-    "router_kv_blocks",
-    "router_kv_synced",
-    "router_worker_requests",
-)
-
-
-_WORKER_ID_SERIES = (
-    "worker_active_decode_blocks",
-    "worker_active_prefill_tokens",
-    "worker_last_time_to_first_token_seconds",
-    "worker_last_input_sequence_tokens",
-    "worker_last_inter_token_latency_seconds",
-    "component_router_worker_registered",
-)
 
 
 class Core:
@@ -86,6 +66,9 @@ class Core:
             if spec.router.mode == "kv"
             else None
         )
+        self._gauges = Gauges(
+            spec, self.metrics, self.router, self.models, self._upstream.circuits, self._members
+        )
         self.routes = Routes(self._edge(rng))
 
     def warm(self) -> None:
@@ -112,12 +95,8 @@ class Core:
         self.router.members_changed(upserts, removed)
         for worker in removed:
             self._members.pop(worker, None)
-            for name in _WORKER_SERIES:
-                self.metrics.drop(name, worker=worker)
-            for name in _WORKER_ID_SERIES:
-                self.metrics.drop(name, worker_id=worker)
+            self._gauges.forget(worker)
             self.accounts.forget(worker)
-            self.metrics.drop("router_peer_requests", peer=worker)
         for member in upserts:
             if member.instance.role != "frontend":
                 known = self._members.get(member.instance.id)
@@ -151,7 +130,7 @@ class Core:
 
     def health(self) -> dict[str, Any]:
         """Per role what is wanted and what is there, and why requests cannot be served ([] = they can)."""
-        ready = self._ready()
+        ready = ready_by_role(self._members)
         reasons = self.router.ready(self._spec.roles)
         if self._draining:
             reasons.insert(0, "this frontend is stopping")
@@ -166,58 +145,9 @@ class Core:
             "doubts": [*self.router.doubts(), *self.router.peers.doubts()],
         }
 
-    def refresh_metrics(self) -> None:
-        """Set the gauges that are read off the router; to be called before metrics are shown."""
-        metrics, model = self.metrics, self._spec.model.name
-        ready = self._ready()
-        for role in self._spec.roles:
-            metrics.gauge("router_workers", role=role).set(ready[role])
-        metrics.gauge("model_ready", model=model).set(float(not self.router.ready(self._spec.roles)))
-        metrics.gauge("model_context_length", model=model).set(self.models.max_model_len)
-        metrics.gauge("model_kv_cache_block_size", model=model).set(self.router.block_size)
-        metrics.gauge("model_migration_limit", model=model).set(self._spec.migration.limit)
-        metrics.gauge("lora_adapters", model=model).set(len(self.models.names()) - 1)
-        self._refresh_workers()
-        circuits = self._upstream.circuits
-        for worker, state in circuits.states(time.monotonic()).items():
-            metrics.gauge("circuit_state", worker=worker).set(STATES.index(state))
-            metrics.counter("circuit_opened_total", worker=worker).set(circuits.opened[worker])
-        peers = self.router.peers.states()
-        metrics.gauge("router_peers").set(sum(peer.heard for peer in peers))
-        for peer in peers:
-            metrics.gauge("router_peer_requests", peer=peer.frontend).set(peer.requests)
-            metrics.counter("router_peer_missed_total", peer=peer.frontend).set(peer.missed)
-        metrics.gauge("router_index_blocks").set(self.router.index_blocks)
-        metrics.counter("router_index_evicted_total").set(self.router.index_evicted)
-        for worker in self.router.guessed():
-            metrics.gauge("router_kv_guessed", worker=worker).set(1.0)
-        held = self.router.held()
-        for stream in self.router.streams():
-            labels = {"worker": stream.worker, "rank": str(stream.rank)}
-            metrics.gauge("router_kv_blocks", **labels).set(held.get((stream.worker, stream.rank), 0))
-            metrics.gauge("router_kv_synced", **labels).set(float(stream.state == "synced"))
-            metrics.counter("router_kv_gaps_total", **labels).set(stream.gaps)
-            metrics.counter("router_kv_reloads_total", **labels).set(stream.reloads)
-            metrics.counter("router_kv_worker_resets_total", **labels).set(stream.worker_resets)
-
-    def _refresh_workers(self) -> None:
-        metrics, capacity = self.metrics, 0
-        for (worker, rank), load in self.router.loads().items():
-            metrics.gauge("router_worker_requests", worker=worker, rank=str(rank)).set(load.requests)
-            role = self._members[worker].instance.role
-            labels = {"worker_id": worker, "dp_rank": str(rank), "worker_type": role}
-            metrics.gauge("worker_active_decode_blocks", **labels).set(load.blocks)
-            metrics.gauge("worker_active_prefill_tokens", **labels).set(load.prefill_tokens)
-            metrics.gauge("component_router_worker_registered", worker_id=worker, worker_type=role).set(1)
-            capacity = max(capacity, load.capacity)
-        metrics.gauge("model_total_kv_blocks", model=self._spec.model.name).set(capacity)
-
     def ready_workers(self) -> list[Instance]:
         """Those that get requests now."""
         return [member.instance for member in self._members.values() if member.state == "ready"]
-
-    def _ready(self) -> Counter[str]:
-        return Counter(member.instance.role for member in self._members.values() if member.state == "ready")
 
     def _encode(self, text: str) -> list[int] | None:
         """Tokens of a text, where they can be known here."""
@@ -258,7 +188,7 @@ class Core:
                 spec.tracing.sample_ratio,
             ),
             health=self.health,
-            refresh=self.refresh_metrics,
+            refresh=self._gauges.refresh,
             owned_fields=self._engine.client_fields,
             engine_headers=self.engine_headers,
             started_at=int(time.time()),

@@ -164,6 +164,10 @@ async def test_worker_without_events_shows_in_health_and_metrics() -> None:
         health = json.loads((await front.call("GET", "/health")).body)
         assert health["doubts"] == ["aggregated-0: it publishes no KV events: what it has cached is guessed"]
         assert 'router_kv_guessed{worker="aggregated-0"} 1.0' in await front.metrics()
+        front.join(
+            "aggregated", 0, "http://127.0.0.1:9", incarnation=2, kv_events=True, events="e", control="c"
+        )
+        assert 'router_kv_guessed{worker="aggregated-0"} 0.0' in await front.metrics()
 
 
 async def test_prompts_that_begin_alike_have_one_home_in_mode_consistent_hash() -> None:

@@ -1,0 +1,116 @@
+"""Metrics that are read off a frontend's parts whenever they are shown."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dynctl.frontend.admission import Models
+from dynctl.frontend.circuit import STATES, Circuits
+from dynctl.observability.metrics import Metrics
+from dynctl.protocol.registry import Member
+from dynctl.protocol.specs import FrontendSpec
+from dynctl.router.service import Router
+
+_WORKER_SERIES = (
+    "router_kv_guessed",
+    "circuit_state",
+    "circuit_opened_total",
+    "router_kv_blocks",
+    "router_kv_synced",
+    "router_worker_requests",
+)
+_WORKER_ID_SERIES = (
+    "worker_active_decode_blocks",
+    "worker_active_prefill_tokens",
+    "worker_last_time_to_first_token_seconds",
+    "worker_last_input_sequence_tokens",
+    "worker_last_inter_token_latency_seconds",
+    "component_router_worker_registered",
+)
+
+
+def ready_by_role(members: Mapping[str, Member]) -> Counter[str]:
+    """How many of the members get requests now."""
+    return Counter(member.instance.role for member in members.values() if member.state == "ready")
+
+
+@dataclass(frozen=True, slots=True)
+class Gauges:
+    """`members` are the workers as the frontend knows them; it goes on to change them."""
+
+    spec: FrontendSpec
+    metrics: Metrics
+    router: Router
+    models: Models
+    circuits: Circuits
+    members: Mapping[str, Member]
+
+    def refresh(self) -> None:
+        """Bring them up to date."""
+        self._model()
+        self._workers()
+        self._circuits()
+        self._peers()
+        self._index()
+
+    def forget(self, seat: str) -> None:
+        """A worker or another frontend has left: its series are shown no more."""
+        for name in _WORKER_SERIES:
+            self.metrics.drop(name, worker=seat)
+        for name in _WORKER_ID_SERIES:
+            self.metrics.drop(name, worker_id=seat)
+        self.metrics.drop("router_peer_requests", peer=seat)
+
+    def _model(self) -> None:
+        metrics, model = self.metrics, self.spec.model.name
+        ready = ready_by_role(self.members)
+        for role in self.spec.roles:
+            metrics.gauge("router_workers", role=role).set(ready[role])
+        metrics.gauge("model_ready", model=model).set(float(not self.router.ready(self.spec.roles)))
+        metrics.gauge("model_context_length", model=model).set(self.models.max_model_len)
+        metrics.gauge("model_kv_cache_block_size", model=model).set(self.router.block_size)
+        metrics.gauge("model_migration_limit", model=model).set(self.spec.migration.limit)
+        metrics.gauge("lora_adapters", model=model).set(len(self.models.names()) - 1)
+
+    def _workers(self) -> None:
+        metrics, capacity = self.metrics, 0
+        for (worker, rank), load in self.router.loads().items():
+            metrics.gauge("router_worker_requests", worker=worker, rank=str(rank)).set(load.requests)
+            role = self.members[worker].instance.role
+            labels = {"worker_id": worker, "dp_rank": str(rank), "worker_type": role}
+            metrics.gauge("worker_active_decode_blocks", **labels).set(load.blocks)
+            metrics.gauge("worker_active_prefill_tokens", **labels).set(load.prefill_tokens)
+            metrics.gauge("component_router_worker_registered", worker_id=worker, worker_type=role).set(1)
+            capacity = max(capacity, load.capacity)
+        metrics.gauge("model_total_kv_blocks", model=self.spec.model.name).set(capacity)
+
+    def _circuits(self) -> None:
+        for worker, state in self.circuits.states(time.monotonic()).items():
+            self.metrics.gauge("circuit_state", worker=worker).set(STATES.index(state))
+            self.metrics.counter("circuit_opened_total", worker=worker).set(self.circuits.opened[worker])
+
+    def _peers(self) -> None:
+        peers = self.router.peers.states()
+        self.metrics.gauge("router_peers").set(sum(peer.heard for peer in peers))
+        for peer in peers:
+            self.metrics.gauge("router_peer_requests", peer=peer.frontend).set(peer.requests)
+            self.metrics.counter("router_peer_missed_total", peer=peer.frontend).set(peer.missed)
+
+    def _index(self) -> None:
+        metrics, router = self.metrics, self.router
+        metrics.gauge("router_index_blocks").set(router.index_blocks)
+        metrics.counter("router_index_evicted_total").set(router.index_evicted)
+        guessed = set(router.guessed())
+        for worker in self.members:
+            metrics.gauge("router_kv_guessed", worker=worker).set(float(worker in guessed))
+        held = router.held()
+        for stream in router.streams():
+            labels = {"worker": stream.worker, "rank": str(stream.rank)}
+            metrics.gauge("router_kv_blocks", **labels).set(held.get((stream.worker, stream.rank), 0))
+            metrics.gauge("router_kv_synced", **labels).set(float(stream.state == "synced"))
+            metrics.counter("router_kv_gaps_total", **labels).set(stream.gaps)
+            metrics.counter("router_kv_reloads_total", **labels).set(stream.reloads)
+            metrics.counter("router_kv_worker_resets_total", **labels).set(stream.worker_resets)
