@@ -2,7 +2,7 @@
 
 Four mockers, two frontends on one port, through `dynctl up`. Requests are streams of all sorts, with
 shared beginnings and ends of their own, one in twenty cut by its client. Prints the memory of each process
-over time, what failed, and what is in flight at the end.
+over time, what failed, and what is in flight at the end. The token cache is small, so that it is soon full.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RECIPE = {
     "backend": "mocker",
     "engine": {"args": {"num-gpu-blocks-override": 4096, "speedup": 4.0}},
     "roles": {"aggregated": {"replicas": 4}},
-    "frontend": {"port": 0, "replicas": 2},
+    "frontend": {"port": 0, "replicas": 2, "tokenizer_cache": "8MiB"},
 }
 SAMPLE_S = 10.0
 DEADLINE_S = 60.0
