@@ -28,13 +28,15 @@ _PASSED_ON = (b"accept",)
 class Endpoint:
     """One engine path: the label it has in metrics, and whether it generates from a prompt known here.
 
-    `takes_files`: its body may be a form (multipart/form-data) in place of JSON.
+    `takes_files`: its body may be a form (multipart/form-data) in place of JSON. `waits`: it is work for the
+    workers, so it is held up, or refused, where these are busy.
     """
 
     path: str
     label: str
     kind: Kind = "other"
     takes_files: bool = False
+    waits: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,20 +88,21 @@ class Pipeline:
         """Attempt until answered; gives back the error type, "" for a success."""
         attempt = Attempt(self._parts, call, answer)
         self._budget.earn()
-        flow = self._other
+        flow, gate = self._other, self._parts.gate
+        if call.endpoint.waits:
+            gate.check_room()
         if call.endpoint.kind != "other":
             flow = self._flow
-            self._parts.gate.check_room()
             with self._parts.stages.enter("preprocess", call.trace.span("preprocess")) as span:
                 attempt.prompt = await self._prompt(call)
                 span.set("gen_ai.usage.input_tokens", attempt.prompt.tokens)
             call.account.prompt(attempt.prompt.tokens)
             field = "messages" if call.endpoint.kind == "chat" else "prompt"
             check_context(attempt.prompt.tokens, call.asked, self._parts.models.max_model_len, field)
-            if self._parts.gate.closed() and not call.hints.dry_run:
-                await self._wait_for_turn(attempt)
         else:
             attempt.prompt = await self._prompt(call)
+        if call.endpoint.waits and not call.hints.dry_run and gate.closed():
+            await self._wait_for_turn(attempt)
         if call.hints.dry_run:
             answer.said(preview(self._parts.router, attempt.prompt, self._roles(call), attempt.request))
             return ""
@@ -170,7 +171,8 @@ class Pipeline:
         cached = self._parts.router.cached_tokens(prompt.hashes or ()) if gate.by_length else 0
         span = attempt.call.trace.span("queue")
         with self._parts.stages.enter("queue", span):
-            await gate.wait(Ask(prompt.tokens, cached, attempt.call.hints.priority))
+            tokens = prompt.tokens or prompt.estimate
+            await gate.wait(Ask(tokens, cached, attempt.call.hints.priority))
 
     async def _before_next(self, attempt: Attempt, failure: AttemptFailed) -> None:
         """Wait a little, or raise the failure's cause when enough has been tried.

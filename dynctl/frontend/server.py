@@ -86,7 +86,7 @@ _ENDPOINTS = (
     Endpoint("/v1/embeddings", "embeddings"),
     Endpoint("/v1/responses", "responses"),
     Endpoint("/v1/messages", "messages"),
-    Endpoint("/v1/messages/count_tokens", "count_tokens"),
+    Endpoint("/v1/messages/count_tokens", "count_tokens", waits=False),
     Endpoint("/v1/rerank", "rerank"),
     Endpoint("/v2/rerank", "rerank"),
     Endpoint("/rerank", "rerank"),
@@ -99,8 +99,8 @@ _ENDPOINTS = (
     Endpoint("/v1/audio/speech", "audio_speech"),
     Endpoint("/v1/images/generations", "images_generations"),
     Endpoint("/v1/images/edits", "images_edits", takes_files=True),
-    Endpoint("/tokenize", "tokenize"),
-    Endpoint("/detokenize", "detokenize"),
+    Endpoint("/tokenize", "tokenize", waits=False),
+    Endpoint("/detokenize", "detokenize", waits=False),
 )
 """The engine paths that clients may reach. Engines' own administration is not among them."""
 

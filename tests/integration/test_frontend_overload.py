@@ -6,9 +6,12 @@ import asyncio
 import hashlib
 from typing import Any
 
+import msgspec
+
 from dynctl.http.client import Response
 from dynctl.protocol.kv_events import LoadReport
 from dynctl.protocol.specs import ApiKeySpec, BusySpec, FrontendSpec, QueueSpec, RouterSpec
+from tests.contract.http_wire import until
 from tests.integration.frontend_harness import (
     Engine,
     Front,
@@ -114,6 +117,27 @@ async def test_without_a_queue_busy_workers_are_a_429_at_once() -> None:
         assert (await front.post("/v1/completions", COMPLETION)).status == 429
         tell_load(front, 0)
         assert (await front.post("/v1/completions", COMPLETION)).status == 200
+
+
+async def test_no_endpoint_that_is_work_passes_busy_workers_by() -> None:
+    async with frontend(busy_spec(limit=0), aggregated=[Engine()]) as front:
+        tell_load(front, 50)
+        for path in ("/v1/responses", "/v1/messages", "/v1/embeddings"):
+            assert (await front.post(path, {"model": "m", "input": "hi"})).status == 429
+        assert (await front.post("/tokenize", {"model": "m", "prompt": "hi"})).status == 200
+
+
+async def test_a_prompt_that_is_not_tokenised_is_not_taken_for_the_shortest() -> None:
+    spec = busy_spec(limit=9, policy="shortest")
+    router = msgspec.structs.replace(spec.router, mode="kv")
+    engine = Engine()
+    async with frontend(msgspec.structs.replace(spec, router=router), aggregated=[engine]) as front:
+        tell_load(front, 50)
+        long = ask(front, "long " * 1000)
+        await until(lambda: front.core.gate._queue.waiting.requests == 1)
+        assert front.core.gate._queue.waiting.tokens > 1000
+        tell_load(front, 0)
+        assert (await long).status == 200
 
 
 async def test_who_waits_too_long_gets_a_429_and_its_place_is_free() -> None:
