@@ -333,6 +333,8 @@ def _reason(seat: SeatRecord) -> str:
         return f"{seat.id} gave up: {seat.last_exit}"
     if seat.state == "backoff":
         return f"{seat.id} will be restarted: {seat.last_exit}"
+    if seat.state == "starting" and seat.was_ready:
+        return f"{seat.id} has not registered with the new controller yet"
     if seat.state == "starting" and seat.last_exit:
         return f"{seat.id} is starting again: {seat.last_exit}"
     return f"{seat.id} is {seat.state}"

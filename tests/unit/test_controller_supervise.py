@@ -341,6 +341,14 @@ def test_an_adopted_process_that_never_renews_is_ended() -> None:
     assert bench.after(TIMES.renew_s) == [Kill("decode-0", 3)]
 
 
+def test_an_adopted_process_is_not_said_to_start_again_for_what_it_once_exited_with() -> None:
+    living: dict[str, Any] = {"pid": 5, "start_ticks": 1, "incarnation": 3, "was_ready": True}
+    bench = Bench(seat("decode-0", **living, last_exit="exited with code 0"), begin=False)
+    bench.state.ready_once = True
+    bench.tell(Begin(frozenset({"decode-0"})))
+    assert bench.state.reason == "decode-0 has not registered with the new controller yet"
+
+
 def test_an_adopted_process_that_was_still_starting_keeps_its_time() -> None:
     bench = Bench(seat("decode-0", pid=5, start_ticks=1, incarnation=1), begin=False)
     bench.tell(Begin(frozenset({"decode-0"})))
