@@ -53,6 +53,11 @@ def _env_value(value: object) -> object:
     raise ValueError('must be a string; quote it ("1", "true")')
 
 
+def _off(value: object) -> object:
+    """`off` without quotes is the boolean false in YAML."""
+    return "off" if value is False else value
+
+
 def _api_keys(value: object) -> object:
     """One key or a list of them; a text alone is a key without a name."""
     given = value if isinstance(value, list) else [value]
@@ -313,7 +318,7 @@ class Guard(Section):
 class SessionAffinity(Section):
     """Whether the requests of one session (header x-dynctl-session-id) go to the same worker."""
 
-    mode: Literal["off", "soft", "hard"] = "off"
+    mode: Annotated[Literal["off", "soft", "hard"], BeforeValidator(_off)] = "off"
     """soft: while that worker is not overloaded; hard: as long as it can be chosen at all."""
     ttl: Span = 600.0
     """How long a session is remembered after its last request."""
@@ -324,7 +329,7 @@ class SessionAffinity(Section):
 class ConditionalDisagg(Section):
     """When a decode worker reads a prompt itself instead of getting it from a prefill worker."""
 
-    mode: Literal["off", "isl", "load", "either"] = "off"
+    mode: Annotated[Literal["off", "isl", "load", "either"], BeforeValidator(_off)] = "off"
     """isl: when little of the prompt is left to compute; load: when all prefill workers are busy."""
     max_tokens: Count = 2048
     """isl: fewer tokens than this are left to compute on the decode worker ..."""

@@ -253,6 +253,17 @@ def test_downloaded_model_is_found_in_the_hub_cache(tmp_path: Path) -> None:
     assert load(tmp_path, GOOD, "model.revision=other").model.directory == ""
 
 
+def test_off_needs_no_quotes(tmp_path: Path) -> None:
+    text = GOOD + "router: {session_affinity: {mode: off}, conditional_disagg: {mode: off}}\n"
+    router = load(tmp_path, text).recipe.router
+    assert (router.session_affinity.mode, router.conditional_disagg.mode) == ("off", "off")
+    assert (
+        load(tmp_path, GOOD, "router.session_affinity.mode=off").recipe.router.session_affinity.mode == "off"
+    )
+    told = failure(tmp_path, GOOD + "router: {session_affinity: {mode: on}}\n")
+    assert "must be off, soft or hard" in told
+
+
 def test_api_keys_are_kept_as_digests_only(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("from-a-file\n")
     text = GOOD + "frontend: {api_key: [literal-key, 'env:KEY', 'file:key']}\n"
