@@ -131,7 +131,8 @@ async def test_a_gap_that_cannot_be_filled_is_told_until_it_is(tmp_path: Path, e
         page = await metrics(deployment)
         assert counter(page, f"{PREFIX}router_kv_synced") == 1
         assert counter(page, f"{PREFIX}router_kv_gaps_total", worker="aggregated-0") == 1
-        other = {"model": "m", "prompt": TOKENS[::-1]}  # not the one asked below: its place would be remembered
+        # Another prompt than the one asked for below: its place would be remembered.
+        other = {"model": "m", "prompt": TOKENS[::-1]}
         assert (await deployment.call("POST", "/v1/completions", other)).status == 200
         holder.answers.set()
         await deployment.until(lambda response: json.loads(response.body)["doubts"] == [])
