@@ -276,7 +276,7 @@ async def test_deadlines_of_connecting_answering_and_stalling() -> None:
         async with scripted(saying()) as port:
             with pytest.raises(DeadlineExceeded, match="did not answer"):
                 await one.open(here(port), "GET", "/", timeouts=quick)
-            with pytest.raises(DeadlineExceeded, match=r"in 0\.5 s"):
+            with pytest.raises(DeadlineExceeded, match=r"in 0\.5 s|in time"):
                 await one.request(here(port), "GET", "/", timeout_s=0.5)
         async with scripted(saying(CHUNKED, frame_chunk(b"abc"))) as port:
             stream = await one.open(here(port), "GET", "/", timeouts=Timeouts(5, 5, 0.1))
