@@ -4,11 +4,12 @@
 
 A line of JSON in (`{"kind": "engine"|"worker", "argv": [...], "env": {...}, "log": path}`), the pid out. A
 child is what `python -m dynctl.mocker` or `python -m dynctl.worker` would be, in a session of its own and
-without the second of imports. All die with the nursery's standard input.
+without the imports. All die with the nursery, and it with its standard input: also if a test is killed.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -19,6 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
+
+_PR_SET_PDEATHSIG = 1
+"""Linux: the signal a process gets when its parent ends."""
 
 
 class Nursery:
@@ -99,6 +103,7 @@ def _live(order: dict[str, Any], orders: IO[str]) -> None:
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setsid()
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         nothing = os.open(os.devnull, os.O_RDWR)
         log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         for target, source in ((0, nothing), (1, log), (2, log)):
