@@ -125,7 +125,8 @@ class Answer:
         options = self._call.body.get("stream_options", dict) or {}
         events = as_events(response.body, usage=bool(options.get("include_usage")))
         self._count(response.body)
-        self._exchange.start(200, self._headers(SSE_HEADERS, [worker]), framing="chunked")
+        headers = self._headers(SSE_HEADERS, [worker])
+        self._exchange.start(200, headers, framing="chunked", with_body=True)
         self._exchange.write(events)
         self._exchange.end()
 
@@ -191,7 +192,8 @@ class Answer:
 
         def head() -> None:
             framing: Literal["chunked", "raw"] = "chunked" if stream.framing == "close" else "raw"
-            exchange.start(stream.status, self._headers(stream.headers, workers, stream), framing=framing)
+            headers = self._headers(stream.headers, workers, stream)
+            exchange.start(stream.status, headers, framing=framing, with_body=True)
 
         relay = self._relay = self._sink(stream, head, load)
         if self._move is not None:

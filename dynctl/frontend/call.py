@@ -7,6 +7,8 @@ import secrets
 from dataclasses import dataclass
 from typing import Literal
 
+import msgspec
+
 from dynctl.errors import RequestError
 from dynctl.frontend import body as bodies
 from dynctl.frontend.accounts import Account
@@ -57,8 +59,7 @@ class Call:
     hints: Hints = NO_HINTS
 
 
-@dataclass(frozen=True, slots=True)
-class Form:
+class Form(msgspec.Struct, frozen=True, gc=False):
     """The part of a request that is checked before it is counted as one: its body's form, model, options."""
 
     body: Body

@@ -23,7 +23,7 @@ from dynctl.transport.keys import Keys
 logger = logging.getLogger(__name__)
 
 SYNC_DEADLINE_S = 5.0
-REST_S = 0.01
+REST_S = 0.05
 """Events that follow one within this time are taken together: engines tell of every step of theirs."""
 ADAPTERS_DEADLINE_S = 65.0
 

@@ -7,7 +7,7 @@ from typing import Final
 
 from dynctl.observability.metrics import Metrics
 
-INTERVAL_S: Final = 0.05
+INTERVAL_S: Final = 0.2
 STALL_S: Final = 0.005
 
 

@@ -10,9 +10,10 @@ import re
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from time import monotonic
 from typing import Protocol
+
+import msgspec
 
 from dynctl.frontend.accounts import Account
 from dynctl.frontend.whole import USAGE, cached_tokens
@@ -36,6 +37,7 @@ _FIRST_END = re.compile(rb"\n\n|\r\n\r\n")
 _REFUSED = re.compile(
     rb'data: ?\{\s*"error": ?[^n\s]|data: ?\{\s*"object": ?"error"|"finish_reason": ?"abort"'
 )
+_TROUBLE = re.compile(rb'"abort"|"error"')
 _CLIENTS_FAULT = re.compile(rb'"code": ?"?4\d\d\b')
 _FINISHED = re.compile(rb'data: ?\[DONE\]|"finish_reason": ?"|data: ?\{\s*"error": ?[^n\s]')
 _OPENING = re.compile(rb'"role": ?"assistant", ?"content": ?""')
@@ -47,8 +49,7 @@ class Load(Protocol):
     def first_token(self) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Ways:
+class Ways(msgspec.Struct, frozen=True, gc=False):
     """What happens once: `head` sends the answer's head and `first_token` frees load, both with the first
     event at hand; `give_up` ends the engine's stream when that event is a refusal.
     """
@@ -168,7 +169,7 @@ class Relay:
             return data
         if self._rest:
             data, self._rest = self._rest + data, b""
-        if data.endswith(self._end) and b'"abort"' not in data and b'"error"' not in data:
+        if data.endswith(self._end) and not _TROUBLE.search(data):
             if self._lessons:
                 self._lessons -= 1
                 self._usual = _tail(data)
@@ -178,9 +179,12 @@ class Relay:
             self._keep_no_more()
             return data
         whole, self._rest = data[:cut], data[cut:]
+        if self._rest == LAST_CHUNK and _FINISHED.search(whole) and not _TROUBLE.search(whole):
+            self._rest = b""
+            return data
         self._usual = _NEVER
         self._lessons = _LESSONS
-        if b'"abort"' in whole or b'"error"' in whole:
+        if _TROUBLE.search(whole):
             return self._before_refusal(whole)
         return whole
 

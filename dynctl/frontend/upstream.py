@@ -9,7 +9,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import inf
 
 import msgspec
@@ -44,8 +43,7 @@ _ANSWER_BYTES = 64 * 1024 * 1024
 Headers = Sequence[tuple[bytes, bytes]]
 
 
-@dataclass(frozen=True, slots=True)
-class Leg:
+class Leg(msgspec.Struct, frozen=True, gc=False):
     """One request to one engine, of a call that ends at `ends_s` (monotonic): no hop waits beyond that.
 
     Whoever sends it ends `span`. `once`: its transfer parameters must not reach the engine a second time.

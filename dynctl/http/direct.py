@@ -17,7 +17,8 @@ from typing import Final
 logger = logging.getLogger(__name__)
 
 READ_BYTES: Final = 64 * 1024
-BUSY_READS_S: Final = 10_000.0
+BUSY_READS: Final = 20.0
+"""So many reads in `rest_s` are worth a rest: fewer, and looking in vain costs more than it saves."""
 _RATE_S: Final = 0.05
 _EDGE: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
 _ENDED: Final = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
@@ -65,7 +66,7 @@ class Readers:
 
     A report comes once for all that is there: its taker reads until there is less than it asked for. An end
     that came with the last bytes is not seen by that, so it is reported by a second call. While
-    there are more than `BUSY_READS_S` a second, all are looked at every `rest_s` seconds instead of each at
+    there are more than `BUSY_READS` in `rest_s` seconds, all are looked at that often instead of each at
     once: what came meanwhile is read together. 0 = never.
     """
 
@@ -109,7 +110,7 @@ class Readers:
 
     def _at_once(self) -> None:
         self._report()
-        if self.rest_s and self._epoll is not None and self._rate() > BUSY_READS_S:
+        if self.rest_s and self._epoll is not None and self._rate() * self.rest_s > BUSY_READS:
             self._loop.remove_reader(self._epoll.fileno())
             self._timer = self._loop.call_later(self.rest_s, self._rested)
 
@@ -118,7 +119,7 @@ class Readers:
         self._report()
         if self._epoll is None:
             return
-        if self._rate() < BUSY_READS_S / 4:
+        if self._rate() * self.rest_s < BUSY_READS / 4:
             self._loop.add_reader(self._epoll.fileno(), self._at_once)
         else:
             self._timer = self._loop.call_later(self.rest_s, self._rested)
@@ -128,7 +129,7 @@ class Readers:
         now = self._loop.time()
         passed = now - self._since
         if passed < _RATE_S:
-            return BUSY_READS_S
+            return BUSY_READS / (self.rest_s or 1.0)
         rate = self._reads / passed
         self._since, self._reads = now, 0
         return rate

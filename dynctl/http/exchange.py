@@ -52,7 +52,9 @@ class Exchange:
     """
 
     __slots__ = (
+        "_body_writer",
         "_decoder",
+        "_head",
         "_keep_alive",
         "_line",
         "_on_disconnect",
@@ -73,6 +75,8 @@ class Exchange:
         self._line = line
         self._keep_alive = request.keep_alive
         self._decoder: ChunkReader | None = None
+        self._head = b""
+        self._body_writer: Callable[[bytes], None] = _too_early
         self._on_disconnect: Callable[[], None] | None = None
         self._waiters: list[asyncio.Future[None]] = []
         self.always: tuple[tuple[bytes, bytes], ...] = ()
@@ -119,8 +123,16 @@ class Exchange:
         self._line.write(head if bare else head + body)
         self._finish()
 
-    def start(self, status: int, headers: Sequence[tuple[bytes, bytes]], *, framing: AnswerFraming) -> None:
-        """Send the head; the body follows by `write` and is completed by `end`.
+    def start(
+        self,
+        status: int,
+        headers: Sequence[tuple[bytes, bytes]],
+        *,
+        framing: AnswerFraming,
+        with_body: bool = False,
+    ) -> None:
+        """Send the head; the body follows by `write` and is completed by `end`. `with_body`: its first piece
+        is at hand and goes with the head, as one packet; `write` is then another one from the second on.
 
         "chunked": what is written is framed here. "raw": it is framed already, as `headers` say by
         content-length or transfer-encoding. An HTTP/1.0 client gets the payload alone, ended by the
@@ -137,8 +149,12 @@ class Exchange:
         else:
             writer, sent = self._start_raw(sent, bodyless)
         self._add_connection(sent)
-        self._line.write(response_head(status, sent))
+        head = response_head(status, sent)
         self.write = _ignored if bodyless else writer
+        if with_body and not bodyless and writer != self._write_decoded:
+            self._head, self._body_writer, self.write = head, writer, self._write_first
+        else:
+            self._line.write(head)
 
     def _start_chunked(self, sent: Headers, status: int) -> Callable[[bytes], None]:
         if self.http_1_0:
@@ -159,6 +175,14 @@ class Exchange:
             self._keep_alive = False
         return self._line.raw_writer(), sent
 
+    def _write_first(self, data: bytes) -> None:
+        writer, head = self._body_writer, self._head
+        self.write, self._head = writer, b""
+        if writer == self._write_chunk:
+            self._line.write(head + frame_chunk(data) if data else head)
+        else:
+            writer(head + data)
+
     def _write_chunk(self, data: bytes) -> None:
         if data:
             self._line.write(frame_chunk(data))
@@ -176,6 +200,8 @@ class Exchange:
             return
         if not self.started:
             raise RuntimeError("an answer must be started before it is ended")
+        if self._head and self.write == self._write_first:
+            self._write_first(b"")
         if self.write == self._write_chunk:
             self._line.write(LAST_CHUNK)
         self._finish()
@@ -186,6 +212,8 @@ class Exchange:
             return
         self._on_disconnect = None
         self.write = _ignored
+        if self._head:
+            self._line.write(self._head)
         close_delimited = self.started and self.http_1_0
         self.started = True
         self._line.cut(reset=close_delimited)

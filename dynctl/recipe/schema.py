@@ -291,7 +291,7 @@ class Frontend(Section):
     metrics_prefix: Literal["dynctl", "dynamo"] = "dynctl"
     """What the names in /metrics begin with; `dynamo`: the names NVIDIA Dynamo documents."""
     coalesce: Duration = 0.002
-    """How long tokens may wait to be sent on together, once there are over 10,000 a second; 0: never."""
+    """How long tokens may wait to be sent on together, while more than 20 come in that time; 0: never."""
     tokenizer_cache: Size = 128 * 1024 * 1024
     """Memory for the tokens of what prompts begin with; 0: every prompt is tokenised anew."""
     tracing: Tracing | None = None

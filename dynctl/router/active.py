@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from dynctl.protocol.kv_events import LoadReport
 from dynctl.router.shared import SharedBlocks
 
 
-@dataclass(frozen=True, slots=True)
-class Footprint:
+class Footprint(msgspec.Struct, frozen=True, gc=False):
     """What one request adds to the load of the worker it goes to.
 
     `prefill_tokens`: prompt tokens to compute there. `hashes`: blocks that requests with the same prefix

@@ -20,16 +20,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
+
+import msgspec
 
 from dynctl.protocol.specs import RouterSpec
 from dynctl.router.active import RankLoad
 
 
-@dataclass(frozen=True, slots=True)
-class Demand:
+class Demand(msgspec.Struct, frozen=True, gc=False):
     """What a request asks for: its prompt in tokens, the blocks it will occupy, and which parts count."""
 
     prompt_tokens: int

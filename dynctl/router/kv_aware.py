@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
+import msgspec
+
 from dynctl.kv.hashing import OF_BYTES
 from dynctl.kv.index import Index
 from dynctl.protocol.specs import RouterSpec
@@ -28,8 +30,7 @@ class Knowledge:
     clock: Callable[[], float]
 
 
-@dataclass(frozen=True, slots=True)
-class _Holdings:
+class _Holdings(msgspec.Struct, frozen=True, gc=False):
     """By candidate: blocks of the prompt in any tier, the same weighed by tier, those in use by requests."""
 
     overlaps: list[int]

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 from dynctl.kv.index import SlotKey
 from dynctl.protocol.instances import Instance, Role
 from dynctl.router.active import Footprint, RankLoad, Ticket
 
 
-@dataclass(frozen=True, slots=True)
-class RouteRequest:
+class RouteRequest(msgspec.Struct, frozen=True, gc=False):
     """What is to be placed.
 
     `hashes`: sequence hashes of the prompt's full blocks in the router's block size; None = tokens unknown.
@@ -70,8 +71,7 @@ class Candidate:
         return not adapter or (model is not None and adapter in model.adapters)
 
 
-@dataclass(frozen=True, slots=True)
-class Weighed:
+class Weighed(msgspec.Struct, frozen=True, gc=False):
     """All candidates as a mode sees them, in their order; the lowest price is the best.
 
     `overlaps`: blocks of the prompt that each holds, in any tier. `barred`: whom the guard keeps out, None =
@@ -83,8 +83,7 @@ class Weighed:
     barred: Sequence[bool] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Picked:
+class Picked(msgspec.Struct, frozen=True, gc=False):
     """A choice, with the prompt's blocks cached there, what the request will add to its load, and the most
     blocks that any candidate holds.
     """
@@ -95,8 +94,7 @@ class Picked:
     best_overlap: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(msgspec.Struct, frozen=True, gc=False):
     """Where a request goes. The caller must call `ticket.finish()` when the request is over, however it ends.
 
     `overlap_blocks`: blocks of the prompt cached there, `best_overlap_blocks` at the one of all `candidates`

@@ -57,6 +57,7 @@ class Channel:
         self._closed = False
         self._rest_s = rest_s
         self._rest: asyncio.TimerHandle | None = None
+        self._watching = True
         self._loop.add_reader(self._fd, self.drain)
         self._schedule()
 
@@ -96,7 +97,9 @@ class Channel:
         if self._on_wake is not None and not self._closed:
             self._wake(self._on_wake)
         if came and self._rest_s and self._rest is None and not self._closed:
-            self._loop.remove_reader(self._fd)
+            if self._watching:
+                self._watching = False
+                self._loop.remove_reader(self._fd)
             self._rest = self._loop.call_later(self._rest_s, self._rested)
 
     def _rested(self) -> None:
@@ -104,8 +107,11 @@ class Channel:
         self._rest = None
         if self._closed:
             return
-        self._loop.add_reader(self._fd, self.drain)
         self.drain()
+        if self._rest is None and not self._watching and not self._closed:
+            self._watching = True
+            self._loop.add_reader(self._fd, self.drain)
+            self._schedule()
 
     def close(self) -> None:
         """Stop receiving and close the socket; what was not sent yet is dropped."""

@@ -24,7 +24,7 @@ from dynctl.transport.engine_events import EngineEventSource, EngineSubscriber
 logger = logging.getLogger(__name__)
 
 KEPT_BATCHES = 512
-GATHER_S = 0.1
+GATHER_S = 0.2
 """An engine tells of blocks at every step, and each message costs every frontend a wake-up."""
 
 

@@ -211,7 +211,7 @@ async def test_very_many_pieces_are_read_from_time_to_time_and_few_at_once() -> 
         one.readers.rest_s = 0.001
         stream = await one.open(here(port), "GET", "/x", timeouts=TIMEOUTS)
         relaying = asyncio.create_task(stream.relay(sink))
-        for rate in (direct.BUSY_READS_S * 2, direct.BUSY_READS_S / 2):
+        for rate in (direct.BUSY_READS / 0.001 * 2, direct.BUSY_READS / 0.001 / 2):
             one.readers._rate = lambda rate=rate: rate  # type: ignore[method-assign,misc]
             await until(lambda: one.readers.resting)
             taken = len(sink.taken)

@@ -87,12 +87,14 @@ class Running:
 @dataclass(frozen=True)
 class Setting:
     """Where a proxy is started: the engines' ports, a folder for its files, and whether Dynamo's mocker takes
-    its time as a real engine does (the scripted engine is told by itself).
+    its time as a real engine does (the scripted engine is told by itself). `told`: batches of KV events a
+    second, and blocks in them each way, that dynctl's stand-in sidecars tell.
     """
 
     engines: list[int]
     folder: Path
     paced: bool = True
+    told: tuple[float, float] = (20.0, 480.0)
 
     def urls(self) -> list[str]:
         """The engines' addresses."""
@@ -140,7 +142,9 @@ def dynctl(mode: str) -> Start:
     """A frontend in this router mode, metrics on as always, with all that it hears of in a deployment."""
 
     def start(port: int, setting: Setting) -> Running:
-        argv = [sys.executable, "-m", "tests.perf.stand_in", "--frontend", mode, str(port), *setting.urls()]
+        told = map(str, setting.told)
+        argv = [sys.executable, "-m", "tests.perf.stand_in", "--frontend", mode, str(port), *told]
+        argv += setting.urls()
         return Running(port, launch(argv, setting.folder / f"dynctl-{mode}.log"))
 
     return start

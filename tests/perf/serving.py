@@ -35,12 +35,15 @@ from typing import Any
 
 import msgspec
 
-from tests.perf.load import Load, Outcome
+from dynctl.worker.kv_relay import GATHER_S
+from tests.perf.load import SHAPES, Load, Outcome
 from tests.perf.peers import PROXIES, Running, Setting, await_serving, free_port, missing, temporary
-from tests.perf.stand_in import ROOT
+from tests.perf.stand_in import BLOCK, ROOT
 
 RESULTS = ROOT / "docs" / "performance.md"
 ENGINES = 4
+TOKENS_A_WORD = 1.13
+"""Of the load's words, by the tiny model's tokenizer."""
 BASE = "haproxy"
 ROUTERS = (BASE, "dynctl kv", "sglang-router", "vllm-router", "ai-dynamo")
 LOAD_DEADLINE_S = 280
@@ -58,6 +61,16 @@ class Part:
     rounds: int = 3
     one_core: bool = False
     direct: bool = False
+
+    def told(self) -> tuple[float, float]:
+        """Batches of KV events a second, and blocks stored (and removed) a second, that this load makes: a
+        request's own prompt and its answer, in batches as sidecars gather them, two a request at most.
+        """
+        rate = float(self.engine[self.engine.index("--rate") + 1])
+        load = self.load
+        own_tokens = SHAPES[load.prompt][0] * TOKENS_A_WORD + load.max_tokens
+        requests = load.rate or load.streams * rate / load.max_tokens
+        return min(ENGINES / GATHER_S, 2 * requests), requests * own_tokens / BLOCK
 
 
 PARTS: dict[str, Part] = {
@@ -196,7 +209,7 @@ def run_part(part: Part) -> dict[str, list[Sample]]:
         results = {"engine itself": [], **results}
     try:
         with temporary() as folder:
-            setting = Setting(ports, Path(folder), paced=part.per == "token")
+            setting = Setting(ports, Path(folder), part.per == "token", part.told())
             for name in part.proxies:
                 started[name] = PROXIES[name](free_port(), setting)
             try:

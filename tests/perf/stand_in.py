@@ -1,10 +1,11 @@
 """A frontend as in a deployment; in place of the rest a registry, and sidecars that tell of KV events.
 
-    python -m tests.perf.stand_in --frontend MODE PORT ENGINE_URL...
+    python -m tests.perf.stand_in --frontend MODE PORT BATCHES BLOCKS ENGINE_URL...
 
 The process becomes `python -m dynctl.frontend`; what stands in for the rest is a process beside it that ends
 with it. Every sidecar holds `HELD` blocks, and of the beginnings that prompts share its part; together they
-tell `EVENTS_A_SECOND` times a second of blocks that came and went.
+tell `BATCHES` times a second of blocks that came and went, `BLOCKS` each way a second: as many as the load's
+prompts and answers fill.
 """
 
 from __future__ import annotations
@@ -45,9 +46,6 @@ BLOCK = 16
 MODEL = ModelCard(name="tiny", path=str(ASSETS), block_size=BLOCK)
 ANY_PORT = "tcp://127.0.0.1:0"
 HELD = 50_000
-EVENTS_A_SECOND = 40
-"""Four sidecars, each with a batch every `kv_relay.GATHER_S`."""
-CHANGED = 12
 
 
 async def shared_hashes() -> list[list[int]]:
@@ -88,11 +86,11 @@ class Sidecar:
             block_size=BLOCK,
         )
 
-    def tell(self, rng: random.Random) -> None:
+    def tell(self, rng: random.Random, changed: int) -> None:
         """So many blocks come as go."""
-        new = [rng.getrandbits(64) for _ in range(CHANGED)]
-        events: list[Any] = [Stored(new), Removed(self.held[-CHANGED:])]
-        self.held[-CHANGED:] = new
+        new = [rng.getrandbits(64) for _ in range(changed)]
+        events: list[Any] = [Stored(new), Removed(self.held[-changed:])]
+        self.held[-changed:] = new
         self.publisher.publish(KV_TOPIC, KvBatch(self.id, 1, 0, self.seq, events, BLOCK))
         self.seq += 1
 
@@ -113,7 +111,7 @@ class Sidecar:
         )
 
 
-async def beside(folder: Path, engines: list[str]) -> None:
+async def beside(folder: Path, batches: float, blocks: float, engines: list[str]) -> None:
     """A registry that knows the workers, and their sidecars; prints its endpoints, ends with its parent."""
     keys = Keys.load(folder / "keys.json")
     publisher = Publisher(keys, ANY_PORT)
@@ -134,17 +132,20 @@ async def beside(folder: Path, engines: list[str]) -> None:
     print(endpoint, membership, flush=True)
     parent = os.getppid()
     for number in itertools.count():
-        sidecars[number % len(sidecars)].tell(rng)
-        await asyncio.sleep(1 / EVENTS_A_SECOND)
+        sidecars[number % len(sidecars)].tell(rng, max(1, round(blocks / batches)))
+        await asyncio.sleep(1 / batches)
         if os.getppid() != parent:
             return
 
 
-def become_frontend(mode: str, port: int, engines: list[str]) -> None:
-    """Start what stands beside, then turn this very process into a frontend: its CPU is read by its pid."""
+def become_frontend(mode: str, port: int, told: list[str], engines: list[str]) -> None:
+    """Start what stands beside, then turn this very process into a frontend: its CPU is read by its pid.
+
+    `told`: batches and blocks a second.
+    """
     folder = Path(tempfile.mkdtemp(prefix="perf-stand-in-"))
     Keys.generate().save(folder / "keys.json")
-    argv = [sys.executable, "-m", "tests.perf.stand_in", "--beside", str(folder), *engines]
+    argv = [sys.executable, "-m", "tests.perf.stand_in", "--beside", str(folder), *told, *engines]
     other = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None
     endpoint, membership = other.stdout.readline().split()
@@ -170,6 +171,6 @@ def become_frontend(mode: str, port: int, engines: list[str]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "--beside":
-        run(beside(Path(sys.argv[2]), sys.argv[3:]))
+        run(beside(Path(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4]), sys.argv[5:]))
     else:
-        become_frontend(sys.argv[2], int(sys.argv[3]), sys.argv[4:])
+        become_frontend(sys.argv[2], int(sys.argv[3]), sys.argv[4:6], sys.argv[6:])

@@ -220,6 +220,25 @@ def said(text: str, finish: str | None = None) -> bytes:
     return event({"choices": [{"index": 0, "text": text, "finish_reason": finish}]})
 
 
+def test_the_end_of_a_stream_is_not_a_packet_of_its_own() -> None:
+    test = Kept()
+    last = said("b", "stop") + frame_chunk(b"data: [DONE]\n\n") + LAST_CHUNK
+    test.relay.feed(said("a"))
+    test.relay.feed(last)
+    assert test.client.written[-1] == last
+    assert not test.relay.ended_early
+    test.relay.complete()
+    assert test.client.written == [said("a"), last]
+
+
+@pytest.mark.parametrize("tail", [b"", b'data: {"error": {"message": "x"}}\n\n'])
+def test_the_end_of_a_stream_that_has_no_finish_is_kept_from_the_client(tail: bytes) -> None:
+    test = Kept()
+    test.relay.feed(said("a"))
+    test.relay.feed(said("b") + (frame_chunk(tail) if tail else b"") + LAST_CHUNK)
+    assert LAST_CHUNK not in b"".join(test.client.written)
+
+
 def test_half_an_event_is_held_back_until_it_is_whole() -> None:
     test = Kept()
     whole = said("a") + said("b") + said("c")

@@ -158,7 +158,7 @@ def test_owned_finds_children_that_threw_their_environment_away(launcher: LocalL
     owned = launcher.owned(run.run_id)
     assert {(o.process_id, o.incarnation) for o in owned} == {("decode-0", 2)}
     assert [o.handle.pid for o in heads(owned)] == [handle.pid]
-    assert [o.process_id for o in launcher.owned("another")] == [""]
+    assert eventually(lambda: [o.process_id for o in launcher.owned("another")] == [""])
     launcher.kill([*owned, *launcher.owned("another")])
     assert eventually(lambda: not launcher.owned(run.run_id) and not launcher.owned("another"))
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
+import msgspec
+
 from dynctl.errors import ContextTooLong
 from dynctl.frontend.body import Body, large_batch, messages, prompt
 from dynctl.frontend.prompt.alike import alike
@@ -58,8 +60,7 @@ class NotTokenised(Exception):
         self.reason = reason
 
 
-@dataclass(frozen=True, slots=True)
-class PromptFacts:
+class PromptFacts(msgspec.Struct, frozen=True, gc=False):
     """What routing and admission know of a prompt. `tokens` 0 and `hashes` None = not known.
 
     `approximate`: where there are no tokens, hashes of the request's bytes, one for about as many as make a
@@ -75,8 +76,7 @@ class PromptFacts:
 UNKNOWN = PromptFacts()
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
+class _Job(msgspec.Struct, frozen=True, gc=False):
     """One prompt to be worked on. `context` in tokens, 0 = no limit known."""
 
     kind: Kind

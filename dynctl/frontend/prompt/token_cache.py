@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Lock
 
+import msgspec
+
 from dynctl.frontend.prompt.cuts import Cuts
 from dynctl.frontend.prompt.words import Tokenise, Words
 from dynctl.kv.hashing import TOKEN_BYTES, pack_tokens, sequence_hashes
@@ -35,8 +37,7 @@ class Frame:
     after: bytes = b""
 
 
-@dataclass(frozen=True, slots=True)
-class Tokenised:
+class Tokenised(msgspec.Struct, frozen=True, gc=False):
     """`tokens` of the text in its frame, of these `cached` from the tree; `hashes` of the full blocks."""
 
     tokens: int
@@ -56,8 +57,7 @@ class _Node:
         self.size_bytes = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Begun:
+class Begun(msgspec.Struct, frozen=True, gc=False):
     """A text as far as it is known (`nodes`), and the rest of it in pieces."""
 
     nodes: list[_Node]
