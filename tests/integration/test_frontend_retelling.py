@@ -302,31 +302,42 @@ async def test_a_prompt_that_cannot_be_made_here_ends_the_stream_with_the_reason
     assert f"prompt cannot be made here: {why}" in heard.error
 
 
-async def test_prefill_and_decode_apart_begin_the_rest_with_a_new_prefill(model: Path) -> None:
+NIXL = {
+    "do_remote_prefill": True,
+    "remote_engine_id": "e",
+    "remote_request_id": "r",
+    "remote_block_ids": [[1]],
+    "remote_host": "h",
+    "remote_port": 1,
+    "tp_size": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("backend", "field"), [("vllm", "kv_transfer_params"), ("trtllm", "disaggregated_params")]
+)
+async def test_prefill_and_decode_apart_begin_the_rest_with_a_new_prefill(
+    model: Path, backend: str, field: str
+) -> None:
     thinker = Thinker(model, dies=[7])
     prefilled: list[dict[str, Any]] = []
 
     async def prefills(engine: Engine, request: Request, exchange: Exchange) -> None:
-        prefilled.append({"path": request.path, **json.loads(request.body)})
-        params = {
-            "do_remote_prefill": True,
-            "remote_engine_id": "e",
-            "remote_request_id": "r",
-            "remote_block_ids": [[1]],
-            "remote_host": "h",
-            "remote_port": 1,
-            "tp_size": 1,
-        }
-        choice = {"index": 0, "message": {"content": ""}, "text": "", "finish_reason": "length"}
-        exchange.respond(200, json.dumps({"choices": [choice], "kv_transfer_params": params}).encode())
+        body = json.loads(request.body)
+        prefilled.append({"path": request.path, **body})
+        choice = {"index": 0, "text": "", "finish_reason": "length"}
+        choice["disaggregated_params"] = {"ctx_request_id": len(prefilled)}
+        ids = body.get("prompt") or thinker.prompt(False)
+        answer = {"choices": [choice], "prompt_token_ids": ids, "kv_transfer_params": NIXL}
+        exchange.respond(200, json.dumps(answer).encode())
 
-    roles = spec(model, backend="vllm", roles={"prefill": 1, "decode": 1})
-    async with frontend(
-        roles, prefill=[Engine(prefills)], decode=[Engine(thinker.script), Engine(thinker.script)]
-    ) as front:
+    roles = spec(model, backend=backend, roles={"prefill": 1, "decode": 1})
+    decodes = [Engine(thinker.script), Engine(thinker.script)]
+    async with frontend(roles, prefill=[Engine(prefills)], decode=decodes) as front:
         heard = await ask(front, CHAT)
         await front.idle()
     check(heard, thinker, False)
     assert [one["path"] for one in prefilled] == [PATHS["chat"], PATHS["completion"]]
-    assert prefilled[1]["prompt"] == thinker.asked[1][1]["prompt"]
-    assert "kv_transfer_params" in thinker.asked[1][1]
+    path, rest = thinker.asked[1]
+    assert (path, rest["prompt"]) == (PATHS["completion"], prefilled[1]["prompt"])
+    assert field in rest
