@@ -278,13 +278,18 @@ class Continuation:
 
     `chat`: the fields by which the last message, the assistant's, is continued; None = it cannot.
     `completion_tokens`: the limit of a completion that names none; None = only the context's.
+    `holds_back`: with stop strings, a stream always lacks the last characters that were generated, as many as
+    the longest of them has less one.
     """
 
     chat: Mapping[str, Any] | None = None
     completion_tokens: int | None = 16
+    holds_back: bool = False
 
 
-CONTINUES_MESSAGE = Continuation(chat={"continue_final_message": True, "add_generation_prompt": False})
+_GOES_ON = {"continue_final_message": True, "add_generation_prompt": False}
+CONTINUES_MESSAGE = Continuation(chat=_GOES_ON)
+CONTINUES_AND_HOLDS_BACK = Continuation(chat=_GOES_ON, holds_back=True)
 
 
 class PrefillDecode(Protocol):

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from dynctl.command import Command
 from dynctl.engines import kv_dialect, log_lines, sglang, trtllm, vllm_metrics
 from dynctl.engines.base import (
-    CONTINUES_MESSAGE,
+    CONTINUES_AND_HOLDS_BACK,
     Canary,
     EngineInfo,
     EngineLaunch,
@@ -51,7 +51,7 @@ class External:
     client_fields = Vllm.client_fields | Sglang.client_fields | Trtllm.client_fields
     step_tokens = ("", 0)
     key_variable = ""
-    continuation = CONTINUES_MESSAGE
+    continuation = CONTINUES_AND_HOLDS_BACK
     transfers: Mapping[str, PrefillDecode] = {}
     naming: Naming | None = None
 

@@ -10,7 +10,7 @@ from dynctl.command import Command
 from dynctl.engines import kv_dialect, log_lines, vllm_metrics
 from dynctl.engines.arguments import both_spellings, flags, normal_name, normalised, to_json
 from dynctl.engines.base import (
-    CONTINUES_MESSAGE,
+    CONTINUES_AND_HOLDS_BACK,
     Canary,
     EngineEnvironment,
     EngineInfo,
@@ -107,7 +107,7 @@ class Mocker:
     client_fields = frozenset({"kv_transfer_params"})
     step_tokens = ("max-num-batched-tokens", 8192)
     key_variable = "VLLM_API_KEY"
-    continuation = CONTINUES_MESSAGE
+    continuation = CONTINUES_AND_HOLDS_BACK
     transfers: Mapping[str, PrefillDecode] = {"nixl": NixlPull()}
     naming: Naming | None = None
 

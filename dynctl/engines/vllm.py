@@ -10,7 +10,7 @@ from dynctl.command import Command
 from dynctl.engines import kv_dialect, log_lines, vllm_metrics
 from dynctl.engines.arguments import both_spellings, devices, flags, normalised, program, to_json
 from dynctl.engines.base import (
-    CONTINUES_MESSAGE,
+    CONTINUES_AND_HOLDS_BACK,
     Canary,
     EngineInfo,
     EngineLaunch,
@@ -110,7 +110,7 @@ class Vllm:
     client_fields = frozenset({"kv_transfer_params", "ec_transfer_params", "vllm_xargs"})
     step_tokens = ("max-num-batched-tokens", 0)
     key_variable = "VLLM_API_KEY"
-    continuation = CONTINUES_MESSAGE
+    continuation = CONTINUES_AND_HOLDS_BACK
     transfers: Mapping[str, PrefillDecode] = {"nixl": NixlPull(), **dict.fromkeys(_PROTOCOLS, Mooncake())}
     naming: Naming | None = None
 

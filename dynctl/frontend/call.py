@@ -41,6 +41,10 @@ class Endpoint:
     waits: bool = True
 
 
+CHATS = Endpoint("/v1/chat/completions", "chat_completions", "chat")
+COMPLETIONS = Endpoint("/v1/completions", "completions", "completions")
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """`body` carries no field that only dynctl may set. `headers` go to the engine as they are, and the

@@ -61,11 +61,9 @@ class Core:
         self._client = Client()
         self._client.readers.rest_s = spec.coalesce_s
         self._upstream = Upstream(self._client, spec.limits, self.metrics)
-        self._preprocessor = (
-            Preprocessor(spec.model, self.metrics, spec.tokenizer_cache_bytes)
-            if spec.router.mode == "kv"
-            else None
-        )
+        self._preprocessor = Preprocessor(spec.model, self.metrics, spec.tokenizer_cache_bytes)
+        self._reads_prompts = spec.router.mode == "kv"
+        """Else tokens are only made for answers that go on elsewhere, and what it takes is loaded then."""
         self._gauges = Gauges(
             spec, self.metrics, self.router, self.models, self._upstream.circuits, self._members
         )
@@ -73,7 +71,7 @@ class Core:
 
     def warm(self) -> None:
         """Begin to load what the first request would otherwise wait for."""
-        if self._preprocessor is not None:
+        if self._reads_prompts:
             self._preprocessor.warm()
 
     async def close(self) -> None:
@@ -81,8 +79,7 @@ class Core:
         await self.router.close()
         await self._upstream.close()
         await self._client.close()
-        if self._preprocessor is not None:
-            self._preprocessor.close()
+        self._preprocessor.close()
         self._pulse.cancel()
         if self._exporter is not None:
             await self._exporter.close()
@@ -149,10 +146,6 @@ class Core:
         """Those that get requests now."""
         return [member.instance for member in self._members.values() if member.state == "ready"]
 
-    def _encode(self, text: str) -> list[int] | None:
-        """Tokens of a text, where they can be known here."""
-        return self._preprocessor.encode(text) if self._preprocessor is not None else None
-
     def _edge(self, rng: Random) -> Edge:
         spec = self._spec
         parts = Parts(
@@ -164,9 +157,9 @@ class Core:
             stages=Stages(self.metrics),
             choices=Choices(self.metrics),
             rng=rng,
-            preprocessor=self._preprocessor,
+            preprocessor=self._preprocessor if self._reads_prompts else None,
             migrations=Migrations(
-                spec.migration, self._engine.continuation, self.metrics, spec.model.name, self._encode
+                spec.migration, self._engine.continuation, self.metrics, self.models, self._preprocessor
             ),
             tell=tell,
             request_timeout_s=spec.limits.request_timeout_s,

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 from zlib import compress, decompress
 
 from dynctl.engines.base import Continuation
 from dynctl.errors import DynctlError, EngineFailed
 from dynctl.frontend.accounts import Account
+from dynctl.frontend.admission import Models
 from dynctl.frontend.body import Body, encode
-from dynctl.frontend.call import Call
+from dynctl.frontend.call import COMPLETIONS, Call
+from dynctl.frontend.prompt.preprocess import NotTokenised
 from dynctl.frontend.stream import Ways
 from dynctl.http.framing import LAST_CHUNK, ChunkReader, Framing, frame_chunk
 from dynctl.http.server import Exchange
 from dynctl.observability.metrics import Metrics
 from dynctl.protocol.specs import MigrationSpec
 from dynctl.protocol.sse import DATA, framed
-from dynctl.router.migration import CannotContinue, Encode, Kind, Said, continuation, spoken_tokens
-from dynctl.router.seam import Joint, Seam, ending
+from dynctl.router.migration import CannotContinue, Kind, continuation, window_of
+from dynctl.router.reasoning import Marks
+from dynctl.router.retell import Source, check_tokens, exact, made, retells, retold
+from dynctl.router.said import Json, Said
+from dynctl.router.seam import Joint, Seam, Taken, ending
+from dynctl.router.spoken import Made, spoken_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -176,15 +184,29 @@ class Move:
         ).observe(time.monotonic() - self.began_s)
 
 
+class Tokens(Protocol):
+    """What is known of the model's tokens, and how its prompts are made."""
+
+    marks: Marks | None
+
+    async def ready(self) -> None: ...
+    def encode(self, text: str) -> Sequence[int] | None: ...
+    def count(self, text: str, start: int, end: int) -> int | None: ...
+    async def chat_text(self, body: Body) -> str: ...
+    async def tokens(self, text: str) -> list[int] | None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Migrations:
-    """What moving streams takes: the recipe's limits, the engine's way to continue, the tokens of a text."""
+    """What moving streams takes: the recipe's limits, the engine's way to continue, the model's tokens and
+    context.
+    """
 
     spec: MigrationSpec
     dialect: Continuation
     metrics: Metrics
-    model: str
-    encode: Encode
+    models: Models
+    tokens: Tokens
 
     def story(self, call: Call) -> Story | None:
         """What to keep of this call; None when it could not go on elsewhere anyway."""
@@ -193,43 +215,93 @@ class Migrations:
             return None
         return Story(kind, self.spec.max_tokens)
 
-    def next(self, call: Call, story: Story, moves: int, cause: DynctlError) -> tuple[Call | None, Move]:
+    async def next(
+        self, call: Call, story: Story, moves: int, cause: DynctlError
+    ) -> tuple[Call | None, Move]:
         """The call for the rest of an answer; None when all was said. `call` is the client's own.
 
         Raises EngineFailed that tells the client why there is none, or `cause` after too many.
         """
+        model = self.models.card.name
         if moves >= self.spec.limit:
             logger.warning("migration.limit id=%s moves=%d", call.request_id.decode(), moves)
             raise cause
         if story.too_long:
-            self.metrics.counter("model_migration_max_seq_len_exceeded_total", model=self.model).inc()
+            self.metrics.counter("model_migration_max_seq_len_exceeded_total", model=model).inc()
             raise _ended(cause, f"it is over {self.spec.max_tokens} tokens")
+        await self.tokens.ready()
         request, said = call.body.opened(), story.said
-        spoken = spoken_tokens(story.kind, request, said, self.encode)
         try:
-            rest = continuation(story.kind, request, said, spoken, self.dialect, self.encode)
+            rest, taken = await self._rest(call, request, story)
         except CannotContinue as reason:
             raise _ended(cause, str(reason)) from reason
-        joint = Joint.of(story.kind, request, said, story.prompt_tokens, spoken)
-        self.metrics.counter(
-            "model_migration_total", model=self.model, migration_type="ongoing_request"
-        ).inc()
+        joint = Joint.of(story.kind, request, said, story.prompt_tokens, taken)
+        self.metrics.counter("model_migration_total", model=model, migration_type="ongoing_request").inc()
         logger.info(
             "request.migrated id=%s number=%d spoken=%d why=%s",
             call.request_id.decode(),
             moves + 1,
-            spoken,
+            taken.spoken,
             cause,
         )
-        move = Move(joint, time.monotonic(), self.metrics, self.model)
+        move = Move(joint, time.monotonic(), self.metrics, model)
         if not rest:
             return None, move
         hints = replace(call.hints, worker="", prefill_worker="", rank=None, prefill_rank=None)
-        return replace(call, body=Body.parse(encode(rest)), hints=hints), move
+        endpoint = call.endpoint if taken.retelling is None else COMPLETIONS
+        return replace(call, endpoint=endpoint, body=Body.parse(encode(rest)), hints=hints), move
+
+    async def _rest(self, call: Call, request: Json, story: Story) -> tuple[Json, Taken]:
+        """The request for the rest, {} = there is none, and what it takes for said. Raises CannotContinue."""
+        kind, said, dialect = story.kind, story.said, self.dialect
+        if retells(kind, request, said, dialect):
+            return await self._retold(call, request, story)
+        whole = Made.plain(said, trims=kind == "chat")
+        spoken = self._spoken(request, said, whole)
+        rest = continuation(kind, request, said, spoken, dialect, self.tokens.encode)
+        return rest, Taken(spoken, whole)
+
+    async def _retold(self, call: Call, request: Json, story: Story) -> tuple[Json, Taken]:
+        said = story.said
+        source = await self._source(call, story)
+        whole = made(said, source)
+        check_tokens(request, said, source)
+        prompt: Sequence[int] | None
+        if source.rendered is None:
+            prompt = [*(said.prompt_ids or ()), *(said.tokens or ())]
+        else:
+            prompt = await self.tokens.tokens(source.rendered + whole.text)
+        if not prompt:
+            raise CannotContinue("the model's tokenizer is not at hand")
+        spoken = self._spoken(request, said, whole)
+        rest, how = retold(request, said, spoken, prompt, source, self.dialect)
+        return rest, Taken(spoken, whole, how)
+
+    async def _source(self, call: Call, story: Story) -> Source:
+        """What the chat is told anew from. Raises CannotContinue when its prompt cannot be made here."""
+        said, marks = story.said, self.tokens.marks
+        ids = self.tokens.encode(marks.closing) if marks is not None else None
+        closing_id = ids[0] if ids is not None and len(ids) == 1 else None
+        context = self.models.max_model_len
+        if exact(said):
+            return Source(None, marks, closing_id, context)
+        if said.usage is not None and story.prompt_tokens not in (0, said.usage[0]):
+            raise CannotContinue("the engine's prompt is not what the chat template gives here")
+        try:
+            rendered = await self.tokens.chat_text(call.body)
+        except NotTokenised as why:
+            raise CannotContinue(f"its prompt cannot be made here: {why.reason}") from why
+        return Source(rendered, marks, closing_id, context)
+
+    def _spoken(self, request: Json, said: Said, whole: Made) -> int:
+        held = self.dialect.holds_back and not said.finish
+        return spoken_tokens(said, whole, window_of(request) if held else 0, self.tokens.count)
 
     def counted_retry(self) -> None:
         """A request of which nothing was said yet goes to another worker."""
-        self.metrics.counter("model_migration_total", model=self.model, migration_type="new_request").inc()
+        self.metrics.counter(
+            "model_migration_total", model=self.models.card.name, migration_type="new_request"
+        ).inc()
 
 
 def last_words(story: Story, joint: Joint) -> bytes:

@@ -139,7 +139,7 @@ class Pipeline:
         if story is None:
             raise failure.cause
         story.prompt_tokens = story.prompt_tokens or attempt.prompt.tokens
-        rest, move = self._parts.migrations.next(call, story, attempt.moves, failure.cause)
+        rest, move = await self._parts.migrations.next(call, story, attempt.moves, failure.cause)
         if rest is None:
             answer.finish(move)
             return False

@@ -15,7 +15,17 @@ from dynctl.errors import DynctlError, Overloaded, RequestError, TransportError
 from dynctl.frontend.accounts import Accounts
 from dynctl.frontend.admission import Models
 from dynctl.frontend.body import excerpt
-from dynctl.frontend.call import Call, Endpoint, Headers, engine_headers, read_body, read_form, request_id
+from dynctl.frontend.call import (
+    CHATS,
+    COMPLETIONS,
+    Call,
+    Endpoint,
+    Headers,
+    engine_headers,
+    read_body,
+    read_form,
+    request_id,
+)
 from dynctl.frontend.hints import read_hints
 from dynctl.frontend.keys import ApiKey, ApiKeys, check_may_change
 from dynctl.frontend.pipeline import Pipeline, error_type_of
@@ -81,8 +91,8 @@ _INSIDE = {
 INTERNAL = Told(500, "server_error", "internal")
 
 _ENDPOINTS = (
-    Endpoint("/v1/chat/completions", "chat_completions", "chat"),
-    Endpoint("/v1/completions", "completions", "completions"),
+    CHATS,
+    COMPLETIONS,
     Endpoint("/v1/embeddings", "embeddings"),
     Endpoint("/v1/responses", "responses"),
     Endpoint("/v1/messages", "messages"),

@@ -12,18 +12,32 @@ from typing import Any
 import msgspec
 
 from dynctl.protocol.sse import DONE, LAST_EVENT, event, event_data, split_events
-from dynctl.router.migration import Json, Kind, Said, stops_of
+from dynctl.router.as_chat import AsChat, Retelling
+from dynctl.router.migration import Kind, stops_of
+from dynctl.router.said import Json, Said
+from dynctl.router.spoken import Made
 
 _EMPTY: tuple[object, ...] = (None, "", [], {})
 _IDLE_FIELDS = ("index", "logprobs", "finish_reason", "stop_reason")
 
 
 @dataclass(frozen=True, slots=True)
+class Taken:
+    """What of an answer the next leg takes for said: tokens, and what was generated. `retelling`: how that
+    leg's completion is told as a chat; None = it is of the client's own kind.
+    """
+
+    spoken: int
+    made: Made
+    retelling: Retelling | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Joint:
     """What a leg is joined on by. Tokens: of the client's prompt (0 = not known), and said before this leg.
 
-    `window`: the longest stop string less one character. `drop`: white space that was said and that the
-    worker is asked to say again. `wants_usage`: the client asked for usage at the end.
+    `drop`: white space that was said and that the worker is asked to say again. `wants_usage`: the client
+    asked for usage at the end. `made` and `retelling` as in `Taken`; `made` None: the text that was said.
     """
 
     kind: Kind
@@ -33,17 +47,21 @@ class Joint:
     include_stop: bool = False
     drop: str = ""
     wants_usage: bool = False
+    made: Made | None = None
+    retelling: Retelling | None = None
 
     @classmethod
-    def of(cls, kind: Kind, request: Mapping[str, Any], said: Said, prompt_tokens: int, spoken: int) -> Joint:
-        """For what `migration.continuation` gave a request for."""
+    def of(
+        cls, kind: Kind, request: Mapping[str, Any], said: Said, prompt_tokens: int, taken: Taken
+    ) -> Joint:
+        """For what `migration.continuation` or `retell.retold` gave a request for."""
         if said.prompt_ids:
             prompt_tokens = len(said.prompt_ids)
         elif said.usage is not None:
             prompt_tokens = said.usage[0]
         options = request.get("stream_options")
         options = msgspec.json.decode(options) if isinstance(options, msgspec.Raw) else options
-        text = said.text
+        spoken, made = taken.spoken, taken.made
         return cls(
             kind=kind,
             prompt_tokens=prompt_tokens,
@@ -51,8 +69,10 @@ class Joint:
             # Until `min_tokens` are said the engine does not look for stop strings either.
             stops=() if (request.get("min_tokens") or 0) > spoken else stops_of(request),
             include_stop=bool(request.get("include_stop_str_in_output")),
-            drop=text[len(text.rstrip()) :] if kind == "chat" else "",
+            drop=made.text[made.kept :],
             wants_usage=bool(isinstance(options, dict) and options.get("include_usage")),
+            made=made,
+            retelling=taken.retelling,
         )
 
 
@@ -89,8 +109,11 @@ class Seam:
         self._joint = joint
         self._pending = b""
         self._drop = joint.drop
+        self._as_chat = AsChat(joint.retelling) if joint.retelling is not None else None
+        made = joint.made or Made.plain(said, trims=False)
+        said.settle(made.kept, joint.spoken)
         self._window = max(map(len, joint.stops), default=1) - 1
-        self._tail = said.text[-self._window :] if self._window else ""
+        self._tail = made.text[-self._window :] if self._window else ""
         self._before = len(self._tail)
         self._shift = len(said.text)
         self._tokens = 0
@@ -137,8 +160,9 @@ class Seam:
     def _chunk(self, chunk: Json) -> bytes:
         chunk.update(self._said.head)
         chunk.pop("prompt_token_ids", None)
-        stopped = False
+        stopped = opening = False
         for choice in chunk.get("choices") or ():
+            opening |= bool((choice.get("delta") or {}).get("role"))
             if choice.get("finish_reason") == "abort":
                 self.lost = "the engine aborted the request"
                 return b""
@@ -146,6 +170,8 @@ class Seam:
         if chunk.get("usage"):
             chunk["usage"] = self._joined_usage(chunk["usage"])
         elif chunk.get("choices") and all(map(_is_idle, chunk["choices"])):
+            if not opening:
+                self._said.beat()
             return b""
         self._said.take(chunk)
         if not stopped:
@@ -170,17 +196,20 @@ class Seam:
         offsets = (choice.get("logprobs") or {}).get("text_offset")
         if offsets:
             choice["logprobs"]["text_offset"] = [offset + self._shift for offset in offsets]
-        text = holder.get(name)
-        if not text:
-            return False
-        text = self._without_repeat(text)
-        text, stop = self._across(text)
+        stop = self._text(choice, holder, name) if holder.get(name) else ""
+        if self._as_chat is not None:
+            self._as_chat.write(choice)
+        return bool(stop)
+
+    def _text(self, choice: Json, holder: Json, name: str) -> str:
+        """Make a choice's text fit; the stop string that ends in it, when that began before the seam."""
+        text, stop = self._across(self._without_repeat(holder[name]))
         holder[name] = text
         if stop:
             choice["finish_reason"] = "stop"
             if "stop_reason" in choice:
                 choice["stop_reason"] = stop
-        return bool(stop)
+        return stop
 
     def _without_repeat(self, text: str) -> str:
         """`text` without the white space that was said before the seam and is said again."""
@@ -214,9 +243,9 @@ class Seam:
         joint = self._joint
         given = int(usage.get("prompt_tokens") or 0)
         prompt = joint.prompt_tokens or max(0, given - joint.spoken)
-        said = max(0, given - prompt) if given else joint.spoken
         told = self._said.usage[1] if self._said.usage is not None else 0
-        joined = {**usage, **_usage(prompt, max(told, said + int(usage.get("completion_tokens") or 0)))}
+        made = joint.spoken + int(usage.get("completion_tokens") or 0)
+        joined = {**usage, **_usage(prompt, max(told, made))}
         details = usage.get("prompt_tokens_details")
         if isinstance(details, dict) and isinstance(details.get("cached_tokens"), int):
             joined["prompt_tokens_details"] = {

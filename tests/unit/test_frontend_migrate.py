@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from random import Random
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dynctl.engines.base import CONTINUES_MESSAGE
+from dynctl.engines.base import CONTINUES_AND_HOLDS_BACK
 from dynctl.errors import PeerLost
 from dynctl.frontend.accounts import Accounts
+from dynctl.frontend.admission import Models
 from dynctl.frontend.body import Body
 from dynctl.frontend.call import Call, Endpoint
 from dynctl.frontend.hints import NO_HINTS
@@ -20,7 +22,9 @@ from dynctl.frontend.stream import Relay, Ways
 from dynctl.http.framing import ChunkReader
 from dynctl.observability.metrics import Metrics
 from dynctl.observability.tracing import Tracing
+from dynctl.protocol.instances import ModelCard
 from dynctl.protocol.specs import MigrationSpec
+from dynctl.router.reasoning import Marks
 from tests.unit import toy_engine as toy
 
 LOST = PeerLost("gone")
@@ -66,6 +70,27 @@ def make_call(body: dict[str, Any], metrics: Metrics) -> Call:
     )
 
 
+class ToyTokens:
+    """What is known of the toy's tokens."""
+
+    marks: Marks | None = None
+
+    async def ready(self) -> None:
+        """Nothing is to be loaded."""
+
+    def encode(self, text: str) -> range:
+        return toy.encode(text)
+
+    def count(self, text: str, start: int, end: int) -> int:
+        return len(toy.encode(text[:end])) - len(toy.encode(text[:start]))
+
+    async def chat_text(self, body: Body) -> str:
+        raise NotImplementedError
+
+    async def tokens(self, text: str) -> list[int] | None:
+        raise NotImplementedError
+
+
 class Deployment:
     """A frontend's relay before toy engines that are cut after so many bytes each."""
 
@@ -75,10 +100,10 @@ class Deployment:
         self.call = make_call(body, self.metrics)
         self.migrations = Migrations(
             MigrationSpec(limit=limit, max_tokens=max_tokens),
-            CONTINUES_MESSAGE,
+            CONTINUES_AND_HOLDS_BACK,
             self.metrics,
-            "m",
-            toy.encode,
+            Models(ModelCard(name="m")),
+            ToyTokens(),
         )
         self.asked: list[dict[str, Any]] = []
         self.gave_up = 0
@@ -123,7 +148,7 @@ class Deployment:
         if isinstance(relay, Relay):
             story.keep(list(relay.pieces))
             story.read()
-        rest, move = self.migrations.next(self.call, story, 0, LOST)
+        rest, move = asyncio.run(self.migrations.next(self.call, story, 0, LOST))
         if rest is None:
             story.write(self.wire, last_words(story, move.joint))
             story.end(self.wire)

@@ -10,13 +10,8 @@ from hypothesis import strategies as st
 
 from dynctl.engines.base import CONTINUES_MESSAGE, Continuation
 from dynctl.protocol.sse import event_data, split_events
-from dynctl.router.migration import (
-    CannotContinue,
-    Said,
-    continuation,
-    spoken_tokens,
-    stops_of,
-)
+from dynctl.router.migration import CannotContinue, continuation, stops_of, window_of
+from dynctl.router.said import Said
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
 TEXT: dict[str, Any] = {"prompt": "P:", "max_tokens": 10}
@@ -98,25 +93,6 @@ def test_a_chunk_of_unknown_shape_ends_what_is_known(data: bytes) -> None:
     assert not told.lasting
     with pytest.raises(CannotContinue, match="no form"):
         continuation("completions", TEXT, told, 0, CONTINUES_MESSAGE, nobody)
-
-
-def test_spoken_tokens_come_from_the_best_source_there_is() -> None:
-    told = said(plain("a b "), plain("c"))
-    assert spoken_tokens("completions", TEXT, told, nobody) == 2
-    assert spoken_tokens("completions", TEXT, told, letters) == 5
-    told.feed(event({"choices": [], "usage": {"prompt_tokens": 4, "completion_tokens": 3}}))
-    assert spoken_tokens("completions", TEXT, told, letters) == 3
-    assert spoken_tokens("completions", {**TEXT, "stop": "x"}, told, letters) == 5
-    ids = said(plain("abc", token_ids=[1, 2]))
-    assert spoken_tokens("completions", TEXT, ids, letters) == 2
-
-
-def test_white_space_that_a_chat_says_again_is_not_counted_as_said() -> None:
-    told = said(chat("ab"), chat(" \n"))
-    assert spoken_tokens("chat", CHAT, told, letters) == 2
-    assert spoken_tokens("chat", CHAT, told, nobody) == 1
-    told.feed(chat("", finish_reason="stop"))
-    assert spoken_tokens("chat", CHAT, told, letters) == 4
 
 
 def test_a_chat_goes_on_as_its_last_message() -> None:
@@ -203,8 +179,6 @@ def test_nothing_is_asked_when_all_was_said() -> None:
         ({"add_generation_prompt": False}, said(chat("a")), "add_generation_prompt"),
         ({}, said(chat("a"), chat("b", index=1)), "several"),
         ({}, said(event({"choices": [{"delta": {"tool_calls": [{"index": 0}]}}]})), "tool call"),
-        ({}, said(event({"choices": [{"delta": {"reasoning": "hm"}}]})), "reasoning"),
-        ({}, said(event({"choices": [{"delta": {"reasoning_content": "hm"}}]})), "reasoning"),
         ({}, said(chat("a", token_ids=[1]), chat("", token_ids=[2])), "held back"),
         ({"stop": "x"}, said(chat("a", token_ids=[1])), "held back"),
         ({}, said(chat("a\n", token_ids=[1])), "white space"),
@@ -223,7 +197,7 @@ def test_tools_that_were_not_called_and_plain_text_formats_go_on() -> None:
 
 
 def test_an_engine_that_cannot_continue_a_message_is_not_asked_to() -> None:
-    with pytest.raises(CannotContinue, match="the engine"):
+    with pytest.raises(CannotContinue, match="with tools"):
         continuation("chat", CHAT, said(chat("a")), 1, Continuation(), nobody)
 
 
@@ -231,3 +205,9 @@ def test_stop_strings_are_read_in_both_spellings() -> None:
     assert stops_of({"stop": "a"}) == ("a",)
     assert stops_of({"stop": msgspec.Raw(b'["a", "", 3, "b"]')}) == ("a", "b")
     assert stops_of({}) == ()
+
+
+def test_an_engine_holds_back_what_may_begin_its_longest_stop_string() -> None:
+    assert window_of({"stop": ["abc", "d"]}) == 2
+    assert window_of({"stop": ["abc"], "include_stop_str_in_output": True}) == 0
+    assert window_of({}) == 0

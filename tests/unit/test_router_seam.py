@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from dynctl.router.migration import Said
-from dynctl.router.seam import Joint, Seam, ending
+from dynctl.router.said import Said
+from dynctl.router.seam import Joint, Seam, Taken, ending
+from dynctl.router.spoken import Made
 
 HEAD = {"id": "x-1", "object": "o", "created": 1, "model": "m"}
 
@@ -84,8 +85,8 @@ def test_usage_is_the_whole_of_all_legs() -> None:
     (chunk,) = chunks(seam().feed(event([], usage=told)))
     assert chunk["usage"] == {
         "prompt_tokens": 5,
-        "completion_tokens": 7,
-        "total_tokens": 12,
+        "completion_tokens": 6,
+        "total_tokens": 11,
         "prompt_tokens_details": {"cached_tokens": 5},
     }
     (chunk,) = chunks(seam(prompt_tokens=0).feed(event([], usage={**told, "prompt_tokens_details": None})))
@@ -157,12 +158,13 @@ def test_a_stop_string_found_in_the_middle_of_what_was_said_is_not_found_again()
 def test_the_joint_knows_the_prompt_from_the_best_source() -> None:
     said = begun("ab ")
     request: dict[str, Any] = {"stream_options": {"include_usage": True}, "stop": ["x"], "min_tokens": 9}
-    joint = Joint.of("chat", request, said, 4, 2)
+    joint = Joint.of("chat", request, said, 4, Taken(2, Made.plain(said, trims=True)))
     assert (joint.prompt_tokens, joint.drop, joint.wants_usage, joint.stops) == (4, " ", True, ())
     said.take({"choices": [], "usage": {"prompt_tokens": 6, "completion_tokens": 1}})
-    assert Joint.of("completions", {"stop": "x"}, said, 4, 2).prompt_tokens == 6
+    taken = Taken(2, Made.plain(said, trims=False))
+    assert Joint.of("completions", {"stop": "x"}, said, 4, taken).prompt_tokens == 6
     said.prompt_ids = [1, 2, 3]
-    joint = Joint.of("completions", {"stop": "x"}, said, 4, 2)
+    joint = Joint.of("completions", {"stop": "x"}, said, 4, taken)
     assert (joint.prompt_tokens, joint.drop, joint.wants_usage, joint.stops) == (3, "", False, ("x",))
 
 

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,9 +24,11 @@ from dynctl.frontend.prompt.alike import alike
 from dynctl.frontend.prompt.cuts import cuts_of
 from dynctl.frontend.prompt.model_files import ModelFiles, find_model_files
 from dynctl.frontend.prompt.token_cache import Begun, Frame, TokenCache, Tokenised
+from dynctl.frontend.prompt.vocabulary import known_tokens
 from dynctl.kv.hashing import pack_tokens, root_hash, sequence_hashes
 from dynctl.observability.metrics import Metrics
 from dynctl.protocol.instances import ModelCard
+from dynctl.router.reasoning import Marks, marks_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -48,6 +50,8 @@ _SLICE_SLACK = 64
 so that megabytes which cannot fit cost no more than what shows it. A cut may add some tokens: fewer than
 `_SLICE_SLACK`.
 """
+_CONTEXT_CHARS = 64
+"""How much of what is before a piece of text its tokens may depend on."""
 _PROMPT_CHANGERS = ("chat_template", "truncate_prompt_tokens", "prompt_embeds", "add_special_tokens")
 """Fields that make the engine's prompt differ from what is computed here."""
 
@@ -109,7 +113,10 @@ class Preprocessor:
         self._cache: TokenCache | None = None
         self._ends: _Ends | None = None
         self._template: ChatTemplate | None = None
+        self._is_token: Callable[[str], bool] = bool
         self._loading: asyncio.Task[None] | None = None
+        self.marks: Marks | None = None
+        """Between which the model reasons, once loaded; None = not known."""
         self._template_seconds = metrics.histogram("template_seconds")
         self._tokenize_seconds = metrics.histogram("tokenize_seconds")
         self._tokenize_ms = metrics.histogram("tokenizer_latency_ms", operation="tokenize")
@@ -128,6 +135,37 @@ class Preprocessor:
         """Tokens of an answer's text, None when there is no tokenizer (yet)."""
         return None if self._tokenizer is None else list(_ids(self._tokenizer, [text])[0])
 
+    def count(self, text: str, start: int, end: int) -> int | None:
+        """How many tokens a part of a text is, where it stands; None as for `encode`."""
+        tokenizer = self._tokenizer
+        if tokenizer is None:
+            return None
+        if self._is_token(text[start:end]):
+            return 1
+        before = text[max(0, start - _CONTEXT_CHARS) : start]
+        alone, both = _ids(tokenizer, [before, before + text[start:end]])
+        return max(0, len(both) - len(alone))
+
+    async def ready(self) -> None:
+        """Wait until tokens can be made, or never will be."""
+        loading = self.warm()
+        if not loading.done():
+            await asyncio.shield(loading)
+
+    async def chat_text(self, body: Body) -> str:
+        """A chat's prompt as text. Raises NotTokenised."""
+        await self.ready()
+        _check_unchanged(body)
+        if len(body.original) <= _THREAD_BYTES:
+            return self._chat_text(body)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._chat_text, body)
+
+    async def tokens(self, text: str) -> list[int] | None:
+        """Tokens of a text that holds its special tokens itself; None as for `encode`."""
+        if len(text) <= THREAD_CHARS:
+            return self.encode(text)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self.encode, text)
+
     def close(self) -> None:
         """Give the threads back without waiting for them."""
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -142,12 +180,8 @@ class Preprocessor:
         """
         root = root_hash(adapter, body.get("cache_salt", str) or "")
         try:
-            changed = next((name for name in _PROMPT_CHANGERS if body.has(name)), None)
-            if changed is not None:
-                raise NotTokenised(changed)
-            loading = self.warm()
-            if not loading.done():
-                await asyncio.shield(loading)
+            _check_unchanged(body)
+            await self.ready()
             return await self._prepare(_Job(kind, body, block_size, root, context))
         except NotTokenised as why:
             self._metrics.counter("tokenize_fallbacks_total", reason=why.reason).inc()
@@ -254,6 +288,9 @@ class Preprocessor:
 
         self._tokenizer = tokenizer
         self._cache = TokenCache(tokenise, cuts_of(files.tokenizer_json.read_bytes()), self._cache_bytes)
+        self._is_token = known_tokens(tokenizer)
+        added = {token.content: token.special for token in tokenizer.get_added_tokens_decoder().values()}
+        self.marks = marks_of(added, files.template_source)
         self._load_template(files)
 
     def _load_template(self, files: ModelFiles) -> None:
@@ -266,6 +303,13 @@ class Preprocessor:
             self._template = ChatTemplate(files.template_source, files.special_tokens)
         except Unrenderable as error:
             logger.warning("chat_template.unusable model=%s why=%s", self._card.name, error)
+
+
+def _check_unchanged(body: Body) -> None:
+    """Raises NotTokenised when the engine's prompt will not be what is computed here."""
+    changed = next((name for name in _PROMPT_CHANGERS if body.has(name)), None)
+    if changed is not None:
+        raise NotTokenised(changed)
 
 
 def likeness(body: Body, block_size: int, adapter: str = "") -> PromptFacts:
