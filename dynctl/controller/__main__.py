@@ -17,8 +17,9 @@ from dynctl.deploy.plan import Plan
 from dynctl.deploy.state import ENDED, ControllerRecord, load_state
 from dynctl.errors import DynctlError, LaunchError, UsageError
 from dynctl.http.runtime import run as run_loop
+from dynctl.launchers.agents import AgentFleet
 from dynctl.launchers.base import ENV_INCARNATION, RunRef
-from dynctl.launchers.fleet import LocalFleet
+from dynctl.launchers.fleet import Fleet, LocalFleet
 from dynctl.launchers.local import LocalLauncher
 from dynctl.observability.logs import setup
 from dynctl.protocol.exits import LastWords
@@ -83,13 +84,21 @@ async def serve(run: RunDir, incarnation: int) -> None:
         pid=os.getpid(), start_ticks=own.start_ticks if own else 0, incarnation=incarnation
     )
     plan = Plan.from_json(run.plan.read_bytes())
-    fleet = LocalFleet(LocalLauncher(), RunRef(run.run_id, run.path))
-    controller = Controller(Parts(run, plan, Keys.load(run.keys), fleet), state)
+    keys = Keys.load(run.keys)
+    controller = Controller(Parts(run, plan, keys, fleet_of(plan, run, keys)), state)
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, controller.leave)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     await controller.run()
+
+
+def fleet_of(plan: Plan, run: RunDir, keys: Keys) -> Fleet:
+    """How processes of this plan are started: by the nodes' agents where there are any."""
+    agents = {node.name: node.agent for node in plan.nodes if node.agent}
+    if agents:
+        return AgentFleet(keys, agents)
+    return LocalFleet(LocalLauncher(), RunRef(run.run_id, run.path))
 
 
 def leave_word(run: RunDir, incarnation: int, kind: str, message: str) -> None:
