@@ -175,7 +175,7 @@ def build_plan(
     recipe = loaded.recipe
     engine = catalog.get(recipe.backend)
     try:
-        placement = place(_needs(recipe, engine), inventory)
+        placement = place(_needs(recipe, engine, inventory), inventory)
     except PlacementError as error:
         raise PlacementError(error.message, where=loaded.where(error.where), hint=error.hint) from error
     ports = PortAllocator(taken_ports, run.first_port)
@@ -216,12 +216,27 @@ def build_plan(
     )
 
 
-def _needs(recipe: Recipe, engine: Engine) -> list[Need]:
+def _needs(recipe: Recipe, engine: Engine, inventory: Inventory) -> list[Need]:
     gpus = engine.features.gpus and recipe.engine.device == "gpu"
     return [
-        Need(role, section.replicas, parallel_of(section), gpus=gpus, multi_node=engine.features.multi_node)
+        Need(
+            role,
+            section.replicas,
+            parallel_of(section),
+            gpus=gpus,
+            multi_node=engine.features.multi_node,
+            hosts=_hosts_of(inventory, section.hosts, f"roles.{role}.hosts"),
+        )
         for role, section in recipe.roles.present().items()
     ]
+
+
+def _hosts_of(inventory: Inventory, wanted: Sequence[str], field: str) -> tuple[str, ...]:
+    """The names of the hosts meant. Raises PlacementError, its `where` being the field."""
+    try:
+        return tuple(host.name for host in inventory.select(wanted))
+    except PlacementError as error:
+        raise PlacementError(error.message, where=field, hint=error.hint) from error
 
 
 def _workers(
@@ -305,16 +320,20 @@ def _engine_url(recipe: Recipe, launch: EngineLaunch) -> str:
 
 def _frontend_hosts(loaded: LoadedRecipe, inventory: Inventory) -> list[Host]:
     """The host of each frontend. Raises PlacementError for a name that is not in the inventory."""
-    frontend, there = loaded.recipe.frontend, {host.name: host for host in inventory.hosts}
-    names = frontend.hosts or [inventory.hosts[0].name]
-    unknown = [name for name in names if name not in there]
-    if unknown:
+    frontend = loaded.recipe.frontend
+    try:
+        hosts = inventory.select(frontend.hosts) or inventory.hosts[:1]
+    except PlacementError as error:
+        raise PlacementError(error.message, where=loaded.where("frontend.hosts"), hint=error.hint) from error
+    doors = [hosts[index % len(hosts)] for index in range(frontend.replicas)]
+    distinct = len({host.name for host in doors})
+    if distinct > 1 and frontend.host not in ("0.0.0.0", "::"):
         raise PlacementError(
-            f"no host '{unknown[0]}' in {inventory.source}",
-            where=loaded.where("frontend.hosts"),
-            hint=f"there are {', '.join(there)}",
+            f"frontends on {distinct} hosts cannot all listen on {frontend.host}",
+            where=loaded.where("frontend.host"),
+            hint="use 0.0.0.0 or ::",
         )
-    return [there[names[index % len(names)]] for index in range(frontend.replicas)]
+    return doors
 
 
 def _public_port(loaded: LoadedRecipe, doors: Sequence[Host], ports: PortAllocator) -> int:
