@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from dynctl.cli.pick import ENV_NAME
 from dynctl.cli.render import prose
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.remote import HostSite, Remote, RemoteHost, sweep
@@ -22,7 +23,6 @@ from dynctl.topology.inventory import Host
 
 T = TypeVar("T")
 
-ENV_NAME = "DYNCTL_NAME"
 _DRAIN_S = 5.0
 
 
@@ -82,7 +82,8 @@ def command_there(remote: Remote, verb: str, args: Sequence[str]) -> list[str]:
 async def _down(run: RunDir, remote: Remote, hosts: SshHosts, code: int) -> int:
     """End what the head could not: on hosts that its controller did not reach, or all without one."""
     reached = await hosts.connect_all(_host(host) for host in remote.hosts)
-    sites, failed = [], {}
+    sites: list[HostSite] = []
+    failed: dict[str, DynctlError] = {}
     for host in remote.hosts:
         there = reached[host.name]
         if isinstance(there, SshHost):

@@ -16,7 +16,6 @@ from dynctl.cli.render import prose
 from dynctl.deploy.home import Home, new_run_id
 from dynctl.deploy.remote import HostSite, Started, raise_first, start, sweep, with_addresses
 from dynctl.deploy.run import Checked
-from dynctl.errors import DynctlError, SshError
 from dynctl.launchers.bootstrap import Bootstrap, interpreter
 from dynctl.launchers.probe import HostFacts, probe
 from dynctl.launchers.ssh import SshHosts
@@ -61,9 +60,7 @@ async def _reach(checked: Checked, hosts: SshHosts) -> dict[str, SshHost]:
     return {name: one for name, one in found.items() if isinstance(one, SshHost)}
 
 
-async def _look(
-    checked: Checked, reached: Mapping[str, SshHost], how: How
-) -> tuple[Checked, list[HostSite]]:
+async def _look(checked: Checked, reached: Mapping[str, SshHost], how: How) -> tuple[Checked, list[HostSite]]:
     """What each host is: interpreter, GPUs, address, ports in use."""
     looked = await asyncio.gather(
         *(_look_at(host, reached[host.name], how) for host in checked.inventory.hosts), return_exceptions=True
@@ -103,11 +100,3 @@ async def _attend(
     if code not in (0, 130) and not started.adopted:
         await sweep(sites, plan.run_id, 0.0)
     return code
-
-
-def told(errors: Sequence[DynctlError]) -> str:
-    """All of them, a line each."""
-    return "\n".join(str(error) for error in errors)
-
-
-_ = SshError
