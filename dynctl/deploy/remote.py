@@ -131,12 +131,13 @@ def with_addresses(inventory: Inventory, found: Mapping[str, str]) -> Inventory:
     """The inventory with addresses that can be listened on: found ones where it has none, or a name."""
 
     def of(host: Host) -> Host:
-        return host if _is_ip(host.address) else replace(host, address=found[host.name])
+        return host if is_ip(host.address) else replace(host, address=found[host.name])
 
     return replace(inventory, hosts=tuple(map(of, inventory.hosts)))
 
 
-def _is_ip(text: str) -> bool:
+def is_ip(text: str) -> bool:
+    """Whether it is an address that can be listened on as it stands."""
     try:
         ipaddress.ip_address(text)
     except ValueError:
@@ -178,17 +179,15 @@ async def start(checked: Checked, lock: str, sites: Sequence[HostSite], run_id: 
 
 
 async def _hand_out(plan: Plan, lock: str, sites: Sequence[HostSite], *, adopt: bool) -> None:
-    """The head first: it says whether the name is free. Then all others at once."""
+    """All at once: whether the name is free has been asked for, and is once more when the head takes it."""
     secret = {} if adopt else _secrets()
     head = sites[0]
-    await head.ask(
-        Claim(
-            name=plan.name,
-            run_id=plan.run_id,
-            files={**run_files(plan, lock), **secret},
-            spawn=[_spawn(plan.process(seat)) for seat in (f"agent-{head.name}", CONTROLLER)],
-            adopt=adopt,
-        )
+    claim = Claim(
+        name=plan.name,
+        run_id=plan.run_id,
+        files={**run_files(plan, lock), **secret},
+        spawn=[_spawn(plan.process(seat)) for seat in (f"agent-{head.name}", CONTROLLER)],
+        adopt=adopt,
     )
     joins = [
         Join(
@@ -199,9 +198,9 @@ async def _hand_out(plan: Plan, lock: str, sites: Sequence[HostSite], *, adopt: 
         )
         for site in sites[1:]
     ]
-    answers = await asyncio.gather(
-        *(site.ask(join) for site, join in zip(sites[1:], joins, strict=True)), return_exceptions=True
-    )
+    calls: list[Claim | Join] = [claim, *joins]
+    asked = zip(sites, calls, strict=True)
+    answers = await asyncio.gather(*(site.ask(call) for site, call in asked), return_exceptions=True)
     raise_first(answers)
 
 
