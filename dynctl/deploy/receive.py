@@ -127,9 +127,7 @@ def _claim(call: Claim, home: Home, launcher: Launcher) -> Answer:
 
 def _join(call: Join, home: Home, launcher: Launcher) -> Answer:
     home.prepare()
-    run = RunDir(home.runs / call.run_id)
-    run.path.mkdir(mode=0o700, exist_ok=True)
-    there = home.create_node(run, call.node, call.files)
+    there = home.create_node(call.run_id, call.node, call.files)
     _spawn(call.spawn, launcher, RunRef(call.run_id, there.path))
     return Answer(run_dir=str(there.path))
 

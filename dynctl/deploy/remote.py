@@ -120,9 +120,7 @@ def contexts(sites: Iterable[HostSite], run_id: str) -> RunContext:
     """Directories and interpreters of a run on its hosts, the first of which is the head."""
     there = list(sites)
     head = f"{there[0].home}/runs/{run_id}"
-    nodes = {
-        site.name: NodeContext(f"{site.home}/runs/{run_id}/nodes/{site.name}", site.python) for site in there
-    }
+    nodes = {site.name: NodeContext(f"{site.home}/nodes/{run_id}/{site.name}", site.python) for site in there}
     nodes[there[0].name] = NodeContext(head, there[0].python)
     return RunContext(run_id, head, there[0].python, first_port_of(run_id), nodes)
 
