@@ -79,6 +79,8 @@ def up(  # noqa: PLR0913 - one parameter for each option of the verb
         return up_over_ssh(checked, How(detach, timeout, as_json, bootstrap, wheelhouse))
     launcher = LocalLauncher()
     started = start(checked, site(launcher))
+    if started.adopted:
+        prose(f"{started.name}: a new controller takes over what lives")
     try:
         return attended(started, Stopper(launcher), timeout, detach=detach, as_json=as_json)
     finally:
@@ -105,10 +107,7 @@ def confirmed(checked: Checked) -> bool:
 
 def attended(started: Up, stopper: Stopper, timeout: float | None, *, detach: bool, as_json: bool) -> int:
     """Wait until it is ready, say so, and stay unless told to detach."""
-    name = started.name
-    if started.adopted:
-        prose(f"{name}: a new controller takes over what lives")
-    ready = False
+    name, ready = started.name, False
     try:
         with screen() as shown:
             wait_ready(started, Waiter(stopper, shown.show), timeout)

@@ -118,6 +118,10 @@ async def _attend(
         run = place.create_run(plan.run_id, {})
         place.point(plan.name, run)
     save_remote(run, remote)
+    if started.running:
+        prose(f"{plan.name} is running already, from the same recipe: every host has its agent", style="good")
+    elif started.adopted:
+        prose(f"{plan.name}: a new controller takes over what lives")
     args = [plan.name]
     args += ["--detach"] if how.detach else []
     args += ["--timeout", f"{how.timeout_s}s"] if how.timeout_s is not None else []
