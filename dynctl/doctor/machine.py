@@ -43,7 +43,7 @@ def dynctl(subject: Subject) -> list[Verdict]:
     """Some Python there has this version of dynctl."""
     facts, ours = subject.facts, subject.wanted.version
     found = [candidate for candidate in facts.dynctl if candidate.version]
-    install = f"on {subject.host.name}: python3 -m venv ~/dynctl && ~/dynctl/bin/pip install dynctl=={ours}"
+    install = f"{subject.on}: python3 -m venv ~/dynctl && ~/dynctl/bin/pip install dynctl=={ours}"
     if not found:
         if facts.path_dynctl:
             return [unknown(f"{facts.path_dynctl} is there, its version was not told")]
@@ -90,12 +90,13 @@ def ports(subject: Subject) -> list[Verdict]:
         who = f" by {holder}" if holder else "; by whom is not ours to see"
         remedy = "end it, or --set frontend.port=PORT (0 takes a free one)"
         if not holder:
-            remedy += f"; as root on {subject.host.name}: ss -ltnp 'sport = :{port}'"
+            remedy += f"; as root {subject.on}: ss -ltnp 'sport = :{port}'"
         found.append(fail(f"port {port} is taken{who}", remedy))
     fixed = [port for port in fixed_ports(subject) if port not in taken]
     if fixed:
         found.append(ok(f"{', '.join(map(str, fixed))} free"))
-    found += _range(facts.ephemeral, facts.listening)
+    if not subject.wanted.tried:
+        found += _range(facts.ephemeral, facts.listening)
     return found
 
 
@@ -110,10 +111,10 @@ def _range(ephemeral: Sequence[int], listening: Sequence[int]) -> list[Verdict]:
 
 
 def fixed_ports(subject: Subject) -> tuple[int, ...]:
-    """The ports there that the recipe names, so that nothing goes round them; if asked for, all planned."""
-    recipe = subject.wanted.recipe
-    if subject.wanted.as_planned:
-        return subject.node.ports if subject.node else ()
+    """The ports there that the recipe names: nothing goes round them. Of a failed start all it had."""
+    recipe, tried = subject.wanted.recipe, subject.wanted.tried
+    if tried:
+        return tuple(sorted(port for p in subject.processes if p.id in tried for port in p.ports.values()))
     if recipe is None or not recipe.frontend.port:
         return ()
     doors = [p for p in subject.processes if p.kind == "frontend"]
@@ -146,7 +147,7 @@ def disk(subject: Subject) -> list[Verdict]:
     if told is None:
         return [unknown(f"{home}: {subject.facts.note(f'disk {home}') or 'not told'}")]
     free = f"{size(told.free)} of {size(told.total)} free for {home}"
-    remedy = f"free some space on {subject.host.name}, or let DYNCTL_HOME name a directory on another disk"
+    remedy = f"free some space {subject.on}, or let DYNCTL_HOME name a directory on another disk"
     if told.free < LEAST_DISK:
         return [fail(free, remedy)]
     return [warn(free, remedy) if told.free < LITTLE_DISK else ok(free)]

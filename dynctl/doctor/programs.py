@@ -23,7 +23,7 @@ def engine(subject: Subject) -> list[Verdict]:
     given = next((name for name in ("container", "python", "venv") if getattr(section, name)), "")
     if not told.found:
         where = f"engine.{given} ({getattr(section, given)})" if given else "PATH"
-        remedy = f"install it on {subject.host.name}, or correct engine.{given or 'venv'}"
+        remedy = f"install it {subject.on}, or correct engine.{given or 'venv'}"
         return [fail(f"the program of {backend} is not there: looked in {where}", remedy)]
     if told.version:
         return [ok(f"{backend} {told.version} ({told.found})")]
@@ -46,8 +46,7 @@ def flags(subject: Subject) -> list[Verdict]:
         return found or [ok("the recipe gives it none")]
     if told is None or told.flags is None:
         why = told.note if told is not None else subject.facts.note("engine")
-        listed = ", ".join(given)
-        return [*found, unknown(f"{listed} not compared with its help: {why or 'not asked'}")]
+        return [*found, unknown(f"{len(given)} not compared with its help: {why or 'not asked'}")]
     wrong = doubts(given, told.flags)
     for doubt in wrong:
         where = _where(subject, doubt.flag)
@@ -60,7 +59,7 @@ def flags(subject: Subject) -> list[Verdict]:
             message = f"{wanted.loaded.recipe.backend}{told_version} has no flag {doubt.flag}"
             found.append(fail(message, f"{near}It is set at {where}"))
     good = len(given) - len(wrong)
-    return [*found, ok(f"{good} of {len(told.flags)} known to its help")] if good else found
+    return [*found, ok(f"{good} known to its help, which lists {len(told.flags)}")] if good else found
 
 
 def _where(subject: Subject, flag: str) -> str:
@@ -95,7 +94,7 @@ def container(subject: Subject) -> list[Verdict]:
     at = subject.facts.paths.get(image)
     if at is None or at.readable:
         return [ok(f"apptainer {told.apptainer}, image {image}")]
-    return [_unreadable("image", image, at, "engine.container", subject.host.name)]
+    return [_unreadable("image", image, at, "engine.container", subject.on)]
 
 
 def model(subject: Subject) -> list[Verdict]:
@@ -115,7 +114,7 @@ def model(subject: Subject) -> list[Verdict]:
         remedy = "if a file server is behind it, see whether it hangs"
         return [*found, unknown(f"{path}: {why}", remedy)]
     if not at.readable:
-        return [*found, _unreadable("model", path, at, "model.path", subject.host.name)]
+        return [*found, _unreadable("model", path, at, "model.path", subject.on)]
     if not at.is_dir:
         return [*found, warn(f"{path} is a file, no directory", "give the directory that holds config.json")]
     return [*found, ok(f"{path} ({at.fstype or 'unknown file system'})")]
@@ -127,7 +126,7 @@ def _hub(subject: Subject, model_id: str) -> Verdict:
         return ok(f"{model_id} is in the cache: {facts.model_at}")
     if facts.note(f"model {model_id}"):
         return unknown(f"{model_id}: {facts.note(f'model {model_id}')}")
-    remedy = f"on {subject.host.name}: hf download {model_id}"
+    remedy = f"{subject.on}: hf download {model_id}"
     if env.get("HF_HUB_OFFLINE", "") not in ("", "0"):
         return fail(f"{model_id} is not in the cache, and HF_HUB_OFFLINE forbids to download it", remedy)
     return warn(f"{model_id} is not in the cache: the engine downloads it when it starts", remedy)
@@ -138,13 +137,11 @@ def _other_files(subject: Subject, paths: Iterable[str]) -> list[Verdict]:
     for path in paths:
         at = subject.facts.paths.get(path)
         if at is not None and not at.readable:
-            wrong.append(
-                _unreadable("file", path, at, "model.tokenizer or model.chat_template", subject.host.name)
-            )
+            wrong.append(_unreadable("file", path, at, "model.tokenizer or model.chat_template", subject.on))
     return wrong
 
 
-def _unreadable(what: str, path: str, at: PathFacts, field: str, host: str) -> Verdict:
+def _unreadable(what: str, path: str, at: PathFacts, field: str, on: str) -> Verdict:
     if not at.exists:
-        return fail(f"{what} missing: {path}", f"put it there on {host}, or correct {field}")
+        return fail(f"{what} missing: {path}", f"put it there {on}, or correct {field}")
     return fail(f"{what} may not be read by this user: {path}", f"chmod -R a+rX {path}, or correct {field}")

@@ -20,7 +20,8 @@ class Wanted:
     """What is to be started. All None = nothing in particular; `plan` alone None = it does not fit the hosts.
 
     `version` is the asking dynctl's own, `home` the directory of its runs on every host, `here` whether the
-    hosts are this machine. `as_planned`: the plan's ports are meant to be these, as of a start that failed.
+    hosts are this machine. `tried`: ids of processes whose start failed: their ports as planned are judged,
+    instead of those that a start would not go round.
     """
 
     version: str
@@ -28,7 +29,7 @@ class Wanted:
     loaded: LoadedRecipe | None = None
     plan: Plan | None = None
     here: bool = True
-    as_planned: bool = False
+    tried: frozenset[str] = frozenset()
 
     @property
     def recipe(self) -> Recipe | None:
@@ -96,6 +97,11 @@ class Subject:
         """What the plan starts there."""
         plan = self.wanted.plan
         return tuple(p for p in plan.processes if p.node == self.host.name) if plan else ()
+
+    @property
+    def on(self) -> str:
+        """Where it is, as part of a sentence."""
+        return "on this machine" if self.wanted.here else f"on {self.host.name}"
 
     @property
     def has_engine(self) -> bool:
