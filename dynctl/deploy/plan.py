@@ -162,7 +162,7 @@ def build_plan(
     recipe = loaded.recipe
     engine = catalog.get(recipe.backend)
     try:
-        placement = place(_needs(recipe, engine), inventory)
+        placement = place(needs(recipe, engine), inventory)
     except PlacementError as error:
         raise PlacementError(error.message, where=loaded.where(error.where), hint=error.hint) from error
     ports = PortAllocator(taken_ports, run.first_port)
@@ -201,7 +201,8 @@ def build_plan(
     )
 
 
-def _needs(recipe: Recipe, engine: Engine) -> list[Need]:
+def needs(recipe: Recipe, engine: Engine) -> list[Need]:
+    """What is to be placed: each role with its replicas and their GPUs."""
     gpus = engine.features.gpus and recipe.engine.device == "gpu"
     return [
         Need(role, section.replicas, parallel_of(section), gpus=gpus, multi_node=engine.features.multi_node)
@@ -232,7 +233,7 @@ def _replica(
     engine, section = site.engine, site.recipe.roles.present()[role]
     apart = role in ("prefill", "decode")
     transfer = site.recipe.engine.kv_transfer
-    needs = engine.port_needs(role, parallel_of(section), disaggregated=apart, transfer=transfer)
+    needs = engine.portneeds(role, parallel_of(section), disaggregated=apart, transfer=transfer)
     nodes = [rank.node for rank in ranks]
     ports = {name: allocator.allocate(nodes, count) for name, count in needs.items()}
     launch = engine_launch(site.recipe, role, index, ranks, ports)
