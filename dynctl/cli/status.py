@@ -12,9 +12,9 @@ from dynctl.cli.pick import ask, pick
 from dynctl.cli.render import STATE_STYLES, data, json_data, paint
 from dynctl.deploy.ask import Health, ask_health
 from dynctl.deploy.home import RunDir
-from dynctl.deploy.logs import tail
 from dynctl.deploy.state import ENDED
 from dynctl.deploy.status import Diagnosis, diagnose, ready_counts
+from dynctl.launchers.last_lines import tail
 from dynctl.protocol.deployment import DeploymentView
 
 _LINES = 3

@@ -17,7 +17,8 @@ from dynctl.deploy.plan import Plan
 from dynctl.deploy.state import ENDED, ControllerRecord, load_state
 from dynctl.errors import DynctlError, LaunchError, UsageError
 from dynctl.http.runtime import run as run_loop
-from dynctl.launchers.base import ENV_INCARNATION
+from dynctl.launchers.base import ENV_INCARNATION, RunRef
+from dynctl.launchers.fleet import LocalFleet
 from dynctl.launchers.local import LocalLauncher
 from dynctl.observability.logs import setup
 from dynctl.protocol.exits import LastWords
@@ -82,7 +83,8 @@ async def serve(run: RunDir, incarnation: int) -> None:
         pid=os.getpid(), start_ticks=own.start_ticks if own else 0, incarnation=incarnation
     )
     plan = Plan.from_json(run.plan.read_bytes())
-    controller = Controller(Parts(run, plan, Keys.load(run.keys), LocalLauncher()), state)
+    fleet = LocalFleet(LocalLauncher(), RunRef(run.run_id, run.path))
+    controller = Controller(Parts(run, plan, Keys.load(run.keys), fleet), state)
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, controller.leave)

@@ -134,6 +134,9 @@ class Supervisor:
         seat = self._current(event.id, event.incarnation)
         if seat is None:
             return
+        if seat.state != "starting":  # the way down began while it was being started
+            self._out.append(Kill(seat.id, seat.incarnation))
+            return
         seat.pid, seat.start_ticks, seat.pgid = event.pid, event.start_ticks, event.pgid
         seat.started_at = event.wall_s
         self._note("process.started", seat, pid=seat.pid)

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from dynctl.deploy.state import ENDED, RunState, SeatRecord
+from dynctl.launchers.last_lines import first_error
 from dynctl.protocol.deployment import DeploymentView, ProcessView, SeatState
 
 IsAlive = Callable[[int, int], bool]
 """(pid, start ticks) → whether exactly this process lives."""
 
 _LETTERS = {"prefill": "P", "decode": "D", "encode": "E"}
-_TELLING = re.compile(
-    r"\b(error|exception|critical|fatal|refused|denied|cannot|unable|failed|no such|not found|killed)\b"
-    r"|Error\b|Exception\b",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,15 +121,3 @@ def _sentence(row: ProcessView) -> str:
         doing = {"failed": "gave up", "backoff": "waits to be restarted", "starting": "is starting again"}
         return f"{row.id} {doing[row.state]}: {row.last_exit}"
     return f"{row.id} is {row.state}"
-
-
-def telling_lines(lines: Sequence[str], limit: int) -> list[str]:
-    """The lines of a log that say what went wrong, oldest first; its last lines when none does."""
-    full = [line.rstrip() for line in lines if line.strip()]
-    telling = [line for line in full if _TELLING.search(line)]
-    return (telling or full)[-limit:]
-
-
-def first_error(lines: Sequence[str]) -> str:
-    """The first line that says what went wrong, "" when there are no lines."""
-    return next((line for line in lines if _TELLING.search(line)), lines[0] if lines else "")

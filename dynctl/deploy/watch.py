@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from dynctl import procfs
 from dynctl.deploy.ask import Health, ask_health
 from dynctl.deploy.home import RunDir
-from dynctl.deploy.logs import tail
 from dynctl.deploy.run import Up
 from dynctl.deploy.state import ENDED, RunState, load_state
-from dynctl.deploy.status import diagnose, telling_lines, view_of
+from dynctl.deploy.status import diagnose, view_of
 from dynctl.deploy.stop import CONTROLLER, Stopper, stop_run
 from dynctl.errors import LaunchError, NotReady, PortInUse, ProcessExited
 from dynctl.launchers.base import ProcessHandle
 from dynctl.launchers.files import write_atomic
+from dynctl.launchers.last_lines import tail, telling_lines
 from dynctl.protocol.deployment import DeploymentView
 from dynctl.protocol.exits import read_last_words
 
