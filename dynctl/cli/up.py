@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from importlib import metadata
 from typing import Annotated
 
@@ -12,14 +13,17 @@ import typer
 from dynctl.cli import options
 from dynctl.cli.exits import INTERRUPTED
 from dynctl.cli.live import follow, screen, ways_back
-from dynctl.cli.pick import home, running_names
+from dynctl.cli.pick import home, launcher_of, running_names, state
 from dynctl.cli.render import data, json_data, program, prose
 from dynctl.deploy.plan import build_plan
 from dynctl.deploy.run import Checked, Site, Up, UpRequest, check, start
 from dynctl.deploy.seats import RunContext
+from dynctl.deploy.slurm_up import check_slurm, submit
 from dynctl.deploy.stop import Stopper
 from dynctl.deploy.watch import Waiter, wait_ready
 from dynctl.launchers.local import LocalLauncher
+from dynctl.launchers.slurm_client import SlurmClient
+from dynctl.recipe.load import load_recipe
 
 Detach = Annotated[bool, typer.Option("--detach", "-d", help="Return when it is ready.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before GPUs are taken.")]
@@ -41,6 +45,7 @@ def up(  # noqa: PLR0913 - one parameter for each option of the verb
     yes: Yes = False,
     timeout: Timeout = None,
     inventory: options.Inventory = None,
+    target: options.Target = None,
     sets: options.Set = None,
     unsets: options.Unset = None,
     as_json: options.Json = False,
@@ -49,19 +54,31 @@ def up(  # noqa: PLR0913 - one parameter for each option of the verb
 
     Stays and shows the deployment; Ctrl-C leaves it running. If it cannot become ready, nothing is left
     running. On the name of a deployment whose controller has died: a new one takes over what still lives.
+    On Slurm: submits the job and waits for it; Ctrl-C leaves it in the queue.
     """
-    checked = check(UpRequest(recipe, sets or (), unsets or (), inventory))
+    request = UpRequest(recipe, options.with_target(sets, target), unsets or (), inventory)
+    checked = judged(request)
     for warning in checked.warnings:
         prose(warning, style="warning")
     if not yes and not confirmed(checked):
         prose("nothing was started")
         return INTERRUPTED
     launcher = LocalLauncher()
+    if checked.loaded.recipe.target == "slurm":
+        submitted = submit(checked, site(launcher), SlurmClient())
+        stopper = Stopper(launcher_of(submitted.run))
+        return attended(submitted, stopper, timeout, detach=detach, as_json=as_json)
     started = start(checked, site(launcher))
     try:
         return attended(started, Stopper(launcher), timeout, detach=detach, as_json=as_json)
     finally:
         launcher.release(started.controller)
+
+
+def judged(request: UpRequest) -> Checked:
+    """The recipe, checked for the target it names. Raises RecipeError, PlacementError."""
+    loaded = load_recipe(request.recipe, tuple(request.sets), tuple(request.unsets))
+    return check_slurm(loaded, request.inventory) if loaded.recipe.target == "slurm" else check(request)
 
 
 def site(launcher: LocalLauncher) -> Site:
@@ -73,6 +90,8 @@ def confirmed(checked: Checked) -> bool:
     """Ask a person before GPUs are taken; true off a terminal, and when none are."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return True
+    if checked.loaded.recipe.target == "slurm":
+        return True  # they are Slurm's to give
     preview = RunContext("RUN_ID", "RUN_DIR", sys.executable)
     plan = build_plan(checked.loaded, checked.inventory, (), preview)
     gpus = sum(len(node.gpus) for node in plan.nodes)
@@ -92,6 +111,7 @@ def attended(started: Up, stopper: Stopper, timeout: float | None, *, detach: bo
         with screen() as shown:
             wait_ready(started, Waiter(stopper, shown.show), timeout)
         ready = True
+        started = started if started.url else replace(started, url=state(started.run).url)
         announce(started, as_json=as_json)
         return 0 if detach else follow(started.run, started.controller, stopper)
     except KeyboardInterrupt:

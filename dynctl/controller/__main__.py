@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Mapping
 
 from dynctl import procfs
 from dynctl.controller.service import Controller, Parts, run_dir_of
@@ -18,7 +19,7 @@ from dynctl.deploy.state import ENDED, ControllerRecord, load_state
 from dynctl.errors import DynctlError, LaunchError, UsageError
 from dynctl.http.runtime import run as run_loop
 from dynctl.launchers.base import ENV_INCARNATION, RunRef
-from dynctl.launchers.fleet import LocalFleet
+from dynctl.launchers.fleet import Fleet, LocalFleet
 from dynctl.launchers.local import LocalLauncher
 from dynctl.observability.logs import setup
 from dynctl.protocol.exits import LastWords
@@ -39,7 +40,8 @@ def main() -> int:
     try:
         lock = only_one(run)
         try:
-            run_loop(serve(run, incarnation))
+            fleet = LocalFleet(LocalLauncher(), RunRef(run.run_id, run.path))
+            run_loop(serve(run, incarnation, fleet))
         finally:
             os.close(lock)
     except DynctlError as error:
@@ -70,8 +72,14 @@ def only_one(run: RunDir) -> int:
     return fd
 
 
-async def serve(run: RunDir, incarnation: int) -> None:
-    """Read the run and look after it."""
+async def serve(
+    run: RunDir, incarnation: int, fleet: Fleet, endings: Mapping[signal.Signals, float] | None = None
+) -> None:
+    """Read the run and look after it.
+
+    SIGTERM and SIGINT have it leave what runs to another controller. `endings`: signals that have it end the
+    deployment instead, each with the seconds that requests have to end.
+    """
     state = load_state(run.state)
     if state is None:
         raise LaunchError("the run has no state", where=str(run.state))
@@ -83,11 +91,12 @@ async def serve(run: RunDir, incarnation: int) -> None:
         pid=os.getpid(), start_ticks=own.start_ticks if own else 0, incarnation=incarnation
     )
     plan = Plan.from_json(run.plan.read_bytes())
-    fleet = LocalFleet(LocalLauncher(), RunRef(run.run_id, run.path))
     controller = Controller(Parts(run, plan, Keys.load(run.keys), fleet), state)
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, controller.leave)
+    for signum, drain_s in (endings or {}).items():
+        loop.add_signal_handler(signum, controller.end, drain_s, signum.name)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     await controller.run()
 

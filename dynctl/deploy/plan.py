@@ -233,7 +233,7 @@ def _replica(
     engine, section = site.engine, site.recipe.roles.present()[role]
     apart = role in ("prefill", "decode")
     transfer = site.recipe.engine.kv_transfer
-    needs = engine.portneeds(role, parallel_of(section), disaggregated=apart, transfer=transfer)
+    needs = engine.port_needs(role, parallel_of(section), disaggregated=apart, transfer=transfer)
     nodes = [rank.node for rank in ranks]
     ports = {name: allocator.allocate(nodes, count) for name, count in needs.items()}
     launch = engine_launch(site.recipe, role, index, ranks, ports)

@@ -1,4 +1,4 @@
-"""The batch script of a deployment: how large its job is, its directives, and the line that starts it. Pure."""
+"""The batch script of a deployment: how large its job is, its directives, what starts it. Pure."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def directives(loaded: LoadedRecipe, size: Size, context: JobContext) -> list[st
         "exclusive": options.exclusive,
         "reservation": options.reservation,
         "comment": options.comment,
-        "output": f"{_no_pattern(context.run_dir)}/logs/job.log",
+        "output": f"{_no_pattern(context.run_dir)}/logs/controller.log",
         "open-mode": "append",
         "signal": _warning(options),
         "no-requeue": not {"requeue", "no-requeue"} & set(options.sbatch_args),

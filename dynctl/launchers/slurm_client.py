@@ -1,7 +1,7 @@
 """Slurm's programs, each call with a deadline: sbatch, squeue, scancel, scontrol.
 
-What a program writes to standard error never gets into what is read of it. A controller that does not answer is
-not a job that is gone: the first raises SlurmUnreachable, the second is left out of the answer.
+What a program writes to standard error never gets into what is read of it. A controller that does not answer
+is not a job that is gone: the first raises SlurmUnreachable, the second is left out of the answer.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ _JOB_FIELDS = "%i|%T|%r|%S|%V|%e|%N|%B|%P|%l|%Q|%j"
 """The name comes last: it alone may hold a bar. Slurm writes control characters as underscores."""
 _STEP_FIELDS = "%i|%N|%j"
 _UNREACHABLE = re.compile(
-    r"unable to contact|connection (timed out|refused|reset)|connect failure|communication (connection|failure)"
-    r"|socket timed out|zero bytes|unexpected missing socket|no route to host|address already in use",
+    r"unable to contact|connection (timed out|refused|reset)|connect failure"
+    r"|communication (connection|failure)|socket timed out|zero bytes|unexpected missing socket"
+    r"|no route to host|address already in use",
     re.IGNORECASE,
 )
 _UNKNOWN_JOB = re.compile(r"invalid job id|already completing or completed", re.IGNORECASE)
@@ -86,7 +87,9 @@ class JobRow:
 
 
 _PENDING = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"})
-_ACTIVE = frozenset({"RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT"})
+_ACTIVE = frozenset(
+    {"RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +154,7 @@ class SlurmClient:
         return [StepRow(*line.split("|", 2)) for line in rows.splitlines() if line.count("|") >= 2]
 
     def signal(self, target: str, signum: str, *, batch: bool = False) -> None:
-        """Send a signal ("TERM") to a step, or to a job's batch script alone; one that has ended is no error."""
+        """Send a signal ("TERM") to a step, or to a job's batch script alone, if it lives."""
         flags = ["--batch"] if batch else []
         self._call(["scancel", f"--signal={signum}", *flags, target], unknown="")
 
@@ -187,7 +190,11 @@ class SlurmClient:
     ) -> str:
         """Standard output of one call. `unknown`: the answer for a job that Slurm does not know."""
         # Times, messages and number formats as we read them, whatever the user's own settings are.
-        env = {**(self.environ if environ is None else environ), "LC_ALL": "C", "SLURM_TIME_FORMAT": "standard"}
+        env = {
+            **(self.environ if environ is None else environ),
+            "LC_ALL": "C",
+            "SLURM_TIME_FORMAT": "standard",
+        }
         env = {k: v for k, v in env.items() if not k.startswith(("SQUEUE_", "SINFO_", "SCANCEL_"))}
         try:
             done = subprocess.run(
@@ -210,7 +217,8 @@ class SlurmClient:
             raise SlurmError(f"{argv[0]} could not be run: {error.strerror or error}") from error
         except subprocess.TimeoutExpired as error:
             raise SlurmUnreachable(
-                f"{argv[0]} did not answer within {self.deadline_s:g} s", hint="the Slurm controller is busy or down"
+                f"{argv[0]} did not answer within {self.deadline_s:g} s",
+                hint="the Slurm controller is busy or down",
             ) from error
         if done.returncode == 0:
             if done.stderr.strip():
@@ -239,7 +247,21 @@ def parse_job(line: str) -> JobRow:
     """One line in `_JOB_FIELDS`."""
     *fields, priority, name = line.split("|", _JOB_FIELDS.count("|"))
     known = ["" if field in ("N/A", "(null)", "n/a", "Unknown", "None") else field for field in fields]
-    return JobRow(*known, int(priority) if priority.isdigit() else 0, name)
+    one, state, reason, start, submitted, end, nodes, host, partition, limit = known
+    return JobRow(
+        id=one,
+        state=state,
+        reason=reason,
+        start=start,
+        submitted=submitted,
+        end=end,
+        nodes=nodes,
+        host=host,
+        partition=partition,
+        limit=limit,
+        priority=int(priority) if priority.isdigit() else 0,
+        name=name,
+    )
 
 
 def parse_node(line: str) -> NodeRow:

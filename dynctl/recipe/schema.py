@@ -463,7 +463,9 @@ class Slurm(Section):
     """Comment of the job."""
     warning: Annotated[Duration, Field(ge=0)] = 120.0
     """So long before the time limit the service drains and ends; 0: it is cut off there."""
-    sbatch_args: dict[Annotated[str, Field(pattern="^[a-z][a-z0-9-]*$")], SbatchValue] = Field(default_factory=dict)
+    sbatch_args: dict[Annotated[str, Field(pattern="^[a-z][a-z0-9-]*$")], SbatchValue] = Field(
+        default_factory=dict
+    )
     """Further options of sbatch by name; true for one without a value."""
 
 
