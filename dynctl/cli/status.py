@@ -8,13 +8,15 @@ from typing import Annotated, Any
 import typer
 
 from dynctl.cli import options
-from dynctl.cli.pick import ask, pick
+from dynctl.cli.pick import ask, launcher_of, pick
 from dynctl.cli.render import STATE_STYLES, data, json_data, paint
 from dynctl.deploy.ask import Health, ask_health
 from dynctl.deploy.home import RunDir
+from dynctl.deploy.slurm_view import job_facts
 from dynctl.deploy.state import ENDED
 from dynctl.deploy.status import Diagnosis, diagnose, ready_counts
 from dynctl.launchers.last_lines import tail
+from dynctl.launchers.slurm_job import JobLauncher
 from dynctl.protocol.deployment import DeploymentView
 
 _LINES = 3
@@ -38,10 +40,14 @@ def status(name: options.Name = None, watch: Watch = False, as_json: options.Jso
     health = ask_frontends(seen)
     found = look_closer(seen, silent, health)
     doubts = doubts_of(health)
+    launcher = launcher_of(run)
+    job = job_facts(launcher) if isinstance(launcher, JobLauncher) else None
     if as_json:
-        json_data(as_object(seen, found, doubts))
+        json_data(as_object(seen, found, doubts) | ({"job": job} if job is not None else {}))
     else:
-        data("\n".join([*text(run, seen, found), *(f"doubt: {doubt}" for doubt in doubts)]))
+        lines = text(run, seen, found)
+        lines[2:2] = [job["line"]] if job is not None else []
+        data("\n".join([*lines, *(f"doubt: {doubt}" for doubt in doubts)]))
 
 
 def ask_frontends(seen: DeploymentView) -> dict[str, Health]:

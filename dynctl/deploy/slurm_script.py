@@ -49,6 +49,7 @@ _OWNED = {
     "signal": "slurm.warning",
 }
 _LEAST_WARNING_S = 60.0
+"""Slurm counts in minutes, and may warn so much earlier than asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +137,8 @@ def directives(loaded: LoadedRecipe, size: Size, context: JobContext) -> list[st
     recipe = loaded.recipe
     options = recipe.slurm or Slurm()
     refuse_owned(loaded, options.sbatch_args)
-    given: dict[str, SbatchValue | None] = {
+    _refuse_short(loaded, options)
+    given: dict[str, SbatchValue | int | None] = {
         "job-name": context.name,
         "partition": options.partition,
         "account": options.account,
@@ -175,6 +177,16 @@ def refuse_owned(loaded: LoadedRecipe, given: Mapping[str, SbatchValue]) -> None
         raise RecipeError(f"'{name}' is set by dynctl, from {owner}: set it there", where=where)
 
 
+def _refuse_short(loaded: LoadedRecipe, options: Slurm) -> None:
+    """A time limit that leaves no time to serve. Raises RecipeError."""
+    least = options.warning + _LEAST_WARNING_S
+    if options.time is None or options.time >= least:
+        return
+    told = f"a time limit of {options.time:g} s is too short: it drains {options.warning:g} s ahead"
+    hint = f"at least {least:g} s, or a shorter slurm.warning"
+    raise RecipeError(told, where=loaded.where("slurm.time"), hint=hint)
+
+
 def slurm_time(seconds: float) -> str:
     """D-HH:MM:SS; Slurm rounds up to minutes."""
     whole = ceil(seconds)
@@ -187,7 +199,7 @@ def _warning(options: Slurm) -> str | None:
     return f"B:{DRAIN_SIGNAL}@{ceil(options.warning)}" if options.warning else None
 
 
-def _directive(name: str, value: SbatchValue | None) -> str:
+def _directive(name: str, value: SbatchValue | int | None) -> str:
     """`--name=value` as sbatch reads it again: quotes and backslashes are its own, not the shell's."""
     if value is True:
         return f"--{name}"

@@ -7,6 +7,7 @@ resolved: the job plans that on the nodes it is given.
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -137,7 +138,7 @@ def _submitted(client: SlurmClient, record: JobRecord, run: RunDir, script: str)
                 hint=error.hint,
             ) from error
     except SlurmError:
-        _abandon(run)
+        shutil.rmtree(run.path, ignore_errors=True)  # there is no job, and nothing in it that tells more
         raise
     logger.info("job.submitted id=%s name=%s", job_id, record.name)
     return JobRecord(job_id=job_id, name=record.name, submitted_at=record.submitted_at)

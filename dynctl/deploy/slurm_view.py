@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.state import ENDED, RunState, load_state
 from dynctl.deploy.status import view_of
-from dynctl.errors import SlurmError
+from dynctl.errors import SlurmError, SlurmRejected
 from dynctl.launchers.slurm_client import JobRow
 from dynctl.launchers.slurm_job import JobLauncher
 from dynctl.protocol.deployment import DeploymentView
@@ -32,6 +33,8 @@ _REASONS = {
     "Reservation": "its reservation has not begun",
     "BadConstraints": "no node can ever meet what it asks for",
 }
+NEVER = ("PartitionTimeLimit", "PartitionNodeLimit", "BadConstraints", "InvalidAccount", "InvalidQOS")
+"""Reasons that time alone does not cure."""
 _ENDS = {
     "CANCELLED": "was cancelled",
     "TIMEOUT": "was ended at its time limit; slurm.time asks for more",
@@ -80,13 +83,7 @@ def _waiting(state: RunState, run: RunDir, reason: str) -> DeploymentView:
 
 def pending_text(row: JobRow, place: tuple[int, int] | None) -> str:
     """Why a job waits, since when, and how much longer as far as Slurm can tell."""
-    why = _REASONS.get(row.reason, "")
-    for (
-        known,
-        text,
-    ) in _REASONS.items():  # some have details: "ReqNodeNotAvail, UnavailableNodes:n4"
-        if row.reason.startswith(known):
-            why = text
+    why = _why(row)
     parts = [f"job {row.id} is pending in partition {row.partition}: {row.reason or 'just submitted'}"]
     parts[0] += f" ({why})" if why else ""
     if place is not None:
@@ -95,25 +92,67 @@ def pending_text(row: JobRow, place: tuple[int, int] | None) -> str:
     return ", ".join(parts)
 
 
+def refuse_hopeless(launcher: JobLauncher) -> None:
+    """Raises SlurmRejected for a job that will never start as it is."""
+    row = launcher.job()
+    if row is not None and row.pending and row.reason.startswith(NEVER):
+        raise SlurmRejected(
+            f"job {row.id} cannot start in partition {row.partition}: {row.reason} ({_why(row)})",
+            hint="scontrol show partition tells its limits; ask for less, or for another partition",
+        )
+
+
+def _why(row: JobRow) -> str:
+    """Slurm's reason in words; some have details behind them: "ReqNodeNotAvail, UnavailableNodes:n4"."""
+    return next((text for known, text in _REASONS.items() if row.reason.startswith(known)), "")
+
+
 def ended_text(row: JobRow | None, job_id: str) -> str:
     """How a job ended."""
     if row is None:
         return f"job {job_id or '(unknown)'} has ended, and Slurm has forgotten it"
     how = _ENDS.get(row.state, f"ended as {row.state}")
-    details = f" ({row.reason})" if row.reason and row.state in ("FAILED", "NODE_FAIL", "CANCELLED") else ""
+    details = f" ({row.reason})" if row.reason and row.state in ("FAILED", "NODE_FAIL") else ""
     nodes = f" on {row.nodes}" if row.nodes else ""
     return f"job {row.id}{nodes} {how}{details}"
 
 
-def describe_pending(launcher: JobLauncher) -> str:
-    """`pending_text` with the place in the queue, which costs a call of its own; "" for a job that is not."""
+def job_facts(launcher: JobLauncher) -> dict[str, Any]:
+    """The job for scripts: what Slurm says of it, its place in the queue (0 = none), and all in a line.
+
+    The place costs a call of its own, made only for a job that is pending.
+    """
+    facts: dict[str, Any] = {"id": launcher.record.job_id, "state": "UNKNOWN"}
     try:
         row = launcher.job()
-        if row is None or not row.pending:
-            return ""
-        return pending_text(row, launcher.table.client.place_in_queue(row))
-    except SlurmError:
-        return ""
+        if row is None:
+            return {**facts, "line": ended_text(None, launcher.record.job_id)}
+        place = launcher.table.client.place_in_queue(row) if row.pending else (0, 0)
+    except SlurmError as error:
+        return {**facts, "line": str(error)}
+    line = (
+        pending_text(row, place) if row.pending else running_text(row) if row.active else ended_text(row, "")
+    )
+    return {
+        "id": row.id,
+        "state": row.state,
+        "reason": row.reason,
+        "nodes": row.nodes,
+        "partition": row.partition,
+        "submitted": row.submitted,
+        "start": row.start,
+        "end": row.end,
+        "time_limit": row.limit,
+        "place": place[0],
+        "of": place[1],
+        "line": line,
+    }
+
+
+def running_text(row: JobRow) -> str:
+    """Where a job runs and until when."""
+    until = f", until {row.end}" if row.end else ""
+    return f"job {row.id} is {row.state.lower()} on {row.nodes} since {row.start}{until}"
 
 
 def job_changes(run: RunDir, launcher: JobLauncher, poll_s: float) -> Iterator[DeploymentView | None]:

@@ -9,7 +9,7 @@ from dynctl import procfs
 from dynctl.deploy.ask import Health, ask_health
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.run import Up
-from dynctl.deploy.slurm_view import ended_text, job_changes
+from dynctl.deploy.slurm_view import ended_text, job_changes, refuse_hopeless
 from dynctl.deploy.state import RunState, load_state
 from dynctl.deploy.status import diagnose, view_of
 from dynctl.deploy.stop import CONTROLLER, Stopper, stop_run
@@ -92,15 +92,17 @@ def wait_ready(up: Up, waiter: Waiter, timeout_s: float | None) -> None:
 
 def _wait_phase(up: Up, waiter: Waiter, ends: float | None) -> DeploymentView:
     view: DeploymentView | None = None
+    launcher = waiter.stopper.launcher
     for seen in changes(up.run, up.controller, waiter):
         view = seen or view
+        if seen is not None and seen.phase == "pending" and isinstance(launcher, JobLauncher):
+            refuse_hopeless(launcher)
         if seen is not None:
             waiter.on_view(seen)
             if seen.phase == "ready":
                 return seen
         if ends is not None and waiter.now > ends:
             raise _late(up, view)
-    launcher = waiter.stopper.launcher
     raise _ended(up, launcher if isinstance(launcher, JobLauncher) else None)
 
 

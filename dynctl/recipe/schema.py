@@ -53,6 +53,15 @@ def _env_value(value: object) -> object:
     raise ValueError('must be a string; quote it ("1", "true")')
 
 
+def _sbatch_value(value: object) -> object:
+    if isinstance(value, bool):
+        return value
+    text = str(value) if isinstance(value, int | float | str) else "\n"
+    if "\n" in text or "\r" in text or "\0" in text:
+        raise ValueError("must be a text of one line, a number, or true")
+    return text
+
+
 def _off(value: object) -> object:
     """`off` without quotes is the boolean false in YAML."""
     return "off" if value is False else value
@@ -82,7 +91,7 @@ Args = dict[str, Any]
 Weight = Annotated[float, Field(ge=0)]
 Word = Annotated[str, Field(pattern=r"^[^\n\r\x00]*$")]
 """One line."""
-SbatchValue = bool | int | Word
+SbatchValue = Annotated[str | bool, BeforeValidator(_sbatch_value)]
 Span = Annotated[Duration, Field(gt=0)]
 
 
