@@ -15,10 +15,11 @@ from dynctl.cli.exits import INTERRUPTED
 from dynctl.cli.live import follow, screen, ways_back
 from dynctl.cli.pick import home, launcher_of, running_names, state
 from dynctl.cli.render import data, json_data, program, prose
+from dynctl.deploy.home import RunDir
 from dynctl.deploy.plan import build_plan
 from dynctl.deploy.run import Checked, Site, Up, UpRequest, check, start
 from dynctl.deploy.seats import RunContext
-from dynctl.deploy.slurm_up import check_slurm, submit
+from dynctl.deploy.slurm_up import begin_in_job, check_slurm, submit
 from dynctl.deploy.stop import Stopper
 from dynctl.deploy.watch import Waiter, wait_ready
 from dynctl.launchers.local import LocalLauncher
@@ -27,6 +28,10 @@ from dynctl.recipe.load import load_recipe
 
 Detach = Annotated[bool, typer.Option("--detach", "-d", help="Return when it is ready.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before GPUs are taken.")]
+InJob = Annotated[
+    bool,
+    typer.Option("--in-job", help="Use the Slurm job that this runs in, and stay until it is over."),
+]
 Timeout = Annotated[
     float | None,
     typer.Option(
@@ -46,6 +51,7 @@ def up(  # noqa: PLR0913 - one parameter for each option of the verb
     timeout: Timeout = None,
     inventory: options.Inventory = None,
     target: options.Target = None,
+    in_job: InJob = False,
     sets: options.Set = None,
     unsets: options.Unset = None,
     as_json: options.Json = False,
@@ -56,6 +62,7 @@ def up(  # noqa: PLR0913 - one parameter for each option of the verb
     running. On the name of a deployment whose controller has died: a new one takes over what still lives.
     On Slurm: submits the job and waits for it; Ctrl-C leaves it in the queue.
     """
+    target = "slurm" if in_job else target
     request = UpRequest(recipe, options.with_target(sets, target), unsets or (), inventory)
     checked = judged(request)
     for warning in checked.warnings:
@@ -64,6 +71,8 @@ def up(  # noqa: PLR0913 - one parameter for each option of the verb
         prose("nothing was started")
         return INTERRUPTED
     launcher = LocalLauncher()
+    if in_job:
+        return stay_in_job(begin_in_job(checked, site(launcher)))
     if checked.loaded.recipe.target == "slurm":
         submitted = submit(checked, site(launcher), SlurmClient())
         stopper = Stopper(launcher_of(submitted.run))
@@ -79,6 +88,13 @@ def judged(request: UpRequest) -> Checked:
     """The recipe, checked for the target it names. Raises RecipeError, PlacementError."""
     loaded = load_recipe(request.recipe, tuple(request.sets), tuple(request.unsets))
     return check_slurm(loaded, request.inventory) if loaded.recipe.target == "slurm" else check(request)
+
+
+def stay_in_job(run: RunDir) -> int:
+    """Become the controller of this run."""
+    prose(f"run: {run.path}")
+    argv = [sys.executable, "-u", "-m", "dynctl.controller.slurm_job", "--run-dir", str(run.path)]
+    os.execv(sys.executable, argv)
 
 
 def site(launcher: LocalLauncher) -> Site:

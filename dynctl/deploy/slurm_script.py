@@ -97,15 +97,19 @@ def size_of(loaded: LoadedRecipe) -> Size:
     return Size(most, gpus)
 
 
-def assumed(size: Size) -> Inventory:
-    """Nodes as they will be, before Slurm has chosen them."""
+def assumed(loaded: LoadedRecipe) -> Inventory:
+    """The nodes as they will be, before Slurm has chosen them. Raises PlacementError."""
+    return _nodes(size_of(loaded))
+
+
+def _nodes(size: Size) -> Inventory:
     hosts = tuple(Host(f"node-{i}", f"node-{i}", size.gpus) for i in range(size.nodes))
     return Inventory(hosts, f"a job of {size.nodes} nodes with {size.gpus} GPUs each")
 
 
 def _try(loaded: LoadedRecipe, size: Size) -> None:
     try:
-        place(needs(loaded.recipe, catalog.get(loaded.recipe.backend)), assumed(size))
+        place(needs(loaded.recipe, catalog.get(loaded.recipe.backend)), _nodes(size))
     except PlacementError as error:
         hint = "more slurm.nodes or slurm.gpus_per_node, fewer replicas, or smaller parallel sizes"
         raise PlacementError(error.message, where=loaded.where(error.where), hint=hint) from error

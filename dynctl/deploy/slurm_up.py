@@ -20,7 +20,7 @@ from dynctl.deploy.plan import Plan, build_plan
 from dynctl.deploy.ports import listening
 from dynctl.deploy.run import Checked, Site, Up, initial_state
 from dynctl.deploy.seats import RunContext
-from dynctl.deploy.slurm_script import JobContext, assumed, script_text, size_of
+from dynctl.deploy.slurm_script import JobContext, assumed, script_text
 from dynctl.deploy.state import RunState, encode_state, load_state
 from dynctl.errors import SlurmError, SlurmUnreachable, UsageError
 from dynctl.launchers.files import write_atomic
@@ -49,7 +49,7 @@ def check_slurm(loaded: LoadedRecipe, inventory: Path | None) -> Checked:
     if inventory is not None:
         raise UsageError("on Slurm the nodes are Slurm's to choose", hint="leave out --inventory")
     loaded, told = reachable(loaded)
-    return Checked(loaded, assumed(size_of(loaded)), (*warnings, *told))
+    return Checked(loaded, assumed(loaded), (*warnings, *told))
 
 
 def reachable(loaded: LoadedRecipe) -> tuple[LoadedRecipe, tuple[str, ...]]:
@@ -84,6 +84,27 @@ def submit(checked: Checked, site: Site, client: SlurmClient) -> Up:
         site.home.point(name, run)
     launcher = JobLauncher(JobTable(client, [record]), record, path)
     return Up(name, run, "", launcher.handle(), adopted=False)
+
+
+def begin_in_job(checked: Checked, site: Site) -> RunDir:
+    """Write the run for the job that this process runs in. Raises UsageError, SlurmError, LaunchError."""
+    job_id = site.environ.get("SLURM_JOB_ID", "")
+    if not job_id:
+        raise UsageError(
+            "this does not run in a Slurm job", hint="leave out --in-job, and a job is submitted"
+        )
+    site.home.prepare()
+    name = checked.loaded.recipe.name
+    with site.home.locked(name, deadline_s=LOCK_S):
+        _claim(name, site, SlurmClient(site.environ))
+        run = write_pending(checked, site, new_run_id(name, time.gmtime()), {})
+        record = JobRecord(
+            job_id=job_id, name=site.environ.get("SLURM_JOB_NAME", ""), submitted_at=time.time()
+        )
+        with disk("the run directory cannot be written"):
+            record.save(run.path)
+        site.home.point(name, run)
+    return run
 
 
 def _claim(name: str, site: Site, client: SlurmClient) -> None:

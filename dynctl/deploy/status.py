@@ -100,6 +100,8 @@ def diagnose(view: DeploymentView, health: Mapping[str, str]) -> Diagnosis:
         return Diagnosis("deployment", reason)
     if view.phase == "pending":
         return Diagnosis("job", view.reason)
+    if view.phase == "starting" and not view.controller_pid:
+        return Diagnosis("controller", view.reason or "the controller is starting")
     if not view.controller_pid:
         return Diagnosis("controller", "the controller is not running; traffic goes on", "controller")
     for layer, wanted in (("worker", False), ("frontend", True)):

@@ -246,7 +246,9 @@ def failure(program: str, stderr: str, code: int) -> SlurmError:
 def parse_job(line: str) -> JobRow:
     """One line in `_JOB_FIELDS`."""
     *fields, priority, name = line.split("|", _JOB_FIELDS.count("|"))
-    known = ["" if field in ("N/A", "(null)", "n/a", "Unknown", "None") else field for field in fields]
+    known = [
+        "" if field in ("N/A", "(null)", "n/a", "Unknown", "None", "NONE") else field for field in fields
+    ]
     one, state, reason, start, submitted, end, nodes, host, partition, limit = known
     return JobRow(
         id=one,
