@@ -6,6 +6,7 @@ import os
 import sys
 from dataclasses import replace
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -32,6 +33,18 @@ InJob = Annotated[
     bool,
     typer.Option("--in-job", help="Use the Slurm job that this runs in, and stay until it is over."),
 ]
+Bootstrap = Annotated[
+    bool, typer.Option("--bootstrap", help="Target ssh: install this dynctl on hosts that lack it.")
+]
+Wheelhouse = Annotated[
+    Path | None,
+    typer.Option(
+        "--wheelhouse",
+        metavar="DIR",
+        help="With --bootstrap: wheels of all it needs, for hosts without network.",
+        show_default=False,
+    ),
+]
 Timeout = Annotated[
     float | None,
     typer.Option(
@@ -49,9 +62,11 @@ def up(  # noqa: PLR0913 - one parameter for each option of the verb
     detach: Detach = False,
     yes: Yes = False,
     timeout: Timeout = None,
-    inventory: options.Inventory = None,
     target: options.Target = None,
+    inventory: options.Inventory = None,
     in_job: InJob = False,
+    bootstrap: Bootstrap = False,
+    wheelhouse: Wheelhouse = None,
     sets: options.Set = None,
     unsets: options.Unset = None,
     as_json: options.Json = False,
@@ -70,6 +85,10 @@ def up(  # noqa: PLR0913 - one parameter for each option of the verb
     if not yes and not confirmed(checked):
         prose("nothing was started")
         return INTERRUPTED
+    if checked.loaded.recipe.target == "ssh":
+        from dynctl.cli.up_ssh import How, up_over_ssh
+
+        return up_over_ssh(checked, How(detach, timeout, as_json, bootstrap, wheelhouse))
     launcher = LocalLauncher()
     if in_job:
         return stay_in_job(begin_in_job(checked, site(launcher)))

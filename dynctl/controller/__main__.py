@@ -18,6 +18,7 @@ from dynctl.deploy.plan import Plan
 from dynctl.deploy.state import ENDED, ControllerRecord, load_state
 from dynctl.errors import DynctlError, LaunchError, UsageError
 from dynctl.http.runtime import run as run_loop
+from dynctl.launchers.agents import AgentFleet
 from dynctl.launchers.base import ENV_INCARNATION, RunRef
 from dynctl.launchers.fleet import Fleet, LocalFleet
 from dynctl.launchers.local import LocalLauncher
@@ -40,8 +41,7 @@ def main() -> int:
     try:
         lock = only_one(run)
         try:
-            fleet = LocalFleet(LocalLauncher(), RunRef(run.run_id, run.path))
-            run_loop(serve(run, incarnation, fleet))
+            run_loop(serve(run, incarnation))
         finally:
             os.close(lock)
     except DynctlError as error:
@@ -73,9 +73,12 @@ def only_one(run: RunDir) -> int:
 
 
 async def serve(
-    run: RunDir, incarnation: int, fleet: Fleet, endings: Mapping[signal.Signals, float] | None = None
+    run: RunDir,
+    incarnation: int,
+    fleet: Fleet | None = None,
+    endings: Mapping[signal.Signals, float] | None = None,
 ) -> None:
-    """Read the run and look after it.
+    """Read the run and look after it. `fleet` None: as the plan says (`fleet_of`).
 
     SIGTERM and SIGINT have it leave what runs to another controller. `endings`: signals that have it end the
     deployment instead, each with the seconds that requests have to end.
@@ -91,7 +94,8 @@ async def serve(
         pid=os.getpid(), start_ticks=own.start_ticks if own else 0, incarnation=incarnation
     )
     plan = Plan.from_json(run.plan.read_bytes())
-    controller = Controller(Parts(run, plan, Keys.load(run.keys), fleet), state)
+    keys = Keys.load(run.keys)
+    controller = Controller(Parts(run, plan, keys, fleet or fleet_of(plan, run, keys)), state)
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, controller.leave)
@@ -99,6 +103,14 @@ async def serve(
         loop.add_signal_handler(signum, controller.end, drain_s, signum.name)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     await controller.run()
+
+
+def fleet_of(plan: Plan, run: RunDir, keys: Keys) -> Fleet:
+    """How processes of this plan are started: by the nodes' agents where there are any."""
+    agents = {node.name: node.agent for node in plan.nodes if node.agent}
+    if agents:
+        return AgentFleet(keys, agents)
+    return LocalFleet(LocalLauncher(), RunRef(run.run_id, run.path))
 
 
 def leave_word(run: RunDir, incarnation: int, kind: str, message: str) -> None:

@@ -26,6 +26,8 @@ from dynctl.controller.moves import (
     Gone,
     Instruction,
     Kill,
+    NodeBack,
+    NodeLost,
     Note,
     Seen,
     Start,
@@ -101,6 +103,8 @@ class Controller:
             await self._work()
         finally:
             await self._end_lanes()
+            if self._finishing:
+                await self._parts.fleet.dismiss()
             await self._parts.fleet.close()
             await self._server.close()
             await self._registry.close()
@@ -185,11 +189,23 @@ class Controller:
             self._registry.gone(one.seat, one.incarnation)
             self._feed(Exited(one.seat, one.incarnation, one.code, one.words, one.lines))
 
+    def _hear(self) -> None:
+        """Take over which nodes can be reached. What is on one that cannot gets no requests from now on."""
+        for news in self._parts.fleet.news():
+            if news.reachable:
+                self._feed(NodeBack(news.node))
+                continue
+            self._feed(NodeLost(news.node, news.why))
+            for seat in self._state.seats:
+                if seat.node == news.node and seat.incarnation:
+                    self._registry.gone(seat.id, seat.incarnation)
+
     # Instructions out
 
     async def _work(self) -> None:
         while not (self._finished() or self._left):
             self._wake.clear()
+            self._hear()
             self._poll()
             self._feed(Tick())
             self._save(again=False)

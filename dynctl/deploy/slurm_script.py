@@ -77,7 +77,7 @@ def size_of(loaded: LoadedRecipe) -> Size:
     """
     recipe = loaded.recipe
     options = recipe.slurm or Slurm()
-    wanted = needs(recipe, catalog.get(recipe.backend))
+    wanted = needs(recipe, catalog.get(recipe.backend), _nodes(Size(1, 0)))
     total = sum(need.replicas * need.parallel.gpus for need in wanted if need.gpus)
     gpus = options.gpus_per_node if options.gpus_per_node is not None else _gres_gpus(options.gres)
     if gpus is None:
@@ -109,7 +109,8 @@ def _nodes(size: Size) -> Inventory:
 
 def _try(loaded: LoadedRecipe, size: Size) -> None:
     try:
-        place(needs(loaded.recipe, catalog.get(loaded.recipe.backend)), _nodes(size))
+        there = _nodes(size)
+        place(needs(loaded.recipe, catalog.get(loaded.recipe.backend), there), there)
     except PlacementError as error:
         hint = "more slurm.nodes or slurm.gpus_per_node, fewer replicas, or smaller parallel sizes"
         raise PlacementError(error.message, where=loaded.where(error.where), hint=hint) from error

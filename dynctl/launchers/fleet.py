@@ -83,6 +83,10 @@ class Fleet(Protocol):
         """Whether this very process lives. True when its node cannot be asked: nothing is started twice."""
         ...
 
+    async def dismiss(self) -> None:
+        """The run has ended: nothing is needed on the nodes any more. Called before `close`, if at all."""
+        ...
+
     async def close(self) -> None:
         """Let go of all nodes; what runs there runs on."""
         ...
@@ -139,6 +143,9 @@ class LocalFleet:
             and one.incarnation == seated.incarnation
             for one in self._launcher.owned(self._run.run_id)
         )
+
+    async def dismiss(self) -> None:
+        """Nothing was needed."""
 
     async def close(self) -> None:
         """Nothing to let go of."""

@@ -8,10 +8,12 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from dynctl.engines import catalog
 from dynctl.protocol.instances import Role
+from dynctl.recipe.hosts import Host as Host
+from dynctl.recipe.section import Section as Section
 from dynctl.recipe.units import Duration, Size
 
 ROLES: tuple[Role, ...] = ("prefill", "decode", "aggregated", "encode")
@@ -95,14 +97,6 @@ SbatchValue = Annotated[str | bool, BeforeValidator(_sbatch_value)]
 Span = Annotated[Duration, Field(gt=0)]
 
 
-class Section(BaseModel):
-    """Base of all parts: unknown keys are errors, nothing is coerced, nothing changes after loading."""
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
 class Model(Section):
     """The model to serve."""
 
@@ -178,6 +172,8 @@ class RoleSection(Section):
     """Engine arguments of this role, over `engine.args`."""
     env: Env = Field(default_factory=dict)
     """Environment variables of this role, over `engine.env`."""
+    hosts: list[str] = Field(default_factory=list)
+    """Hosts, groups or labels of the inventory that it may run on; default: all."""
     urls: list[str] = Field(default_factory=list)
     """Backend external only: base URLs of engines that already run, one for each replica."""
     kv_events: list[str] = Field(default_factory=list)
@@ -288,7 +284,7 @@ class Frontend(Section):
     replicas: Count = 1
     """How many frontends. Those on one host share its port."""
     hosts: list[str] = Field(default_factory=list)
-    """Hosts of the inventory to spread them over, in turn; default: the first one."""
+    """Hosts, groups or labels of the inventory to spread them over, in turn; default: the first host."""
     sync_timeout: Duration = 10.0
     """How long a starting frontend waits for the workers' KV indexes before it serves without them."""
     api_key: Annotated[
@@ -420,21 +416,6 @@ class Sla(Section):
     """Time between tokens."""
     percentile: Annotated[str, AfterValidator(_percentile)] = "p95"
     """Share of requests that must meet them."""
-
-
-class Host(Section):
-    """One machine."""
-
-    name: Annotated[str, Field(min_length=1)]
-    """Short unique name."""
-    address: str = ""
-    """IP address or host name on the data network; default: the name."""
-    gpus: Annotated[int, Field(ge=0, le=64)] = 0
-    """How many GPUs it has."""
-    user: str = ""
-    """SSH user."""
-    port: Annotated[int, Field(ge=1, le=65535)] = 22
-    """SSH port."""
 
 
 class Slurm(Section):
