@@ -30,6 +30,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "completion": ("dynctl.cli.completion:completion", "Completion script for bash, zsh or fish"),
     "version": ("dynctl.cli.version:version", "The version of dynctl"),
 }
+INTERNAL = ("attend",)
+"""Called by dynctl itself on another machine: in no help."""
 GROUPS = (
     ("Run", ("up", "down")),
     ("Look", ("ps", "status", "logs", "events", "chat", "ls")),

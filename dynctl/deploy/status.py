@@ -108,6 +108,10 @@ def diagnose(view: DeploymentView, health: Mapping[str, str]) -> Diagnosis:
         if failed is not None:
             return Diagnosis("deployment", reason, failed.id, first_error(failed.last_error))
         return Diagnosis("deployment", reason)
+    if view.phase == "pending":
+        return Diagnosis("job", view.reason)
+    if view.phase == "starting" and not view.controller_pid:
+        return Diagnosis("controller", view.reason or "the controller is starting")
     if not view.controller_pid:
         return Diagnosis("controller", "the controller is not running; traffic goes on", "controller")
     for layer, wanted in (("worker", False), ("frontend", True)):
