@@ -82,7 +82,7 @@ async def _look_at(host: Host, shell: SshHost, wheel: Wheel, how: How) -> tuple[
     told, python, address = await asyncio.gather(
         probe(shell, HostQuestion(), python=host.python), _dynctl(host, shell, wheel, how), reached_at(shell)
     )
-    there = f"{told.home}/.dynctl"
+    there = host.directory.replace("~", told.home, 1) if host.directory else f"{told.home}/.dynctl"
     return HostSite(host.name, shell, python, there, frozenset(told.listening), host.ssh), told, address
 
 

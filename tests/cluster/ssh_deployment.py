@@ -33,11 +33,17 @@ class Laptop:
     sets: list[str] = field(default_factory=list)
 
     @property
+    def there(self) -> Path:
+        """Where dynctl keeps its runs on the hosts, which share it."""
+        return self.home.parent / "there"
+
+    @property
     def inventory(self) -> Path:
         """Written anew at each call."""
+        defaults = f"defaults: {{directory: {self.there}}}"
         lines = [f"  - {{name: {host}, python: {self.cluster.python}}}" for host in self.hosts]
         path = self.home.parent / "hosts.yaml"
-        path.write_text("\n".join(["hosts:", *lines]) + "\n")
+        path.write_text("\n".join([defaults, "hosts:", *lines]) + "\n")
         path.chmod(0o644)
         return path
 
@@ -79,7 +85,7 @@ class Laptop:
 
     def await_ready(self, timeout: float = 60.0) -> None:
         """Until it says that it is ready."""
-        eventually(lambda: self.status().get("ready"), f"{self.name} is ready", timeout)
+        eventually(lambda: bool(self.status().get("ready")), f"{self.name} is ready", timeout)
 
 
 @contextmanager
