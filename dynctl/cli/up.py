@@ -36,6 +36,7 @@ InJob = Annotated[
 Bootstrap = Annotated[
     bool, typer.Option("--bootstrap", help="Target ssh: install this dynctl on hosts that lack it.")
 ]
+ShareGpus = Annotated[bool, typer.Option("--share-gpus", help="Also take GPUs that others use.")]
 Wheelhouse = Annotated[
     Path | None,
     typer.Option(
@@ -67,6 +68,7 @@ def up(  # noqa: PLR0913 - one parameter for each option of the verb
     in_job: InJob = False,
     bootstrap: Bootstrap = False,
     wheelhouse: Wheelhouse = None,
+    share_gpus: ShareGpus = False,
     sets: options.Set = None,
     unsets: options.Unset = None,
     as_json: options.Json = False,
@@ -88,7 +90,7 @@ def up(  # noqa: PLR0913 - one parameter for each option of the verb
     if checked.loaded.recipe.target == "ssh":
         from dynctl.cli.up_ssh import How, up_over_ssh
 
-        return up_over_ssh(checked, How(detach, timeout, as_json, bootstrap, wheelhouse))
+        return up_over_ssh(checked, How(detach, timeout, as_json, bootstrap, wheelhouse, share_gpus))
     launcher = LocalLauncher()
     if in_job:
         return stay_in_job(begin_in_job(checked, site(launcher)))
@@ -96,7 +98,7 @@ def up(  # noqa: PLR0913 - one parameter for each option of the verb
         submitted = submit(checked, site(launcher), SlurmClient())
         stopper = Stopper(launcher_of(submitted.run))
         return attended(submitted, stopper, timeout, detach=detach, as_json=as_json)
-    started = start(checked, site(launcher))
+    started = start(checked, site(launcher), share_gpus=share_gpus)
     if started.adopted:
         prose(f"{started.name}: a new controller takes over what lives")
     try:
