@@ -194,18 +194,20 @@ async def require_python(ssh: SshHost, python: str) -> None:
     done = await ssh.run([python, "-c", _PYTHON], timeout_s=_LOOK_S)
     if done.code != 0:
         raise python_error(ssh.name, python, done.code, done.stderr)
-    words = done.stdout.decode("utf-8", "replace").rpartition("\npython ")[2].split()
-    version = tuple(int(word) for word in words[:2])
-    wanted = ".".join(map(str, OLDEST_PYTHON))
+    told = re.findall(r"(?m)^python (\d+) (\d+)(.*)$", done.stdout.decode("utf-8", "replace"))
+    if not told:
+        raise HostPythonMissing(f"{python} there is no Python", where=ssh.name)
+    major, minor, lacks = told[-1]
+    version, wanted = (int(major), int(minor)), ".".join(map(str, OLDEST_PYTHON))
     if version < OLDEST_PYTHON:
         raise HostPythonMissing(
-            f"{python} there is Python {'.'.join(words[:2])}, {wanted} or newer is needed",
+            f"{python} there is Python {major}.{minor}, {wanted} or newer is needed",
             where=ssh.name,
             hint="install a newer one and name it with `python:` in the inventory",
         )
-    if words[2:]:
+    if lacks.split():
         raise HostPythonMissing(
-            f"{python} there has no module {' and no module '.join(words[2:])}, so it makes no environment",
+            f"{python} there has no module {' and no module '.join(lacks.split())}, so it makes no environment",
             where=ssh.name,
             hint="on Debian and Ubuntu: apt install python3-venv; or name another Python with `python:`",
         )
