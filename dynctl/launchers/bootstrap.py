@@ -207,7 +207,7 @@ async def require_python(ssh: SshHost, python: str) -> None:
         )
     if lacks.split():
         raise HostPythonMissing(
-            f"{python} there has no module {' and no module '.join(lacks.split())}, so it makes no environment",
+            f"{python} there makes no environment: it has no module {' and no '.join(lacks.split())}",
             where=ssh.name,
             hint="on Debian and Ubuntu: apt install python3-venv; or name another Python with `python:`",
         )

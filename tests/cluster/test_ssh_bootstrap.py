@@ -13,6 +13,7 @@ import sys
 import tomllib
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -123,7 +124,8 @@ async def test_killed_installation_leaves_nothing_that_looks_whole(
         await until(lambda: any(f".{wheel.key}.n2" in n for n in names_in(folders[0])), "it is being made")
         cluster.kill_sshd_sessions("n2")
         for process in cluster.processes():
-            os.kill(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
         with pytest.raises(errors.HostLost):
             await pending
         assert wheel.key not in environments(folders[0])
