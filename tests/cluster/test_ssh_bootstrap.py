@@ -174,7 +174,8 @@ async def test_host_without_index_is_told_of_the_wheelhouse_which_then_serves(
         with pytest.raises(errors.HostDynctlMissing, match=r"installing: .*dynctl-needs-this==1") as caught:
             await bootstrap(n2, wanted, other)
         assert "what the wheelhouse lacks" in caught.value.hint
-        assert "--wheelhouse" in caught.value.hint
+        assert "--wheelhouse DIR" in caught.value.hint
+        assert caught.value.hint.endswith("pip download -d DIR --only-binary :all: dynctl-needs-this==1")
         assert environments(folders[0]) == []
         house = {"dynctl_needs_this-1-py3-none-any.whl": needs_this()}
         assert await bootstrap(n2, wanted, Bootstrap(wheel, house))
@@ -240,7 +241,7 @@ async def test_this_dynctl_gets_to_a_host_without_network_and_runs(
     cluster: Cluster, folders: tuple[Path, Path]
 ) -> None:
     wheel = own_wheel()
-    house = boot.read_wheelhouse(_wheelhouse())
+    house = boot.read_wheelhouse(_wheelhouse(), wheel)
     async with ssh_of(cluster) as ssh:
         priv, wanted = await one(ssh, "priv")
         python = await bootstrap(priv, wanted, Bootstrap(wheel, house))

@@ -57,7 +57,8 @@ def test_record_and_metadata_are_as_pip_wants_them() -> None:
         assert digest == "sha256=" + base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
         assert int(size) == len(content)
     about = archive.read(f"{info}/METADATA").decode()
-    assert [f"Requires-Dist: {need}" in about for need in project["dependencies"]]
+    assert "Requires-Dist: " in about
+    assert made.needs == tuple(project["dependencies"])
     assert "dynctl = dynctl.cli.main:main" in archive.read(f"{info}/entry_points.txt").decode()
 
 
