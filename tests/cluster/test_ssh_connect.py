@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from dynctl import errors
+from dynctl.launchers.ssh import SshHosts
 from dynctl.launchers.ssh_config import SshOptions
 from dynctl.launchers.ssh_host import SshHost
 from dynctl.topology.inventory import Host, Ssh
@@ -237,6 +238,21 @@ async def test_inventory_says_more_than_the_configuration(cluster: Cluster, tmp_
         there = await ssh.connect(by_jump)
         said = await there.check(["sh", "-c", "echo $SSH_CONNECTION"], timeout_s=30)
     assert said.decode().split()[0] == cluster.addresses["n4"]
+
+
+async def test_inventory_alone_is_enough_without_any_configuration(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    known = cluster.folder / "ssh/known_hosts"
+    given = Ssh(cluster.addresses["n2"], "dyn", 22, str(cluster.folder / "ssh/id"))
+    async with SshHosts(SshOptions(known_hosts=(known,), limit=1)) as ssh:
+        found = await ssh.connect_all([host("a", given), host("b", given)])
+        assert all(isinstance(one, SshHost) for one in found.values())
+    async with SshHosts(SshOptions()) as ssh:
+        with pytest.raises(errors.HostKeyUnknown) as caught:
+            await ssh.connect(host("a", given))
+    assert f">> {tmp_path}/.ssh/known_hosts" in caught.value.hint
 
 
 async def test_hosts_behind_the_same_jump_share_the_way(cluster: Cluster) -> None:
