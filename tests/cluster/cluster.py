@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -21,8 +22,6 @@ from tests.cluster.hosts import HERE, UP_S
 from tests.cluster.slurm import FINISHED, Job
 
 PROGRAMS = ("ip", "nft", "tc", "pgrep", "ssh", "sshd", "munged", "slurmctld", "slurmd", "sbatch", "nsenter")
-_BRIDGE = Path("/sys/class/net/dynbr0/ifalias")
-"""It is there while a cluster is up, and holds the folder of its state."""
 _ENDING_S = 0.5
 """What a test has ended may take this long to be gone."""
 _KILLED_S = 15.0
@@ -148,9 +147,9 @@ def running(python: Path) -> Iterator[Cluster]:
     a time has it: the others wait, then fail.
     """
     with _my_turn() as turn, tempfile.TemporaryFile() as said:
-        was_up = _BRIDGE.exists()
-        folder = Path(_BRIDGE.read_text().strip() if was_up else _folder())
-        keeper = None if was_up else _keeper(folder, turn, said)
+        already = _folder_of_running()
+        folder = Path(already or _folder())
+        keeper = None if already else _keeper(folder, turn, said)
         try:
             run([HERE / "up.sh"], timeout=UP_S, env={**os.environ, "DYNCTL_CLUSTER_DIR": str(folder)})
             yield Cluster(folder, python)
@@ -163,8 +162,20 @@ def running(python: Path) -> Iterator[Cluster]:
                 assert code == 0, f"down.sh: exit code {code}\n{said.read().decode(errors='replace')}"
 
 
+def _folder_of_running() -> str:
+    """The state of the cluster that is up, as its bridge tells; "" if there is none."""
+    told = run(["ip", "-j", "link", "show", "dynbr0"], timeout=20, check=False)
+    return str(json.loads(told.stdout)[0]["ifalias"]) if told.returncode == 0 else ""
+
+
 def _folder() -> str:
-    return os.environ.get("DYNCTL_CLUSTER_DIR") or "/tmp/dynctl-cluster"
+    """Where the state goes; not into that of a cluster in another network namespace."""
+    given = os.environ.get("DYNCTL_CLUSTER_DIR") or "/tmp/dynctl-cluster"
+    for holder in Path(given).glob("hosts/*/pid"):
+        with suppress(OSError):
+            if b"dynhost-" in Path(f"/proc/{holder.read_text().strip()}/cmdline").read_bytes():
+                return f"/tmp/dynctl-cluster-{os.getpid()}"
+    return given
 
 
 def _keeper(folder: Path, turn: socket.socket, said: IO[bytes]) -> subprocess.Popen[bytes]:

@@ -14,6 +14,7 @@ import pytest
 
 from tests.cluster import environment
 from tests.cluster.cluster import Cluster, running
+from tests.cluster.hosts import USER
 
 _BEFORE = pytest.StashKey[tuple[Cluster, dict[Path, int]]]()
 """The cluster, and how long its logs were when the test began."""
@@ -76,7 +77,7 @@ def local_home(cluster: Cluster, token: str) -> Iterator[Path]:
 def _folders(path: Path, tops: list[Path]) -> Iterator[Path]:
     for top in tops:
         top.mkdir()
-        shutil.chown(top, "dyn", "dyn")
+        shutil.chown(top, USER, USER)
     yield path
     for top in tops:
         shutil.rmtree(top, ignore_errors=True)

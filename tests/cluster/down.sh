@@ -22,7 +22,7 @@ case ${1:-} in
 esac
 [ "$(id -u)" = 0 ] || die "needs root"
 bridge=dynbr0 private_bridge=dynbr1 user=dyn user_id=5177
-owner=$(cat /sys/class/net/$bridge/ifalias 2>/dev/null)
+owner=$(ip link show $bridge 2>/dev/null | sed -n 's/^ *alias //p')
 D=${DYNCTL_CLUSTER_DIR:-${owner:-/tmp/dynctl-cluster}}
 [ -z "$owner" ] || [ "$owner" = "$D" ] || die "the cluster that is up has DYNCTL_CLUSTER_DIR=$owner"
 NETPFX=10.77

@@ -63,7 +63,8 @@ for c in ip nft pgrep sshd ssh-keygen munged slurmctld slurmd sbatch; do
 done
 
 # --------------------------------------------------------------------------------------- settings and state
-owner=$(cat /sys/class/net/$bridge/ifalias 2>/dev/null || true)  # The state directory of the cluster that is up.
+# The state directory of the cluster that is up. Not from /sys, which may show another network namespace.
+owner=$(ip link show $bridge 2>/dev/null | sed -n 's/^ *alias //p') || true
 D=${DYNCTL_CLUSTER_DIR:-${owner:-/tmp/dynctl-cluster}}
 [[ $D =~ ^/[A-Za-z0-9._/+-]{1,59}$ ]] || die "state directory '$D': absolute, plain characters, 60 at most"
 case $D/ in /run/*|/var/run/*|/dev/*) die "state directory '$D': /run and /dev/shm are private to each host" ;; esac
@@ -154,6 +155,11 @@ if [ "${1:-}" = boot ]; then
   for h in "$@"; do boot "$h"; done
   exit 0
 fi
+if [ -z "$owner" ]; then
+  for h in "${hosts[@]}"; do
+    alive "$h" && die "$D is that of a cluster in another network namespace: set DYNCTL_CLUSTER_DIR"
+  done
+fi
 if [ -n "$old" ] && [ "$old" != "$new" ]; then
   for h in "${hosts[@]}"; do
     alive "$h" && die "the cluster is up with other settings (down.sh first): $(tr '\n' ' ' <<<"$old")"
@@ -227,10 +233,9 @@ if [ "$(cat /proc/sys/net/bridge/bridge-nf-call-iptables 2>/dev/null)" = 1 ] && 
   done
 fi
 if nft list table bridge dyn >/dev/null 2>&1; then nft delete table bridge dyn; fi
-for l in /sys/class/net/dyv-*; do
-  [ -e "$l" ] || continue
-  ip link set "${l##*/}" up
-  tc qdisc del dev "${l##*/}" root 2>/dev/null || true
+for l in $(ip -br link | sed -n 's/^\(dyv-[a-z0-9]*\)@.*/\1/p'); do
+  ip link set "$l" up
+  tc qdisc del dev "$l" root 2>/dev/null || true
 done
 
 # --------------------------------------------------------------- munge: one daemon, its socket shared by all
