@@ -111,7 +111,7 @@ async def _dynctl(host: Host, shell: SshHost, wheel: Wheel, how: How) -> str:
     """The interpreter there that has this dynctl, brought there if that was asked for."""
     if not how.bootstrap:
         return await find_dynctl(shell, host, wheel)
-    wheels = read_wheelhouse(how.wheelhouse) if how.wheelhouse is not None else {}
+    wheels = read_wheelhouse(how.wheelhouse, wheel) if how.wheelhouse is not None else {}
     return await bootstrap(shell, host, Bootstrap(wheel, wheels), _progress)
 
 
