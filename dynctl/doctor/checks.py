@@ -9,7 +9,6 @@ from dynctl.command import MASK, Command
 from dynctl.doctor import across, devices, machine, programs
 from dynctl.doctor.findings import ALL_HOSTS, Finding, Verdict, findings_of, unknown
 from dynctl.doctor.subject import Subject, Wanted
-from dynctl.engines.base import EngineEnvironment
 from dynctl.protocol.hosts import EngineQuestion, HostFacts, HostQuestion
 from dynctl.topology.inventory import Host
 
@@ -85,8 +84,7 @@ def question(host: Host, wanted: Wanted, python: str, topics: Collection[str] = 
     """What to ask a host so that the judges of `topics` can judge it."""
     subject = Subject(host, HostFacts(v=0, host=host.name), wanted)
     recipe = wanted.recipe
-    paths = [wanted.home]
-    model = ""
+    paths, model = [], ""
     if recipe is not None and subject.has_engine:
         given = (recipe.model.tokenizer, recipe.model.chat_template, recipe.engine.container or "")
         paths += [path for path in given if os.path.isabs(path)]
@@ -105,14 +103,8 @@ def question(host: Host, wanted: Wanted, python: str, topics: Collection[str] = 
 
 def _engine(subject: Subject, topics: Collection[str]) -> EngineQuestion | None:
     """How its engine is asked; None when it has none, or nobody wants to know."""
-    recipe, engine = subject.wanted.recipe, subject.wanted.engine
-    if recipe is None or engine is None or not subject.has_engine or "engine" not in topics:
-        return None
-    section = recipe.engine
-    inquiry = engine.inquiry(
-        EngineEnvironment(section.venv or "", section.python or "", section.container or "")
-    )
-    if inquiry is None:
+    inquiry = subject.wanted.inquiry
+    if inquiry is None or not subject.has_engine or "engine" not in topics:
         return None
     # All of it is seen in the host's process list: not what would be masked in a plan.
     shown = Command((), subject.wanted.engine_env()).shown_env()

@@ -47,7 +47,8 @@ def flags(subject: Subject) -> list[Verdict]:
     if told is None or told.flags is None:
         why = told.note if told is not None else subject.facts.note("engine")
         return [*found, unknown(f"{len(given)} not compared with its help: {why or 'not asked'}")]
-    wrong = doubts(given, told.flags)
+    inquiry = wanted.inquiry
+    wrong = doubts(given, told.flags, abbreviates=inquiry is not None and inquiry.abbreviates)
     for doubt in wrong:
         where = _where(subject, doubt.flag)
         if doubt.kind == "short":

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from dynctl.deploy.plan import Plan, PlannedNode, PlannedProcess
 from dynctl.engines import catalog
-from dynctl.engines.base import Engine
+from dynctl.engines.base import Engine, EngineEnvironment, Inquiry
 from dynctl.protocol.hosts import HostFacts
 from dynctl.recipe.load import LoadedRecipe
 from dynctl.recipe.schema import Recipe
@@ -65,6 +65,15 @@ class Wanted:
             return False
         sections = self.recipe.roles.present().values()
         return any(s.tensor_parallel * s.pipeline_parallel * s.data_parallel > 1 for s in sections)
+
+    @property
+    def inquiry(self) -> Inquiry | None:
+        """How the recipe's engine is asked what it is; None = there is none to ask."""
+        if self.recipe is None or self.engine is None:
+            return None
+        given = self.recipe.engine
+        where = EngineEnvironment(given.venv or "", given.python or "", given.container or "")
+        return self.engine.inquiry(where)
 
     def engine_env(self) -> Mapping[str, str]:
         """The recipe's variables of engine processes; of those of several roles one."""
