@@ -6,6 +6,7 @@ import asyncio
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import metadata
 
 from dynctl.cli.doctor_view import lines
@@ -65,8 +66,14 @@ def causes(run: RunDir, seen: DeploymentView, found: Diagnosis) -> list[Finding]
     way = Way(runner, python, sys.executable, DEADLINE_S)
     report = asyncio.run(examine(hosts, wanted, way, (*topics, REACH)))
     order = {topic: rank for rank, topic in enumerate((REACH, *topics))}
-    told = [f for f in report.findings if f.level != "note" and (f.check != REACH or f.level != "ok")]
+    told = [_late(f) if f.check == REACH else f for f in report.findings if f.level != "note"]
+    told = [f for f in told if f.check != REACH or f.level != "ok"]
     return sorted(told, key=lambda finding: order.get(finding.check, len(order)))
+
+
+def _late(finding: Finding) -> Finding:
+    """A host that did not answer in so short a time is not why the start failed."""
+    return finding if finding.level == "ok" else replace(finding, level="unknown")
 
 
 def kind_of(run: RunDir, seat: str) -> str:

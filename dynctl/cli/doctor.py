@@ -19,7 +19,7 @@ from dynctl.cli.exits import UNFIT_FOR, UNFIT_HOST
 from dynctl.cli.plan import PREVIEW
 from dynctl.cli.render import data, json_data, prose
 from dynctl.deploy.home import Home
-from dynctl.deploy.plan import build_plan
+from dynctl.deploy.plan import Plan, build_plan
 from dynctl.doctor.checks import CHECKS, LOGIN, PLACEMENT, REACH
 from dynctl.doctor.findings import ALL_HOSTS, Finding, counts
 from dynctl.doctor.runners import LocalRunner, runner_for
@@ -28,6 +28,7 @@ from dynctl.doctor.subject import Wanted
 from dynctl.errors import PlacementError, PortInUse
 from dynctl.recipe.check import check_recipe
 from dynctl.recipe.load import LoadedRecipe, load_recipe
+from dynctl.recipe.schema import Slurm
 from dynctl.topology.inventory import LOCAL, Host, Inventory, inventory_for, load_inventory
 
 THIS = Host(LOCAL, "127.0.0.1")
@@ -80,16 +81,30 @@ def want(loaded: LoadedRecipe | None, inventory: Path | None) -> tuple[Sequence[
         hosts = load_inventory(inventory).hosts if inventory else (THIS,)
         return hosts, Wanted(version, home, here=hosts == (THIS,)), []
     if behind_slurm(loaded, inventory):
-        return (THIS,), Wanted(version, home, loaded), []
+        granted = granted_by(loaded.recipe.slurm)
+        return (THIS,), Wanted(version, home, loaded), placed(loaded, granted)[1] if granted else []
     there = inventory_for(loaded.recipe, loaded.file, inventory)
     here = [host.name for host in there.hosts] == [LOCAL]
-    plan, found = None, []
-    try:
-        plan = build_plan(loaded, there, (), PREVIEW)
-    except (PlacementError, PortInUse) as error:
-        found = [Finding(ALL_HOSTS, PLACEMENT, "fail", error.message, f"{error.hint} ({error.where})")]
+    plan, found = placed(loaded, there)
     hosts = used(there, [node.name for node in plan.nodes] if plan else [])
     return hosts, Wanted(version, home, loaded, plan, here=here), found
+
+
+def placed(loaded: LoadedRecipe, there: Inventory) -> tuple[Plan | None, list[Finding]]:
+    """The plan on these hosts, or None and why there is none."""
+    try:
+        return build_plan(loaded, there, (), PREVIEW), []
+    except (PlacementError, PortInUse) as error:
+        remedy = f"{error.hint} ({error.where})"
+        return None, [Finding(ALL_HOSTS, PLACEMENT, "fail", error.message, remedy)]
+
+
+def granted_by(slurm: Slurm | None) -> Inventory | None:
+    """The nodes that a job will get, by make-believe names; None when the recipe does not say what they are."""
+    if slurm is None or not slurm.nodes or slurm.gpus_per_node is None:
+        return None
+    nodes = tuple(Host(f"node-{i}", f"node-{i}", slurm.gpus_per_node) for i in range(slurm.nodes))
+    return Inventory(nodes, f"slurm.nodes {slurm.nodes} x gpus_per_node {slurm.gpus_per_node}")
 
 
 def behind_slurm(loaded: LoadedRecipe, inventory: Path | None) -> bool:
