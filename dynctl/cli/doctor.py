@@ -100,7 +100,7 @@ def placed(loaded: LoadedRecipe, there: Inventory) -> tuple[Plan | None, list[Fi
 
 
 def granted_by(slurm: Slurm | None) -> Inventory | None:
-    """The nodes that a job will get, by make-believe names; None when the recipe does not say what they are."""
+    """The nodes that a job will get, by made-up names; None when the recipe does not say what they are."""
     if slurm is None or not slurm.nodes or slurm.gpus_per_node is None:
         return None
     nodes = tuple(Host(f"node-{i}", f"node-{i}", slurm.gpus_per_node) for i in range(slurm.nodes))

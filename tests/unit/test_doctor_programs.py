@@ -31,6 +31,17 @@ def test_an_engine_that_does_not_tell_its_version_is_no_pass(want: Wanted) -> No
     assert levels(programs.engine(subject(want, engine=None))) == ["unknown"]
 
 
+def test_an_engine_that_cannot_print_its_help_may_not_start_either(want: Wanted) -> None:
+    broken = EngineFacts(found="/x", version="0.33.0", note="vllm: exit code 1: no libcuda.so.1")
+    found = programs.engine(subject(want, engine=broken))
+    assert levels(found) == ["ok", "warn"]
+    assert "no libcuda.so.1" in only(found, "warn").message
+    mute = EngineFacts(found="/x", note="python: no such file; vllm: exit code 1")
+    found = programs.engine(subject(want, engine=mute))
+    assert only(found, "unknown").message.endswith("python: no such file")
+    assert only(found, "warn").message.endswith("vllm: exit code 1")
+
+
 def test_an_unknown_flag_names_the_nearest_and_its_line(tmp_path: Path) -> None:
     recipe = loaded(tmp_path, "engine.args.enable-prefix-cacheing=true")
     told = only(programs.flags(subject(wanted(recipe))), "fail")
