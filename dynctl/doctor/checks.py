@@ -48,6 +48,7 @@ JUDGES: dict[str, Judge] = {
     "probes": probes,
 }
 TOGETHER: dict[str, JointJudge] = {
+    "clocks": across.clocks,
     "versions": across.versions,
     "gpu types": across.gpu_types,
     "same model": across.same_model,

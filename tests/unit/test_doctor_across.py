@@ -24,6 +24,15 @@ def test_hosts_that_are_alike_pass(want: Wanted) -> None:
     assert judge_together(both[:1], CHECKS) == []
 
 
+def test_clocks_that_are_apart(want: Wanted) -> None:
+    """This machine's clock may be the wrong one: both hosts are off it, and together."""
+    n1, n2 = subject(want, now=1010.0), subject(want, HOSTS[1], now=1010.3)
+    assert levels(across.clocks([n1, n2])) == ["ok"]
+    late = subject(want, HOSTS[1], now=995.0)
+    assert "n2 and n1 are 15.0 s apart" in only(across.clocks([n1, late]), "warn").message
+    assert across.clocks([n1, subject(want, HOSTS[1], now=0.0)]) == []
+
+
 def test_another_engine_on_one_host(want: Wanted) -> None:
     other = subject(want, HOSTS[1], engine=EngineFacts(found="/x", version="0.31.0"))
     told = only(across.versions([subject(want), other]), "fail")

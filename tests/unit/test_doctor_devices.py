@@ -119,6 +119,13 @@ def test_ucx_without_the_fast_ways(want: Wanted) -> None:
     assert levels(devices.transfer(subject(want, env={"UCX_TLS": "^tcp"}))) == ["ok"]
 
 
+def test_without_a_recipe_neither_settings_nor_others_on_a_gpu_are_a_fault() -> None:
+    general = Wanted(VERSION, HOME)
+    busy = subject(general, env={"UCX_TLS": "tcp"}, gpus=[gpu(0, used_mib=70000)])
+    assert levels(devices.gpu_use(busy)) == ["note"]
+    assert levels(devices.transfer(busy)) == ["warn", "warn"]
+
+
 def test_what_is_set_for_nccl_only(want: Wanted) -> None:
     found = devices.transfer(subject(want, env={"NCCL_IB_HCA": "mlx5"}))
     assert "says nothing to UCX" in only(found, "note").message

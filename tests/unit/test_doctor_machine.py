@@ -113,8 +113,8 @@ def test_listeners_that_could_not_be_read_are_no_pass(want: Wanted) -> None:
 @pytest.mark.parametrize(
     ("soft", "hard", "level", "remedy"),
     [
-        (1024, 65536, "fail", "ulimit -n"),
-        (1024, 4096, "fail", "/etc/security/limits.conf"),
+        (256, 65536, "fail", "ulimit -n"),
+        (1024, 4096, "warn", "/etc/security/limits.conf"),
         (8192, -1, "warn", "ulimit -n"),
         (-1, -1, "ok", ""),
     ],
