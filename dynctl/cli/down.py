@@ -7,12 +7,11 @@ from typing import Annotated
 import typer
 
 from dynctl.cli import options
-from dynctl.cli.pick import home, pick
+from dynctl.cli.pick import home, launcher_of, pick
 from dynctl.cli.render import json_data, prose
 from dynctl.deploy.home import LOCK_S
 from dynctl.deploy.state import drain_of, readable_state
 from dynctl.deploy.stop import Stopper, stop_run
-from dynctl.launchers.local import LocalLauncher
 
 Timeout = Annotated[
     float | None,
@@ -36,7 +35,7 @@ def down(name: options.Name = None, timeout: Timeout = None, as_json: options.Js
     drain_s = drain_of(state) if timeout is None else timeout
     called = state.name if state is not None else (name or run.run_id)
     with home().locked(called, deadline_s=LOCK_S):
-        ended = stop_run(run, Stopper(LocalLauncher()), drain_s)
+        ended = stop_run(run, Stopper(launcher_of(run)), drain_s)
     if as_json:
         json_data({"name": called, "run_dir": str(run.path), "processes_ended": ended})
     elif ended:

@@ -61,3 +61,17 @@ Inventory = Annotated[
         show_default=False,
     ),
 ]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        metavar="TARGET",
+        help="local, ssh or slurm, instead of the recipe's target.",
+        show_default=False,
+    ),
+]
+
+
+def with_target(sets: list[str] | None, target: str | None) -> list[str]:
+    """The `--set` assignments, and that of --target."""
+    return [*(sets or []), *([f"target={target}"] if target is not None else [])]

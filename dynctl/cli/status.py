@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dynctl.cli import options
-from dynctl.cli.pick import ask, pick
+from dynctl.cli.pick import ask, launcher_of, pick
 from dynctl.cli.render import STATE_STYLES, data, json_data, paint
 from dynctl.deploy.ask import Health, ask_health
 from dynctl.deploy.home import RunDir
-from dynctl.deploy.logs import tail
+from dynctl.deploy.slurm_view import job_facts
 from dynctl.deploy.state import ENDED
 from dynctl.deploy.status import Diagnosis, diagnose, ready_counts
+from dynctl.launchers.last_lines import tail
+from dynctl.launchers.slurm_job import JobLauncher
 from dynctl.protocol.deployment import DeploymentView
 
 if TYPE_CHECKING:
@@ -44,15 +46,20 @@ def status(name: options.Name = None, watch: Watch = False, as_json: options.Jso
     found = look_closer(seen, silent, health)
     doubts = doubts_of(health)
     looked = look_for_causes(run, seen, found)
+    launcher = launcher_of(run)
+    job = job_facts(launcher) if isinstance(launcher, JobLauncher) else None
     if as_json:
-        json_data({**as_object(seen, found, doubts), "causes": [asdict(cause) for cause in looked]})
+        told = {**as_object(seen, found, doubts), "causes": [asdict(cause) for cause in looked]}
+        json_data(told | ({"job": job} if job is not None else {}))
         return
-    told = [*text(run, seen, found), *(f"doubt: {doubt}" for doubt in doubts)]
+    lines = text(run, seen, found)
+    lines[2:2] = [job["line"]] if job is not None else []
+    lines += [f"doubt: {doubt}" for doubt in doubts]
     if looked:
         from dynctl.cli.causes import causes_text
 
-        told += causes_text(run, looked)
-    data("\n".join(told))
+        lines += causes_text(run, looked)
+    data("\n".join(lines))
 
 
 def look_for_causes(run: RunDir, seen: DeploymentView, found: Diagnosis) -> Sequence[Finding]:

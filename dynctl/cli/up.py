@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,17 +14,37 @@ import typer
 from dynctl.cli import options
 from dynctl.cli.exits import INTERRUPTED
 from dynctl.cli.live import follow, screen, ways_back
-from dynctl.cli.pick import home, running_names
+from dynctl.cli.pick import home, launcher_of, running_names, state
 from dynctl.cli.render import data, json_data, program, prose
+from dynctl.deploy.home import RunDir
 from dynctl.deploy.plan import build_plan
 from dynctl.deploy.run import Checked, Site, Up, UpRequest, check, start
 from dynctl.deploy.seats import RunContext
+from dynctl.deploy.slurm_up import begin_in_job, check_slurm, submit
 from dynctl.deploy.stop import Stopper
 from dynctl.deploy.watch import Waiter, wait_ready
 from dynctl.launchers.local import LocalLauncher
+from dynctl.launchers.slurm_client import SlurmClient
+from dynctl.recipe.load import load_recipe
 
 Detach = Annotated[bool, typer.Option("--detach", "-d", help="Return when it is ready.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before GPUs are taken.")]
+InJob = Annotated[
+    bool,
+    typer.Option("--in-job", help="Use the Slurm job that this runs in, and stay until it is over."),
+]
+Bootstrap = Annotated[
+    bool, typer.Option("--bootstrap", help="Target ssh: install this dynctl on hosts that lack it.")
+]
+Wheelhouse = Annotated[
+    Path | None,
+    typer.Option(
+        "--wheelhouse",
+        metavar="DIR",
+        help="With --bootstrap: wheels of all it needs, for hosts without network.",
+        show_default=False,
+    ),
+]
 Timeout = Annotated[
     float | None,
     typer.Option(
@@ -40,7 +62,11 @@ def up(  # noqa: PLR0913 - one parameter for each option of the verb
     detach: Detach = False,
     yes: Yes = False,
     timeout: Timeout = None,
+    target: options.Target = None,
     inventory: options.Inventory = None,
+    in_job: InJob = False,
+    bootstrap: Bootstrap = False,
+    wheelhouse: Wheelhouse = None,
     sets: options.Set = None,
     unsets: options.Unset = None,
     as_json: options.Json = False,
@@ -49,19 +75,47 @@ def up(  # noqa: PLR0913 - one parameter for each option of the verb
 
     Stays and shows the deployment; Ctrl-C leaves it running. If it cannot become ready, nothing is left
     running. On the name of a deployment whose controller has died: a new one takes over what still lives.
+    On Slurm: submits the job and waits for it; Ctrl-C leaves it in the queue.
     """
-    checked = check(UpRequest(recipe, sets or (), unsets or (), inventory))
+    target = "slurm" if in_job else target
+    request = UpRequest(recipe, options.with_target(sets, target), unsets or (), inventory)
+    checked = judged(request)
     for warning in checked.warnings:
         prose(warning, style="warning")
     if not yes and not confirmed(checked):
         prose("nothing was started")
         return INTERRUPTED
+    if checked.loaded.recipe.target == "ssh":
+        from dynctl.cli.up_ssh import How, up_over_ssh
+
+        return up_over_ssh(checked, How(detach, timeout, as_json, bootstrap, wheelhouse))
     launcher = LocalLauncher()
+    if in_job:
+        return stay_in_job(begin_in_job(checked, site(launcher)))
+    if checked.loaded.recipe.target == "slurm":
+        submitted = submit(checked, site(launcher), SlurmClient())
+        stopper = Stopper(launcher_of(submitted.run))
+        return attended(submitted, stopper, timeout, detach=detach, as_json=as_json)
     started = start(checked, site(launcher))
+    if started.adopted:
+        prose(f"{started.name}: a new controller takes over what lives")
     try:
         return attended(started, Stopper(launcher), timeout, detach=detach, as_json=as_json)
     finally:
         launcher.release(started.controller)
+
+
+def judged(request: UpRequest) -> Checked:
+    """The recipe, checked for the target it names. Raises RecipeError, PlacementError."""
+    loaded = load_recipe(request.recipe, tuple(request.sets), tuple(request.unsets))
+    return check_slurm(loaded, request.inventory) if loaded.recipe.target == "slurm" else check(request)
+
+
+def stay_in_job(run: RunDir) -> int:
+    """Become the controller of this run."""
+    prose(f"run: {run.path}")
+    argv = [sys.executable, "-u", "-m", "dynctl.controller.slurm_job", "--run-dir", str(run.path)]
+    os.execv(sys.executable, argv)
 
 
 def site(launcher: LocalLauncher) -> Site:
@@ -73,6 +127,8 @@ def confirmed(checked: Checked) -> bool:
     """Ask a person before GPUs are taken; true off a terminal, and when none are."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return True
+    if checked.loaded.recipe.target == "slurm" or checked.inventory.undiscovered():
+        return True  # they are Slurm's to give, or not counted yet
     preview = RunContext("RUN_ID", "RUN_DIR", sys.executable)
     plan = build_plan(checked.loaded, checked.inventory, (), preview)
     gpus = sum(len(node.gpus) for node in plan.nodes)
@@ -84,14 +140,12 @@ def confirmed(checked: Checked) -> bool:
 
 def attended(started: Up, stopper: Stopper, timeout: float | None, *, detach: bool, as_json: bool) -> int:
     """Wait until it is ready, say so, and stay unless told to detach."""
-    name = started.name
-    if started.adopted:
-        prose(f"{name}: a new controller takes over what lives")
-    ready = False
+    name, ready = started.name, False
     try:
         with screen() as shown:
             wait_ready(started, Waiter(stopper, shown.show), timeout)
         ready = True
+        started = started if started.url else replace(started, url=state(started.run).url)
         announce(started, as_json=as_json)
         return 0 if detach else follow(started.run, started.controller, stopper)
     except KeyboardInterrupt:

@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Mapping
 
 from dynctl import procfs
 from dynctl.controller.service import Controller, Parts, run_dir_of
@@ -17,7 +18,9 @@ from dynctl.deploy.plan import Plan
 from dynctl.deploy.state import ENDED, ControllerRecord, load_state
 from dynctl.errors import DynctlError, LaunchError, UsageError
 from dynctl.http.runtime import run as run_loop
-from dynctl.launchers.base import ENV_INCARNATION
+from dynctl.launchers.agents import AgentFleet
+from dynctl.launchers.base import ENV_INCARNATION, RunRef
+from dynctl.launchers.fleet import Fleet, LocalFleet
 from dynctl.launchers.local import LocalLauncher
 from dynctl.observability.logs import setup
 from dynctl.protocol.exits import LastWords
@@ -69,8 +72,17 @@ def only_one(run: RunDir) -> int:
     return fd
 
 
-async def serve(run: RunDir, incarnation: int) -> None:
-    """Read the run and look after it."""
+async def serve(
+    run: RunDir,
+    incarnation: int,
+    fleet: Fleet | None = None,
+    endings: Mapping[signal.Signals, float] | None = None,
+) -> None:
+    """Read the run and look after it. `fleet` None: as the plan says (`fleet_of`).
+
+    SIGTERM and SIGINT have it leave what runs to another controller. `endings`: signals that have it end the
+    deployment instead, each with the seconds that requests have to end.
+    """
     state = load_state(run.state)
     if state is None:
         raise LaunchError("the run has no state", where=str(run.state))
@@ -82,12 +94,23 @@ async def serve(run: RunDir, incarnation: int) -> None:
         pid=os.getpid(), start_ticks=own.start_ticks if own else 0, incarnation=incarnation
     )
     plan = Plan.from_json(run.plan.read_bytes())
-    controller = Controller(Parts(run, plan, Keys.load(run.keys), LocalLauncher()), state)
+    keys = Keys.load(run.keys)
+    controller = Controller(Parts(run, plan, keys, fleet or fleet_of(plan, run, keys)), state)
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, controller.leave)
+    for signum, drain_s in (endings or {}).items():
+        loop.add_signal_handler(signum, controller.end, drain_s, signum.name)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     await controller.run()
+
+
+def fleet_of(plan: Plan, run: RunDir, keys: Keys) -> Fleet:
+    """How processes of this plan are started: by the nodes' agents where there are any."""
+    agents = {node.name: node.agent for node in plan.nodes if node.agent}
+    if agents:
+        return AgentFleet(keys, agents, plan.process(PROCESS_ID).node, run.logs)
+    return LocalFleet(LocalLauncher(), RunRef(run.run_id, run.path))
 
 
 def leave_word(run: RunDir, incarnation: int, kind: str, message: str) -> None:

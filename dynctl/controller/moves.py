@@ -58,6 +58,21 @@ class Gone:
 
 
 @dataclass(frozen=True, slots=True)
+class NodeLost:
+    """A node does not answer: what is in its seats may live on, unseen."""
+
+    node: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class NodeBack:
+    """It answers again."""
+
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
 class Exited:
     """It has ended. `code` None: unknown. `lines`: the end of its log, for want of last words."""
 
@@ -81,7 +96,7 @@ class Stop:
     failure: str = ""
 
 
-Event = Begin | Started | StartFailed | Seen | Gone | Exited | Tick | Stop
+Event = Begin | Started | StartFailed | Seen | Gone | NodeLost | NodeBack | Exited | Tick | Stop
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """The controller's sockets, processes and clock around the supervisor, which decides.
 
-One task carries out the supervisor's instructions in order; the state is on disk before any of them is.
-Everything else (calls, leases, exits, time) only feeds events in.
+For each node one task carries out the supervisor's instructions in order, so that a node that hangs holds
+up none of the others; the state is on disk before any of them is. Everything else (calls, leases, exits,
+time) only feeds events in.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from pathlib import Path
 
 import msgspec
 
-from dynctl import procfs
 from dynctl.controller.moves import (
     Begin,
     Event,
@@ -26,6 +26,8 @@ from dynctl.controller.moves import (
     Gone,
     Instruction,
     Kill,
+    NodeBack,
+    NodeLost,
     Note,
     Seen,
     Start,
@@ -38,18 +40,17 @@ from dynctl.controller.moves import (
 from dynctl.controller.supervise import Supervisor
 from dynctl.deploy.events import append_event
 from dynctl.deploy.home import RunDir
-from dynctl.deploy.logs import tail
 from dynctl.deploy.plan import Plan
 from dynctl.deploy.state import RunState, SeatRecord, encode_state
-from dynctl.deploy.status import telling_lines, view_of
+from dynctl.deploy.status import view_of
 from dynctl.discovery.adapters import Adapters
 from dynctl.discovery.lease import Changes
 from dynctl.discovery.registry import Registry
 from dynctl.errors import DiscoveryError, LaunchError
-from dynctl.launchers.base import Launch, Launcher, Owned, ProcessHandle, RunRef
+from dynctl.launchers.base import Launch, ProcessHandle
 from dynctl.launchers.files import write_atomic
+from dynctl.launchers.fleet import Fleet, Seated
 from dynctl.protocol.deployment import DownCall, DownReply
-from dynctl.protocol.exits import read_last_words
 from dynctl.transport.control import ControlServer, read_body
 from dynctl.transport.event_plane import Publisher
 from dynctl.transport.keys import Keys
@@ -61,8 +62,6 @@ POLL_STOPPING_S = 0.02
 KILLED_WITHIN_S = 5.0
 SAVE_AGAIN_S = 5.0
 FAILED_DRAIN_S = 1.0
-_SEARCHED_LINES = 200
-_SHOWN_LINES = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +71,7 @@ class Parts:
     run: RunDir
     plan: Plan
     keys: Keys
-    launcher: Launcher
+    fleet: Fleet
 
 
 class Controller:
@@ -86,13 +85,13 @@ class Controller:
         self._registry = Registry(self._publisher, on_change=self._members_changed)
         self._adapters = Adapters(_content(parts.run.adapters), partial(write_atomic, parts.run.adapters))
         self._server = ControlServer(parts.keys, parts.plan.registry, self._answer)
-        self._ref = RunRef(parts.run.run_id, parts.run.path)
-        self._todo: deque[Instruction] = deque()
+        self._lanes: dict[str, deque[Instruction]] = {}
+        self._working: dict[str, asyncio.Task[None]] = {}
         self._wake = asyncio.Event()
         self._saved = b""
         self._save_at = 0.0
         self._left = False
-        self._finished = False
+        self._finishing = False
 
     async def run(self) -> None:
         """Until the deployment is ended or this process is told to leave. Raises PortInUse, LaunchError."""
@@ -100,9 +99,13 @@ class Controller:
         try:
             self._server.start()
             self._registry.start()
-            self._take_over()
+            await self._take_over()
             await self._work()
         finally:
+            await self._end_lanes()
+            if self._finishing:
+                await self._parts.fleet.dismiss()
+            await self._parts.fleet.close()
             await self._server.close()
             await self._registry.close()
             self._publisher.close()
@@ -112,33 +115,46 @@ class Controller:
         self._left = True
         self._wake.set()
 
-    def _take_over(self) -> None:
+    def end(self, drain_s: float, why: str) -> None:
+        """End the deployment as `dynctl down` does; `why` is for the events."""
+        self._note("deployment.told_to_end", {"by": why, "drain_s": drain_s})
+        self._feed(Stop(drain_s))
+
+    async def _take_over(self) -> None:
         """Tell the registry and the supervisor what lives already."""
-        alive = set()
-        for seat in self._state.seats:
-            if seat.incarnation:
-                self._registry.set_current(seat.id, seat.incarnation)
-            if self._lives(seat):
-                alive.add(seat.id)
+        seats = [seat for seat in self._state.seats if seat.incarnation]
+        for seat in seats:
+            self._registry.set_current(seat.id, seat.incarnation)
+        recorded = [seat for seat in seats if seat.pid]
+        lives = await asyncio.gather(*(self._parts.fleet.lives(_seated(seat)) for seat in recorded))
+        alive = {seat.id for seat, living in zip(recorded, lives, strict=True) if living}
         self._note("controller.started", {"pid": self._state.controller.pid, "adopted": len(alive)})
         self._feed(Begin(frozenset(alive)))
-
-    def _lives(self, seat: SeatRecord) -> bool:
-        """Whether the seat's recorded process lives and is of this run and incarnation."""
-        if not seat.pid or not procfs.alive(seat.pid, seat.start_ticks):
-            return False
-        owned = self._parts.launcher.owned(self._parts.run.run_id)
-        return any(
-            o.handle.pid == seat.pid and o.process_id == seat.id and o.incarnation == seat.incarnation
-            for o in owned
-        )
 
     # Events in
 
     def _feed(self, event: Event) -> None:
-        self._todo.extend(self._supervisor.handle(event, time.monotonic()))
-        if self._todo:
-            self._wake.set()
+        """Hand an event to the supervisor, and what it orders to the nodes it is about."""
+        for instruction in self._supervisor.handle(event, time.monotonic()):
+            match instruction:
+                case Note(name, fields):
+                    self._note(name, fields)
+                case Finish():
+                    self._finishing = True
+                    self._wake.set()
+                case Start() | Terminate() | Kill():
+                    self._order(self._node_of(instruction.id), instruction)
+
+    def _order(self, node: str, instruction: Instruction) -> None:
+        self._lanes.setdefault(node, deque()).append(instruction)
+        if node not in self._working:
+            task = asyncio.get_running_loop().create_task(self._carry_out_all(node), name=f"node {node}")
+            self._working[node] = task
+        self._wake.set()
+
+    def _node_of(self, seat_id: str) -> str:
+        seat = self._state.seat(seat_id)
+        return seat.node if seat is not None else ""
 
     def _members_changed(self, changes: Changes) -> None:
         for seat_id in changes.removed:
@@ -158,7 +174,7 @@ class Controller:
         if op.startswith("adapters."):
             return self._adapters.handle(op, body)
         if op in ("controller.ps", "controller.status"):
-            return view_of(self._state, str(self._parts.run.path), procfs.alive)
+            return view_of(self._state, str(self._parts.run.path), _believed)
         if op == "controller.down":
             drain_s = read_body(body, DownCall).drain_s
             self._feed(Stop(max(0.0, drain_s)))
@@ -168,35 +184,38 @@ class Controller:
 
     def _poll(self) -> None:
         """Look which processes have ended."""
-        seats = {s.pid: s for s in self._state.seats if s.pid}
-        handles = [ProcessHandle(s.pid, s.start_ticks, s.pgid) for s in seats.values()]
-        for ended in self._parts.launcher.poll(handles):
-            seat = seats[ended.handle.pid]
-            words = read_last_words(self._parts.run.path, seat.id, seat.incarnation)
-            lines = telling_lines(
-                tail(self._parts.run.logs / f"{seat.id}.log", _SEARCHED_LINES), _SHOWN_LINES
-            )
-            self._registry.gone(seat.id, seat.incarnation)
-            self._feed(Exited(seat.id, seat.incarnation, ended.code, words, tuple(lines)))
+        seated = [_seated(seat) for seat in self._state.seats if seat.pid]
+        for one in self._parts.fleet.ended(seated):
+            self._registry.gone(one.seat, one.incarnation)
+            self._feed(Exited(one.seat, one.incarnation, one.code, one.words, one.lines))
+
+    def _hear(self) -> None:
+        """Take over which nodes can be reached. What is on one that cannot gets no requests from now on."""
+        for news in self._parts.fleet.news():
+            if news.reachable:
+                self._feed(NodeBack(news.node))
+                continue
+            self._feed(NodeLost(news.node, news.why))
+            for seat in self._state.seats:
+                if seat.node == news.node and seat.incarnation:
+                    self._registry.gone(seat.id, seat.incarnation)
 
     # Instructions out
 
     async def _work(self) -> None:
-        while not (self._finished or self._left):
+        while not (self._finished() or self._left):
             self._wake.clear()
+            self._hear()
             self._poll()
             self._feed(Tick())
             self._save(again=False)
-            await self._carry_out_all()
-            if not (self._finished or self._left):
+            if not (self._finished() or self._left):
                 await self._pause(POLL_STOPPING_S if self._supervisor.stopping else POLL_S)
         if self._left:
             self._note("controller.left", {"pid": self._state.controller.pid})
 
-    async def _carry_out_all(self) -> None:
-        while self._todo and not self._left:
-            await self._carry_out(self._todo.popleft())
-            self._save(again=False)
+    def _finished(self) -> bool:
+        return self._finishing and not self._working
 
     async def _pause(self, seconds: float) -> None:
         try:
@@ -205,20 +224,38 @@ class Controller:
         except TimeoutError:
             pass
 
+    async def _carry_out_all(self, node: str) -> None:
+        """Carry out what is ordered for one node, one after another, until nothing is."""
+        lane = self._lanes[node]
+        try:
+            while lane and not self._left:
+                instruction = lane.popleft()
+                try:
+                    await self._carry_out(instruction)
+                except Exception:
+                    # The top of a task: one order that breaks must not stop those behind it.
+                    logger.exception("order.failed node=%s order=%s", node, instruction)
+                self._save(again=False)
+        finally:
+            del self._working[node]
+            self._wake.set()
+
+    async def _end_lanes(self) -> None:
+        tasks = list(self._working.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
     async def _carry_out(self, instruction: Instruction) -> None:
         match instruction:
             case Start(seat_id, incarnation):
-                self._start(seat_id, incarnation)
+                await self._start(seat_id, incarnation)
             case Terminate(seat_id):
-                self._terminate(seat_id)
+                await self._terminate(seat_id)
             case Kill(seat_id, incarnation):
                 await self._kill(seat_id, incarnation)
-            case Note(event, fields):
-                self._note(event, fields)
-            case Finish():
-                self._finished = True
 
-    def _start(self, seat_id: str, incarnation: int) -> None:
+    async def _start(self, seat_id: str, incarnation: int) -> None:
         seat = self._state.seat(seat_id)
         if seat is None or seat.incarnation != incarnation or seat.state != "starting":
             return  # overtaken by a later decision
@@ -230,32 +267,23 @@ class Controller:
         process = self._parts.plan.process(seat_id)
         launch = Launch(seat_id, incarnation, process.command, process.node)
         try:
-            handle = self._parts.launcher.start(launch, self._ref)
+            handle = await self._parts.fleet.start(launch)
         except LaunchError as error:
             self._feed(StartFailed(seat_id, incarnation, str(error), permanent=not seat.ever_ready))
             return
         self._feed(Started(seat_id, incarnation, handle.pid, handle.start_ticks, handle.pgid, time.time()))
 
-    def _terminate(self, seat_id: str) -> None:
+    async def _terminate(self, seat_id: str) -> None:
         seat = self._state.seat(seat_id)
         if seat is not None and seat.pid:
-            handle = ProcessHandle(seat.pid, seat.start_ticks, seat.pgid)
-            self._parts.launcher.signal(handle, signal.SIGTERM)
+            await self._parts.fleet.signal(_seated(seat), signal.SIGTERM)
 
     async def _kill(self, seat_id: str, incarnation: int) -> None:
         """End what is left of a seat and see it gone, so that its ports are free."""
-        ends = time.monotonic() + KILLED_WITHIN_S
-        while left := self._left_of(seat_id, incarnation):
-            if time.monotonic() > ends:
-                pids = " ".join(str(o.handle.pid) for o in left)
-                self._note("process.unkillable", {"id": seat_id, "pids": pids})
-                return
-            self._parts.launcher.kill(left)
-            await asyncio.sleep(POLL_STOPPING_S)
-
-    def _left_of(self, seat_id: str, incarnation: int) -> list[Owned]:
-        owned = self._parts.launcher.owned(self._parts.run.run_id)
-        return [o for o in owned if o.process_id == seat_id and o.incarnation <= incarnation]
+        node = self._node_of(seat_id)
+        left = await self._parts.fleet.clear(node, seat_id, incarnation, KILLED_WITHIN_S)
+        if left:
+            self._note("process.unkillable", {"id": seat_id, "pids": " ".join(map(str, left))})
 
     def _save(self, *, again: bool = True) -> bool:
         """Put the state on disk if it has changed; whether it is there.
@@ -287,6 +315,16 @@ class Controller:
         except OSError as error:
             # As for the state: the event is in the log, where there is room.
             logger.error("events.unwritable error=%s", error)
+
+
+def _believed(pid: int, start_ticks: int) -> bool:
+    """Whoever has a pid in the state lives, as far as this controller knows: it is told of each end."""
+    return True
+
+
+def _seated(seat: SeatRecord) -> Seated:
+    handle = ProcessHandle(seat.pid, seat.start_ticks, seat.pgid)
+    return Seated(seat.id, seat.incarnation, seat.node, handle)
 
 
 def _content(path: Path) -> bytes:

@@ -18,6 +18,8 @@ from dynctl.controller.moves import (
     Gone,
     Instruction,
     Kill,
+    NodeBack,
+    NodeLost,
     Note,
     Seen,
     Start,
@@ -77,6 +79,7 @@ class Supervisor:
         self._watch = {seat.id: _Watch() for seat in state.seats}
         self._stopping: _Stopping | None = None
         self._finished = False
+        self._lost_nodes: dict[str, str] = {}
         self._out: list[Instruction] = []
         self._handlers: dict[type, Callable[[Any, float], None]] = {
             Begin: self._begin,
@@ -84,6 +87,8 @@ class Supervisor:
             StartFailed: self._start_failed,
             Seen: self._seen,
             Gone: self._gone,
+            NodeLost: self._node_lost,
+            NodeBack: self._node_back,
             Exited: self._exited,
             Tick: self._tick,
             Stop: self._stop,
@@ -134,6 +139,9 @@ class Supervisor:
         seat = self._current(event.id, event.incarnation)
         if seat is None:
             return
+        if seat.state != "starting":  # the way down began while it was being started
+            self._out.append(Kill(seat.id, seat.incarnation))
+            return
         seat.pid, seat.start_ticks, seat.pgid = event.pid, event.start_ticks, event.pgid
         seat.started_at = event.wall_s
         self._note("process.started", seat, pid=seat.pid)
@@ -175,6 +183,24 @@ class Supervisor:
             seat.state = "lost"
             self._watch[seat.id].deadline = now + self._times.renew_s
             self._note("lease.lost", seat)
+
+    def _node_lost(self, event: NodeLost, now: float) -> None:
+        """What is on a node that does not answer is left as it is: it may serve on, and must not be twice."""
+        self._lost_nodes[event.node] = event.why
+        self._out.append(Note("node.lost", {"node": event.node, "message": event.why}))
+        for seat in self.state.seats:
+            if seat.node == event.node and seat.pid and seat.state not in ("stopping", "stopped", "failed"):
+                seat.state = "lost"
+
+    def _node_back(self, event: NodeBack, now: float) -> None:
+        """Who lives there is to register again; who has ended is told of by the node."""
+        self._lost_nodes.pop(event.node, None)
+        self._out.append(Note("node.back", {"node": event.node}))
+        for seat in self.state.seats:
+            if seat.node == event.node and seat.state == "lost":
+                self._watch[seat.id].deadline = now + self._times.renew_s
+                if seat.follower:  # it registers nothing
+                    self._mark_ready(seat, now)
 
     # Ending
 
@@ -226,7 +252,7 @@ class Supervisor:
             watch = self._watch[seat.id]
             if seat.state not in ("backoff", "starting", "lost") or now < watch.deadline:
                 continue
-            if self._stopping is not None:
+            if self._stopping is not None or seat.node in self._lost_nodes:
                 continue
             if seat.state == "backoff":
                 self._start(seat, now)
@@ -304,7 +330,10 @@ class Supervisor:
             state.phase, state.ready_once, state.reason = "ready", True, ""
         else:
             state.phase = "degraded" if state.ready_once else "starting"
-            state.reason = _reason(min(waiting, key=lambda s: _URGENCY.get(s.state, 9)))
+            worst = min(waiting, key=lambda s: _URGENCY.get(s.state, 9))
+            why = self._lost_nodes.get(worst.node)
+            lost = f"node {worst.node} cannot be reached ({why}): " if why is not None else ""
+            state.reason = lost + _reason(worst)
         if state.phase != before:
             self._out.append(Note(f"deployment.{state.phase}", {"reason": state.reason}))
 

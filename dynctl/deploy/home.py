@@ -25,14 +25,23 @@ _LOCK_POLL_S = 0.02
 
 @dataclass(frozen=True, slots=True)
 class RunDir:
-    """The directory of one run (mode 0700) and the names of what is in it."""
+    """The directory of one run (mode 0700) and the names of what is in it.
+
+    `named` is the run's id where the directory has another name: that of a node other than the head.
+    """
 
     path: Path
+    named: str = ""
 
     @property
     def run_id(self) -> str:
         """The id of the run, which is the directory's name."""
-        return self.path.name
+        return self.named or self.path.name
+
+    @property
+    def remote(self) -> Path:
+        """Where the run is, when it is looked after by another machine."""
+        return self.path / "remote.json"
 
     @property
     def plan(self) -> Path:
@@ -131,20 +140,20 @@ class Home:
 
     def create_run(self, run_id: str, files: Mapping[str, str]) -> RunDir:
         """Make a run directory with these files in it, whole or not at all. Raises LaunchError."""
-        final = self.runs / run_id
-        draft = self.runs / f".{run_id}.{os.getpid()}"
-        with disk("the run directory cannot be written"):
-            draft.mkdir(mode=0o700)
-            try:
-                for folder in ("logs", "specs", "exits", "sockets"):
-                    (draft / folder).mkdir(mode=0o700)
-                for relative, text in files.items():
-                    write_atomic(draft / relative, text)
-                draft.rename(final)
-            except OSError:
-                _remove_tree(draft)
-                raise
-        return RunDir(final)
+        _create(self.runs / run_id, files)
+        return RunDir(self.runs / run_id)
+
+    def create_node(self, run_id: str, node: str, files: Mapping[str, str]) -> RunDir:
+        """Make the directory of a node other than the head, unless it is there: nodes may share this home.
+
+        Raises LaunchError.
+        """
+        there = self.root / "nodes" / run_id / node
+        if not there.is_dir():
+            with disk("the node's directory cannot be written"):
+                there.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _create(there, files)
+        return RunDir(there, run_id)
 
     def point(self, name: str, run: RunDir) -> None:
         """Let the name mean this run from now on. Raises LaunchError."""
@@ -185,6 +194,21 @@ def _flock(fd: int, what: str, deadline_s: float) -> None:
                 hint = "wait for it to end, then try again"
                 raise UsageError(f"another dynctl command is working on '{what}'", hint=hint) from None
             time.sleep(_LOCK_POLL_S)
+
+
+def _create(final: Path, files: Mapping[str, str]) -> None:
+    draft = final.with_name(f".{final.name}.{os.getpid()}")
+    with disk("the run directory cannot be written"):
+        draft.mkdir(mode=0o700)
+        try:
+            for folder in ("logs", "specs", "exits", "sockets"):
+                (draft / folder).mkdir(mode=0o700)
+            for relative, text in files.items():
+                write_atomic(draft / relative, text)
+            draft.rename(final)
+        except OSError:
+            _remove_tree(draft)
+            raise
 
 
 def _remove_tree(folder: Path) -> None:

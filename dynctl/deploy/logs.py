@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from dynctl.errors import UsageError
+from dynctl.launchers.last_lines import BLOCK
 
 _ISO = re.compile(r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d:\d\d)(?:[.,](\d{1,6}))?\d*(Z|[+-]\d\d:?\d\d)?")
 _SHORT = re.compile(r"(?:^|\s)(\d\d)-(\d\d) (\d\d:\d\d:\d\d)(?:[.,](\d+))?")
@@ -20,7 +21,6 @@ _SPAN = re.compile(r"(\d+(?:\.\d+)?)(s|m|h|d)")
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _SEAT = re.compile(r"(?P<role>[a-z]+)(?:[/-](?P<index>\d+(?:\.\d+)?))?")
 ROLES = ("controller", "frontend", "prefill", "decode", "aggregated", "encode", "engine")
-_BLOCK = 65536
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,22 +158,6 @@ def _rising(lines: Iterator[Line]) -> Iterator[Line]:
         yield Line(highest, line.source, line.text)
 
 
-def tail(path: Path, count: int) -> list[str]:
-    """The last `count` lines of a file, without reading all of it; [] when there is none."""
-    try:
-        with path.open("rb") as file:
-            end = file.seek(0, 2)
-            raw = b""
-            while end > 0 and raw.count(b"\n") <= count:
-                step = min(_BLOCK, end)
-                end -= step
-                file.seek(end)
-                raw = file.read(step) + raw
-    except OSError:
-        return []
-    return [line.decode(errors="replace") for line in raw.splitlines()[-count:]]
-
-
 class Follower:
     """Reads what is added to log files, whole lines at a time; files that appear later may be added."""
 
@@ -189,7 +173,7 @@ class Follower:
                 size = stream.seek(0, 2)
                 position = size
                 while position > 0:
-                    step = min(_BLOCK, position)
+                    step = min(BLOCK, position)
                     stream.seek(position - step)
                     found = stream.read(step).rfind(b"\n")
                     if found >= 0:

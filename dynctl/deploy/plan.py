@@ -16,6 +16,7 @@ from dynctl.deploy.seats import (
     Endpoints,
     Seat,
     Site,
+    agent_command,
     controller_command,
     engine_command,
     engine_launch,
@@ -38,26 +39,32 @@ from dynctl.topology.ports import PortAllocator
 
 PLAN_VERSION = 1
 
-Kind = Literal["controller", "worker", "frontend", "engine"]
+Kind = Literal["controller", "agent", "worker", "frontend", "engine"]
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedNode:
-    """One host of the plan. `gpus` are the indices in use, `ports` all ports in use, both ascending."""
+    """One host of the plan. `gpus` are the indices in use, `ports` all ports in use, both ascending.
+
+    `agent` is the endpoint of its agent, `run_dir` the run's directory there; "" where the controller starts
+    processes by itself.
+    """
 
     name: str
     address: str
     gpus: tuple[int, ...] = ()
     ports: tuple[int, ...] = ()
+    agent: str = ""
+    run_dir: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedProcess:
     """One process. `kind` "engine" is started by its sidecar, all others by a launcher.
 
-    `id` is the seat: "controller", "frontend-0", "decode-0" (the sidecar), "decode-0.1" (the sidecar of the
-    replica's second node), "decode-0/engine", "decode-0/engine.1". `ports` is name → first port of the block.
-    `depends` are ids that must have been started before.
+    `id` is the seat: "controller", "agent-n1", "frontend-0", "decode-0" (the sidecar), "decode-0.1" (the
+    sidecar of the replica's second node), "decode-0/engine", "decode-0/engine.1". `ports` is name → first
+    port of the block. `depends` are ids that must have been started before.
     """
 
     id: str
@@ -127,7 +134,13 @@ class Plan:
             "membership": self.membership,
             "roles": dict(self.roles),
             "nodes": [
-                {"name": n.name, "address": n.address, "gpus": list(n.gpus), "ports": list(n.ports)}
+                {
+                    "name": n.name,
+                    "address": n.address,
+                    "gpus": list(n.gpus),
+                    "ports": list(n.ports),
+                    **({"agent": n.agent, "run_dir": n.run_dir} if n.agent else {}),
+                }
                 for n in self.nodes
             ],
             "processes": [_shown_process(p) for p in self.processes],
@@ -162,7 +175,7 @@ def build_plan(
     recipe = loaded.recipe
     engine = catalog.get(recipe.backend)
     try:
-        placement = place(_needs(recipe, engine), inventory)
+        placement = place(needs(recipe, engine, inventory), inventory)
     except PlacementError as error:
         raise PlacementError(error.message, where=loaded.where(error.where), hint=error.hint) from error
     ports = PortAllocator(taken_ports, run.first_port)
@@ -179,13 +192,15 @@ def build_plan(
             role="controller",
             index=0,
             node=head.name,
-            command=controller_command(site),
+            command=controller_command(site, head.name),
             ports={"registry": registry, "membership": membership},
         ),
         *_frontends(site, doors, public, ports),
     ]
     for role in recipe.roles.present():
         processes += _workers(loaded, site, role, placement, ports)
+    agents = _agents(site, inventory, ports) if recipe.target == "ssh" else {}
+    processes[1:1] = agents.values()
     return Plan(
         name=recipe.name,
         run_id=run.run_id,
@@ -196,17 +211,33 @@ def build_plan(
         registry=endpoints.registry,
         membership=endpoints.membership,
         roles={role: section.replicas for role, section in recipe.roles.present().items()},
-        nodes=_nodes(inventory, placement, ports),
+        nodes=_nodes(site, inventory, placement, ports, agents),
         processes=tuple(processes),
     )
 
 
-def _needs(recipe: Recipe, engine: Engine) -> list[Need]:
+def needs(recipe: Recipe, engine: Engine, inventory: Inventory) -> list[Need]:
+    """What is to be placed: each role with its replicas, their GPUs and where they may be."""
     gpus = engine.features.gpus and recipe.engine.device == "gpu"
     return [
-        Need(role, section.replicas, parallel_of(section), gpus=gpus, multi_node=engine.features.multi_node)
+        Need(
+            role,
+            section.replicas,
+            parallel_of(section),
+            gpus=gpus,
+            multi_node=engine.features.multi_node,
+            hosts=_hosts_of(inventory, section.hosts, f"roles.{role}.hosts"),
+        )
         for role, section in recipe.roles.present().items()
     ]
+
+
+def _hosts_of(inventory: Inventory, wanted: Sequence[str], field: str) -> tuple[str, ...]:
+    """The names of the hosts meant. Raises PlacementError, its `where` being the field."""
+    try:
+        return tuple(host.name for host in inventory.select(wanted))
+    except PlacementError as error:
+        raise PlacementError(error.message, where=field, hint=error.hint) from error
 
 
 def _workers(
@@ -251,7 +282,7 @@ def _part(
     replica = f"{launch.role}-{launch.index}"
     rank = launch.ranks[number]
     own = {name: allocator.allocate([rank.node]) for name in ("events", "control")}
-    marked = engine_command(site, replica + suffix, command) if command else None
+    marked = engine_command(site, rank.node, replica + suffix, command) if command else None
     url = _engine_url(site.recipe, launch)
     seat = Seat(replica + suffix, launch, number, own, marked, url)
     sidecar = PlannedProcess(
@@ -290,16 +321,20 @@ def _engine_url(recipe: Recipe, launch: EngineLaunch) -> str:
 
 def _frontend_hosts(loaded: LoadedRecipe, inventory: Inventory) -> list[Host]:
     """The host of each frontend. Raises PlacementError for a name that is not in the inventory."""
-    frontend, there = loaded.recipe.frontend, {host.name: host for host in inventory.hosts}
-    names = frontend.hosts or [inventory.hosts[0].name]
-    unknown = [name for name in names if name not in there]
-    if unknown:
+    frontend = loaded.recipe.frontend
+    try:
+        hosts = inventory.select(frontend.hosts) or inventory.hosts[:1]
+    except PlacementError as error:
+        raise PlacementError(error.message, where=loaded.where("frontend.hosts"), hint=error.hint) from error
+    doors = [hosts[index % len(hosts)] for index in range(frontend.replicas)]
+    distinct = len({host.name for host in doors})
+    if distinct > 1 and frontend.host not in ("0.0.0.0", "::"):
         raise PlacementError(
-            f"no host '{unknown[0]}' in {inventory.source}",
-            where=loaded.where("frontend.hosts"),
-            hint=f"there are {', '.join(there)}",
+            f"frontends on {distinct} hosts cannot all listen on {frontend.host}",
+            where=loaded.where("frontend.host"),
+            hint="use 0.0.0.0 or ::",
         )
-    return [there[names[index % len(names)]] for index in range(frontend.replicas)]
+    return doors
 
 
 def _public_port(loaded: LoadedRecipe, doors: Sequence[Host], ports: PortAllocator) -> int:
@@ -348,7 +383,30 @@ def _public_url(recipe: Recipe, head: Host, port: int) -> str:
     return f"{'https' if recipe.frontend.tls else 'http'}://{_bracketed(host)}:{port}"
 
 
-def _nodes(inventory: Inventory, placement: Placement, ports: PortAllocator) -> tuple[PlannedNode, ...]:
+def _agents(site: Site, inventory: Inventory, ports: PortAllocator) -> dict[str, PlannedProcess]:
+    """An agent on each host that has anything else to do, by host."""
+    made = {}
+    for index, host in enumerate(host for host in inventory.hosts if ports.given(host.name)):
+        port = ports.allocate([host.name])
+        made[host.name] = PlannedProcess(
+            id=f"agent-{host.name}",
+            kind="agent",
+            role="agent",
+            index=index,
+            node=host.name,
+            command=agent_command(site, host.name, _tcp(host.address, port)),
+            ports={"control": port},
+        )
+    return made
+
+
+def _nodes(
+    site: Site,
+    inventory: Inventory,
+    placement: Placement,
+    ports: PortAllocator,
+    agents: Mapping[str, PlannedProcess],
+) -> tuple[PlannedNode, ...]:
     """The nodes in use, in the order of the inventory."""
     ranks = [rank for replica in placement.values() for rank in replica]
     return tuple(
@@ -357,6 +415,8 @@ def _nodes(inventory: Inventory, placement: Placement, ports: PortAllocator) -> 
             address=host.address,
             gpus=tuple(sorted(gpu for rank in ranks if rank.node == host.name for gpu in rank.gpus)),
             ports=ports.given(host.name),
+            agent=_tcp(host.address, agents[host.name].ports["control"]) if host.name in agents else "",
+            run_dir=site.run.on(host.name).run_dir if host.name in agents else "",
         )
         for host in inventory.hosts
         if ports.given(host.name)

@@ -16,7 +16,7 @@ from dynctl import procfs
 from dynctl.deploy.home import LOCK_S, Home, RunDir, new_run_id
 from dynctl.deploy.plan import Plan, PlannedProcess, build_plan
 from dynctl.deploy.ports import holder, listen_error, listening
-from dynctl.deploy.preflight import require_certificate, require_local, require_programs
+from dynctl.deploy.preflight import require_certificate, require_programs, require_startable
 from dynctl.deploy.seats import RunContext
 from dynctl.deploy.state import (
     ENDED,
@@ -93,7 +93,7 @@ def check(request: UpRequest) -> Checked:
     loaded = load_recipe(request.recipe, tuple(request.sets), tuple(request.unsets))
     warnings = check_recipe(loaded)
     inventory = inventory_for(loaded.recipe, loaded.file, request.inventory)
-    require_local(loaded, inventory)
+    require_startable(loaded, inventory)
     return Checked(loaded, inventory, tuple(str(w) for w in warnings))
 
 
@@ -117,15 +117,20 @@ def claim(checked: Checked, site: Site) -> RunDir | None:
     Raises UsageError when the name is taken: it runs, or what lives is of another recipe.
     """
     name = checked.loaded.recipe.name
-    run = site.home.run_of(name)
-    owned = site.launcher.owned(run.run_id) if run else []
+    return may_adopt(site.home, site.launcher, name, lock_text(checked.loaded, site.version))
+
+
+def may_adopt(home: Home, launcher: Launcher, name: str, lock: str) -> RunDir | None:
+    """As `claim`: `lock` is the recipe that is to run."""
+    run = home.run_of(name)
+    owned = launcher.owned(run.run_id) if run else []
     if run is None or not owned:
         return None
     ways = f"dynctl status {name} shows it, dynctl down {name} ends it"
     if any(o.process_id == CONTROLLER for o in owned):
         raise UsageError(f"'{name}' is running already", where=str(run.path), hint=ways)
     state = readable_state(run.state)
-    if state is None or state.phase in ENDED or not same_recipe(run, lock_text(checked.loaded, site.version)):
+    if state is None or state.phase in ENDED or not same_recipe(run, lock):
         raise UsageError(
             f"processes of an earlier '{name}' still run, from another recipe", where=str(run.path), hint=ways
         )
@@ -144,15 +149,21 @@ def same_recipe(run: RunDir, lock: str) -> bool:
         return False
 
 
-def adopt(run: RunDir, checked: Checked, site: Site) -> Up:
-    """Start a new controller on a run whose processes live."""
-    state = load_state(run.state)
-    if state is None:
-        raise LaunchError("the run has no state", where=str(run.state))
-    plan = Plan.from_json(run.plan.read_bytes())
+def new_controller(state: RunState) -> RunState:
+    """The state that the next controller of a run begins with."""
     state.phase = "degraded" if state.ready_once else "starting"
     state.reason = "a new controller is starting"
     state.controller = ControllerRecord(incarnation=state.controller.incarnation + 1)
+    return state
+
+
+def adopt(run: RunDir, checked: Checked, site: Site) -> Up:
+    """Start a new controller on a run whose processes live."""
+    found = load_state(run.state)
+    if found is None:
+        raise LaunchError("the run has no state", where=str(run.state))
+    plan = Plan.from_json(run.plan.read_bytes())
+    state = new_controller(found)
     with _disk_of(run):
         save_state(run.state, state)
     launch = controller_of(plan, state.controller.incarnation, checked)
@@ -246,18 +257,22 @@ def _may_live(state: RunState, now: float) -> bool:
 
 def write_run(plan: Plan, lock: str, home: Home) -> RunDir:
     """Make the run directory, whole, and let the name mean it. Raises LaunchError."""
-    state = initial_state(plan, time.time())
-    files = {
-        "plan.json": plan.to_json(),
-        "recipe.lock.yaml": lock,
-        "state.json": encode_state(state).decode(),
-    }
-    run = home.create_run(plan.run_id, files)
+    run = home.create_run(plan.run_id, run_files(plan, lock))
     with _disk_of(run):
         Keys.generate().save(run.keys)
         save_engine_key(run.engine_key)
     home.point(plan.name, run)
     return run
+
+
+def run_files(plan: Plan, lock: str) -> dict[str, str]:
+    """What a run's directory begins with, but for its keys."""
+    state = initial_state(plan, time.time())
+    return {
+        "plan.json": plan.to_json(),
+        "recipe.lock.yaml": lock,
+        "state.json": encode_state(state).decode(),
+    }
 
 
 def initial_state(plan: Plan, now: float) -> RunState:
@@ -272,6 +287,7 @@ def initial_state(plan: Plan, now: float) -> RunState:
         model=plan.model,
         roles=dict(plan.roles),
         created_at=now,
+        head=plan.process(CONTROLLER).node,
         seats=[_seat(p, kinds[p.kind]) for p in plan.processes if p.kind in kinds],
     )
 

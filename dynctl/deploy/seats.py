@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import msgspec
@@ -42,13 +42,29 @@ ENGINE_KEY_FILE = "engine.key"
 
 
 @dataclass(frozen=True, slots=True)
+class NodeContext:
+    """What differs from node to node: the run's absolute directory there, and the python that runs dynctl."""
+
+    run_dir: str
+    python: str
+
+
+@dataclass(frozen=True, slots=True)
 class RunContext:
-    """What differs from run to run: its id, absolute directory, the python that runs dynctl, ports."""
+    """What differs from run to run: its id, absolute directory, the python that runs dynctl, ports.
+
+    `nodes` says it for those where directory and python are others.
+    """
 
     run_id: str
     run_dir: str
     python: str
     first_port: int = FIRST_PORT
+    nodes: Mapping[str, NodeContext] = field(default_factory=dict)
+
+    def on(self, node: str) -> NodeContext:
+        """What it is on this node."""
+        return self.nodes.get(node) or NodeContext(self.run_dir, self.python)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +102,15 @@ class Seat:
         return self.launch.ranks[self.number]
 
 
-def controller_command(site: Site) -> Command:
+def controller_command(site: Site, node: str) -> Command:
     """The controller, which reads plan.json in its working directory."""
-    return _command(site, "controller", ("dynctl.controller", "--run-dir", site.run.run_dir))
+    return _command(site, node, "controller", ("dynctl.controller", "--run-dir", site.run.on(node).run_dir))
+
+
+def agent_command(site: Site, node: str, endpoint: str) -> Command:
+    """The agent of a node, which listens at `endpoint`."""
+    options = ("--run-dir", site.run.on(node).run_dir, "--run-id", site.run.run_id, "--node", node)
+    return _command(site, node, f"agent-{node}", ("dynctl.agent", *options, "--endpoint", endpoint))
 
 
 def frontend_command(site: Site, index: int, host: Host, ports: Mapping[str, int]) -> Command:
@@ -125,7 +147,7 @@ def frontend_command(site: Site, index: int, host: Host, ports: Mapping[str, int
         sync_timeout_s=recipe.frontend.sync_timeout,
         drain_timeout_s=recipe.engine.drain_timeout,
     )
-    return _with_spec(site, seat, "dynctl.frontend", spec, {})
+    return _with_spec(site, seat, ("dynctl.frontend", host.name), spec, {})
 
 
 def worker_command(site: Site, seat: Seat) -> Command:
@@ -165,7 +187,8 @@ def worker_command(site: Site, seat: Seat) -> Command:
         drain_timeout_s=recipe.engine.drain_timeout,
         stop_timeout_s=recipe.engine.stop_timeout,
     )
-    return _with_spec(site, seat.id, "dynctl.worker", spec, engine.files if engine else {})
+    files = engine.files if engine else {}
+    return _with_spec(site, seat.id, ("dynctl.worker", seat.rank.node), spec, files)
 
 
 def _kv_fields(source: KvSource | KvPoll | None) -> dict[str, Any]:
@@ -213,10 +236,10 @@ def engine_launch(
     )
 
 
-def engine_command(site: Site, seat_id: str, command: Command) -> Command:
+def engine_command(site: Site, node: str, seat_id: str, command: Command) -> Command:
     """The engine's command as its sidecar runs it: marked as part of the run."""
     env = {**command.env, **_marks(site, seat_id)}
-    return Command(command.argv, env, command.cwd or site.run.run_dir, command.files)
+    return Command(command.argv, env, command.cwd or site.run.on(node).run_dir, command.files)
 
 
 def model_card(recipe: Recipe) -> ModelCard:
@@ -298,15 +321,20 @@ def _tracing(recipe: Recipe) -> TracingSpec:
     return TracingSpec(**tracing.model_dump()) if tracing is not None else TracingSpec()
 
 
-def _with_spec(site: Site, seat: str, module: str, spec: Any, files: Mapping[str, str]) -> Command:
+def _with_spec(site: Site, seat: str, what: tuple[str, str], spec: Any, files: Mapping[str, str]) -> Command:
+    """The command of a seat that reads a spec. `what`: its module, and its node."""
+    module, node = what
     name = f"specs/{seat}.json"
     text = msgspec.json.format(msgspec.json.encode(spec), indent=2).decode() + "\n"
-    return _command(site, seat, (module, "--spec", name), {name: text, **files})
+    return _command(site, node, seat, (module, "--spec", name), {name: text, **files})
 
 
-def _command(site: Site, seat: str, module: Sequence[str], files: Mapping[str, str] | None = None) -> Command:
-    argv = (site.run.python, "-m", *module)
-    return Command(argv, _marks(site, seat), site.run.run_dir, files or {})
+def _command(
+    site: Site, node: str, seat: str, module: Sequence[str], files: Mapping[str, str] | None = None
+) -> Command:
+    there = site.run.on(node)
+    argv = (there.python, "-m", *module)
+    return Command(argv, _marks(site, seat), there.run_dir, files or {})
 
 
 def _marks(site: Site, seat: str) -> dict[str, str]:

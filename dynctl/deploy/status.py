@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from dynctl.deploy.state import ENDED, RunState, SeatRecord
+from dynctl.launchers.last_lines import first_error
 from dynctl.protocol.deployment import DeploymentView, ProcessView, SeatState
 
 IsAlive = Callable[[int, int], bool]
 """(pid, start ticks) → whether exactly this process lives."""
 
 _LETTERS = {"prefill": "P", "decode": "D", "encode": "E"}
-_TELLING = re.compile(
-    r"\b(error|exception|critical|fatal|refused|denied|cannot|unable|failed|no such|not found|killed)\b"
-    r"|Error\b|Exception\b",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +26,17 @@ class Diagnosis:
 
 
 def view_of(state: RunState, run_dir: str, is_alive: IsAlive) -> DeploymentView:
-    """The deployment as it is, checked against the processes that really live."""
+    """The deployment as it is, checked against the processes that really live.
+
+    Those on other nodes than the controller's are believed to live as long as it does not say otherwise.
+    """
     controller = state.controller
     supervised = bool(controller.pid) and is_alive(controller.pid, controller.start_ticks)
     phase, reason = state.phase, state.reason
-    rows = [_row(seat, is_alive, supervised=supervised) for seat in state.seats]
+    rows = [
+        _row(seat, is_alive if state.head in ("", seat.node) else _believed, supervised=supervised)
+        for seat in state.seats
+    ]
     if not supervised and phase not in ENDED:
         living = [row for row in rows if row.pid]
         phase = "degraded" if living else "stopped"
@@ -51,6 +52,10 @@ def view_of(state: RunState, run_dir: str, is_alive: IsAlive) -> DeploymentView:
         wanted=dict(state.roles),
         processes=rows,
     )
+
+
+def _believed(pid: int, start_ticks: int) -> bool:
+    return True
 
 
 def _row(seat: SeatRecord, is_alive: IsAlive, *, supervised: bool) -> ProcessView:
@@ -103,6 +108,10 @@ def diagnose(view: DeploymentView, health: Mapping[str, str]) -> Diagnosis:
         if failed is not None:
             return Diagnosis("deployment", reason, failed.id, first_error(failed.last_error))
         return Diagnosis("deployment", reason)
+    if view.phase == "pending":
+        return Diagnosis("job", view.reason)
+    if view.phase == "starting" and not view.controller_pid:
+        return Diagnosis("controller", view.reason or "the controller is starting")
     if not view.controller_pid:
         return Diagnosis("controller", "the controller is not running; traffic goes on", "controller")
     for layer, wanted in (("worker", False), ("frontend", True)):
@@ -126,15 +135,3 @@ def _sentence(row: ProcessView) -> str:
         doing = {"failed": "gave up", "backoff": "waits to be restarted", "starting": "is starting again"}
         return f"{row.id} {doing[row.state]}: {row.last_exit}"
     return f"{row.id} is {row.state}"
-
-
-def telling_lines(lines: Sequence[str], limit: int) -> list[str]:
-    """The lines of a log that say what went wrong, oldest first; its last lines when none does."""
-    full = [line.rstrip() for line in lines if line.strip()]
-    telling = [line for line in full if _TELLING.search(line)]
-    return (telling or full)[-limit:]
-
-
-def first_error(lines: Sequence[str]) -> str:
-    """The first line that says what went wrong, "" when there are no lines."""
-    return next((line for line in lines if _TELLING.search(line)), lines[0] if lines else "")

@@ -13,6 +13,7 @@ from typing import Any
 from dynctl.errors import RecipeError
 from dynctl.hub import snapshot
 from dynctl.recipe import override
+from dynctl.recipe.hosts import Host
 from dynctl.recipe.model_files import ModelFiles, is_hub_id, is_path, read_facts, tokenizer_in
 from dynctl.recipe.problems import Problem, as_error, did_you_mean
 from dynctl.recipe.schema import ApiKey, Recipe, RoleSection
@@ -144,6 +145,7 @@ class _Resolver:
             "engine": engine,
             "frontend": frontend,
             "roles": roles,
+            "hosts": self._hosts(recipe),
         }
         return recipe.model_copy(update=update), files
 
@@ -185,6 +187,15 @@ class _Resolver:
             keys: Keys = ("engine", "python")
             found["python"] = self._path(keys, engine.python, must_exist=local and by_path, always=by_path)
         return found
+
+    def _hosts(self, recipe: Recipe) -> list[Host]:
+        """Each host with the whole path of its key, which is looked at when it is used."""
+        return [
+            host.model_copy(
+                update={"key": self._path(("hosts", i, "key"), host.key, must_exist=False, always=True)}
+            )
+            for i, host in enumerate(recipe.hosts)
+        ]
 
     def _tls(self, recipe: Recipe) -> object:
         tls = recipe.frontend.tls

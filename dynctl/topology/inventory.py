@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from pydantic import Field
 
-from dynctl.recipe import schema
+from dynctl.errors import PlacementError
+from dynctl.recipe import hosts as written
 from dynctl.recipe.problems import Problem, as_error
-from dynctl.recipe.source import read_document
+from dynctl.recipe.schema import Recipe
+from dynctl.recipe.section import Section
+from dynctl.recipe.source import Document, read_document
 from dynctl.recipe.validate import validate, where_of
 
 _PROBE_TIMEOUT_S = 10.0
@@ -20,48 +25,153 @@ LOCAL = "local"
 
 
 @dataclass(frozen=True, slots=True)
+class Ssh:
+    """How SSH reaches a host. What is "" or None is left to the SSH configuration; `host` is what is dialled.
+
+    `key` is an absolute path, `proxy_jump` as ssh -J takes it ("none": a direct connection).
+    """
+
+    host: str = ""
+    user: str = ""
+    port: int | None = None
+    key: str = ""
+    proxy_jump: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Host:
-    """One machine: its address on the data network, and GPUs 0 .. gpus - 1."""
+    """One machine: its address on the data network, and GPUs 0 .. gpus - 1.
+
+    `discover`: how many GPUs it has is still to be found there; `with_gpus` fills it in. `python` is the
+    interpreter there that has dynctl, `directory` where it keeps its runs; "" when none is named.
+    """
 
     name: str
     address: str
     gpus: int = 0
+    discover: bool = False
+    labels: tuple[str, ...] = ()
+    ssh: Ssh = field(default_factory=Ssh)
+    python: str = ""
+    directory: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """Machines in the order they are filled; never empty. `source` tells people where this is from."""
+    """Machines in the order they are filled; never empty. `source` tells people where this is from.
+
+    `groups` is group → names of its hosts.
+    """
 
     hosts: tuple[Host, ...]
     source: str
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def select(self, wanted: Sequence[str]) -> tuple[Host, ...]:
+        """The hosts that these names, groups and labels mean, each once, in the order they are asked for.
+
+        Raises PlacementError that tells which there are.
+        """
+        found: dict[str, Host] = {}
+        for word in wanted:
+            members = self.groups.get(word, ())
+            meant = [h for h in self.hosts if h.name == word or h.name in members or word in h.labels]
+            if not meant:
+                raise PlacementError(f"no host '{word}' in {self.source}", hint=self._there())
+            found.update((host.name, host) for host in meant)
+        return tuple(found.values())
+
+    def undiscovered(self) -> tuple[str, ...]:
+        """Names of the hosts whose number of GPUs is still to be found there."""
+        return tuple(host.name for host in self.hosts if host.discover)
+
+    def _there(self) -> str:
+        labels = dict.fromkeys(label for host in self.hosts for label in host.labels)
+        kinds = {"": [host.name for host in self.hosts], "groups ": self.groups, "labels ": labels}
+        return "there are " + "; ".join(f"{kind}{', '.join(names)}" for kind, names in kinds.items() if names)
 
 
-class _InventoryFile(schema.Section):
-    hosts: list[schema.Host] = Field(min_length=1)
+def with_gpus(inventory: Inventory, found: Mapping[str, int]) -> Inventory:
+    """The inventory with the GPUs found filled in, by host; only where they are to be discovered."""
+    hosts = tuple(
+        replace(host, gpus=found[host.name], discover=False) if host.discover and host.name in found else host
+        for host in inventory.hosts
+    )
+    return replace(inventory, hosts=hosts)
+
+
+class _InventoryFile(Section):
+    hosts: list[written.Host] = Field(min_length=1)
     """Machines, in the order they are filled."""
+    defaults: written.HostDefaults = Field(default_factory=written.HostDefaults)
+    """What holds for all hosts that do not say otherwise."""
+    groups: dict[str, list[str]] = Field(default_factory=dict)
+    """Names for several hosts: host names, or patterns such as n*."""
 
 
 def load_inventory(path: Path) -> Inventory:
-    """Read `{hosts: [{name, address, gpus}]}`. Raises RecipeError that tells all faults with their lines."""
+    """Read a file of `hosts`, `defaults` and `groups`. Raises RecipeError that tells all faults by line."""
     document = read_document(path)
     made = validate(_InventoryFile, document)
     if isinstance(made, list):
         raise as_error(made, str(path))
-    problems = []
+    problems = [*_twins(made, document), *_group_problems(made, document)]
+    if problems:
+        raise as_error(problems, str(path))
+    common = {name: getattr(made.defaults, name) for name in made.defaults.model_fields_set}
+    hosts = [
+        host.model_copy(update={k: v for k, v in common.items() if k not in host.model_fields_set})
+        for host in made.hosts
+    ]
+    groups = {name: tuple(_members(made, patterns)) for name, patterns in made.groups.items()}
+    return replace(from_hosts(hosts, str(path)), groups=groups)
+
+
+def _twins(made: _InventoryFile, document: Document) -> Iterator[Problem]:
     for attribute in ("name", "address"):
         values = [getattr(host, attribute) or host.name for host in made.hosts]
         for i, value in enumerate(values):
             if value in values[:i]:
                 where = where_of(document.wheres, ("hosts", i, attribute))
-                problems.append(Problem(where, f"two hosts have the {attribute} '{value}'"))
-    if problems:
-        raise as_error(problems, str(path))
-    return from_hosts(made.hosts, str(path))
+                yield Problem(where, f"two hosts have the {attribute} '{value}'")
 
 
-def from_hosts(hosts: Sequence[schema.Host], source: str) -> Inventory:
-    """The inventory a recipe's or inventory file's `hosts` make; at least one."""
-    return Inventory(tuple(Host(h.name, h.address or h.name, h.gpus) for h in hosts), source)
+def _group_problems(made: _InventoryFile, document: Document) -> Iterator[Problem]:
+    names = [host.name for host in made.hosts]
+    for group, patterns in made.groups.items():
+        if group in names:
+            yield Problem(where_of(document.wheres, ("groups", group)), f"'{group}' is a host and a group")
+        for i, pattern in enumerate(patterns):
+            if not any(fnmatchcase(name, pattern) for name in names):
+                where = where_of(document.wheres, ("groups", group, i))
+                yield Problem(where, f"no host is '{pattern}'", f"there are {', '.join(names)}")
+
+
+def _members(made: _InventoryFile, patterns: Sequence[str]) -> list[str]:
+    names = [host.name for host in made.hosts]
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def from_hosts(hosts: Sequence[written.Host], source: str) -> Inventory:
+    """The inventory a recipe's or inventory file's `hosts` make; at least one.
+
+    A key file is looked for beside the file `source`, when its path is not absolute.
+    """
+    return Inventory(tuple(_host(h, Path(source).parent) for h in hosts), source)
+
+
+def _host(given: written.Host, folder: Path) -> Host:
+    key = os.path.abspath(folder / Path(given.key).expanduser()) if given.key else ""
+    return Host(
+        name=given.name,
+        address=given.address or given.name,
+        gpus=0 if given.gpus == "auto" else given.gpus,
+        discover=given.gpus == "auto",
+        labels=tuple(given.labels),
+        ssh=Ssh(given.host or given.name, given.user, given.port, key, given.proxy_jump),
+        python=given.python,
+        directory=given.directory,
+    )
 
 
 def discover_local() -> Inventory:
@@ -84,7 +194,7 @@ def _local_gpus() -> int:
     return sum(line.startswith("GPU ") for line in done.stdout.splitlines())
 
 
-def inventory_for(recipe: schema.Recipe, recipe_file: str, file: Path | None) -> Inventory:
+def inventory_for(recipe: Recipe, recipe_file: str, file: Path | None) -> Inventory:
     """The machines to place on: those of `file`, else of the recipe's `hosts`, else this one."""
     if file is not None:
         return load_inventory(file)

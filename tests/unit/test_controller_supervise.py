@@ -444,6 +444,17 @@ def test_a_start_that_hangs_while_frontends_drain_is_left_to_the_way_down() -> N
     assert bench.exit("frontend-0", 0) == [Kill("frontend-0", 1), Terminate("decode-0")]
 
 
+def test_a_process_that_was_being_started_when_the_way_down_began_is_not_left_over() -> None:
+    bench = Bench(seat("decode-0"), begin=False)
+    (begun,) = bench.tell(Begin(), start=False)
+    assert isinstance(begun, Start)
+    bench.tell(Stop(1.0))
+    assert bench.finished
+    late = bench.tell(Started("decode-0", 1, pid=7, start_ticks=7, pgid=7, wall_s=0.0))
+    assert late == [Kill("decode-0", 1)]
+    assert bench.state.seats[0].pid == 0
+
+
 def test_an_engine_that_stops_answering_shows_and_comes_back() -> None:
     bench = Bench()
     bench.ready()

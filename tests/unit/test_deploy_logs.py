@@ -18,9 +18,9 @@ from dynctl.deploy.logs import (
     parse_since,
     parse_time,
     read_lines,
-    tail,
 )
 from dynctl.errors import UsageError
+from dynctl.launchers.last_lines import tail
 
 NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC).timestamp()
 

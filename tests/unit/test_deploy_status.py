@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from dynctl.deploy.state import ControllerRecord, RunState, SeatRecord
-from dynctl.deploy.status import Diagnosis, diagnose, first_error, ready_counts, telling_lines, view_of
+from dynctl.deploy.status import Diagnosis, diagnose, ready_counts, view_of
+from dynctl.launchers.last_lines import first_error, telling_lines
 from dynctl.protocol.deployment import DeploymentView
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dynctl.deploy.plan import Plan, RunContext, build_plan
-from dynctl.deploy.preflight import require_local, require_programs
+from dynctl.deploy.preflight import require_programs, require_startable
 from dynctl.errors import CodecError, PlacementError, PortInUse, RecipeError
 from dynctl.protocol.specs import FrontendSpec, WorkerSpec
 from dynctl.recipe.load import LoadedRecipe, load_recipe
@@ -73,9 +73,22 @@ def test_frontends_are_spread_over_the_hosts_named(tmp_path: Path) -> None:
     assert frontends_of(plan) == [("n2", {"http", "events"}, 8000), ("n1", {"http", "events"}, 8000)]
     with pytest.raises(PortInUse, match="port 8000 of n1"):
         build_plan(load(tmp_path, *sets), two, {("n1", 8000)}, RUN)
-    with pytest.raises(PlacementError, match=r"no host 'n3' in hosts[.]yaml") as refused:
-        build_plan(load(tmp_path, "frontend.hosts=[n3]"), two, (), RUN)
-    assert refused.value.hint == "there are n1, n2"
+
+
+def test_a_role_or_frontend_on_hosts_there_are_not_is_refused_by_line(tmp_path: Path) -> None:
+    two = Inventory((Host("n1", "10.0.0.1", 8), Host("n2", "10.0.0.2", 8, labels=("lab",))), "hosts.yaml")
+    for field in ("roles.aggregated.hosts", "frontend.hosts"):
+        with pytest.raises(PlacementError, match=r"no host 'n3' in hosts[.]yaml") as caught:
+            build_plan(load(tmp_path, f"{field}=[n3]"), two, (), RUN)
+        assert caught.value.where.startswith(f"--set {field}")
+        assert caught.value.hint == "there are n1, n2; labels lab"
+
+
+def test_frontends_of_a_group_cannot_all_listen_on_one_address(tmp_path: Path) -> None:
+    hosts = tuple(Host(name, name, 8, labels=("lab",)) for name in ("n1", "n2"))
+    sets = ("frontend.replicas=2", "frontend.hosts=[lab]")
+    with pytest.raises(PlacementError, match="frontends on 2 hosts cannot all listen"):
+        build_plan(load(tmp_path, *sets), Inventory(hosts, "hosts.yaml"), (), RUN)
 
 
 def test_a_frontend_alone_has_its_port_only(tmp_path: Path) -> None:
@@ -163,12 +176,13 @@ def test_public_url(tmp_path: Path, host: str, address: str, url: str) -> None:
     assert build_plan(load(tmp_path, f"frontend.host='{host}'"), inventory, (), RUN).url == url
 
 
-def test_only_this_machine_can_be_started(tmp_path: Path) -> None:
-    require_local(load(tmp_path), HERE)
-    with pytest.raises(RecipeError, match="--set target=ssh: target ssh cannot be started yet"):
-        require_local(load(tmp_path, "target=ssh"), HERE)
+def test_a_target_without_its_machines_and_local_with_others_are_refused(tmp_path: Path) -> None:
+    require_startable(load(tmp_path), HERE)
+    with pytest.raises(RecipeError, match="--set target=ssh: target ssh needs hosts"):
+        require_startable(load(tmp_path, "target=ssh"), HERE)
+    require_startable(load(tmp_path, "target=ssh"), Inventory((Host("n1", "10.0.0.1", 0),), "hosts.yaml"))
     with pytest.raises(RecipeError, match=r"hosts\.yaml names other hosts"):
-        require_local(load(tmp_path), Inventory((Host("n1", "10.0.0.1", 0),), "hosts.yaml"))
+        require_startable(load(tmp_path), Inventory((Host("n1", "10.0.0.1", 0),), "hosts.yaml"))
 
 
 def test_missing_engine_program_says_where_was_looked(tmp_path: Path) -> None:

@@ -101,3 +101,33 @@ def test_no_gpu_is_given_twice_and_all_parts_are_equal(
             assert len({len(rank.gpus) for rank in ranks}) == 1
             assert sum(len(rank.gpus) for rank in ranks) == need.parallel.gpus
             assert len({rank.node for rank in ranks}) == len(ranks)
+
+
+def test_roles_keep_to_the_hosts_they_are_given() -> None:
+    needs = [
+        Need("decode", 1, Parallel(tensor=8)),
+        Need("prefill", 2, Parallel(tensor=4), hosts=("n1",)),
+        Need("encode", 3, Parallel(), gpus=False, hosts=("n2", "n3")),
+    ]
+    placed = place(needs, machines(8, 8, 8))
+    assert {rank.node for index in (0, 1) for rank in placed["prefill", index]} == {"n1"}
+    assert where(placed["decode", 0]) == [("n2", tuple(range(8)))], (
+        "it could have gone anywhere, and gave way"
+    )
+    assert [placed["encode", index][0].node for index in range(3)] == ["n2", "n3", "n2"]
+
+
+def test_a_large_replica_is_cut_over_its_own_hosts_only() -> None:
+    placed = place([Need("decode", 1, Parallel(tensor=8), hosts=("n1", "n3"))], machines(4, 4, 4))
+    assert where(placed["decode", 0]) == [("n1", (0, 1, 2, 3)), ("n3", (0, 1, 2, 3))]
+    with pytest.raises(PlacementError, match="no room on n1 for decode-0"):
+        place([Need("decode", 1, Parallel(tensor=8), hosts=("n1",))], machines(4, 4, 4))
+
+
+def test_hosts_whose_gpus_are_not_counted_yet_are_refused_with_the_remedy() -> None:
+    inventory = Inventory((Host("n1", "n1", 8), Host("n2", "n2", discover=True)), "hosts.yaml")
+    with pytest.raises(PlacementError, match="how many GPUs n2 of") as caught:
+        place([Need("decode", 1, Parallel())], inventory)
+    assert "write the number" in caught.value.hint
+    place([Need("decode", 1, Parallel(), hosts=("n1",))], inventory)
+    place([Need("decode", 2, Parallel(), gpus=False)], inventory)

@@ -1,0 +1,140 @@
+"""`dynctl up` on hosts that are reached by SSH."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+
+from dynctl.cli.elsewhere import command_there, run_async, save_remote
+from dynctl.cli.pick import home
+from dynctl.cli.render import prose
+from dynctl.deploy.home import new_run_id
+from dynctl.deploy.remote import HostSite, Remote, Started, is_ip, raise_first, start, sweep, with_addresses
+from dynctl.deploy.run import Checked
+from dynctl.errors import SshError
+from dynctl.launchers.bootstrap import Bootstrap, bootstrap, find_dynctl, read_wheelhouse
+from dynctl.launchers.probe import probe
+from dynctl.launchers.ssh import SshHosts
+from dynctl.launchers.ssh_config import SshOptions
+from dynctl.launchers.ssh_host import SshHost
+from dynctl.launchers.ssh_terminal import forward
+from dynctl.launchers.wheel import Wheel, own_wheel
+from dynctl.protocol.hosts import HostFacts, HostQuestion
+from dynctl.recipe.lock import lock_text
+from dynctl.topology.inventory import Host, with_gpus
+
+_LOOK_S = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class How:
+    """How the user wants it."""
+
+    detach: bool
+    timeout_s: float | None
+    as_json: bool
+    bootstrap: bool
+    wheelhouse: Path | None
+
+
+def up_over_ssh(checked: Checked, how: How) -> int:
+    """Start what the recipe says on the hosts of its inventory, and attend it; the exit code."""
+    home().prepare()
+    return run_async(_up(checked, how))
+
+
+async def _up(checked: Checked, how: How) -> int:
+    async with SshHosts(SshOptions.find(os.environ)) as hosts:
+        reached = await _reach(checked, hosts)
+        prose(f"{len(reached)} hosts reached: {', '.join(reached)}", style="dim")
+        checked, sites = await _look(checked, reached, how)
+        run_id = new_run_id(checked.loaded.recipe.name, time.gmtime())
+        lock = lock_text(checked.loaded, metadata.version("dynctl"))
+        started = await start(checked, lock, sites, run_id, note)
+        return await _attend(started, sites, reached, how)
+
+
+async def _reach(checked: Checked, hosts: SshHosts) -> dict[str, SshHost]:
+    """A connection to every host. Raises SshError that tells of all that could not be reached."""
+    found = await hosts.connect_all(checked.inventory.hosts)
+    raise_first(found.values())
+    return {name: one for name, one in found.items() if isinstance(one, SshHost)}
+
+
+async def _look(checked: Checked, reached: Mapping[str, SshHost], how: How) -> tuple[Checked, list[HostSite]]:
+    """What each host is: interpreter, GPUs, address, ports in use."""
+    wheel = await asyncio.to_thread(own_wheel)
+    looks = (_look_at(host, reached[host.name], wheel, how) for host in checked.inventory.hosts)
+    looked = await asyncio.gather(*looks, return_exceptions=True)
+    raise_first(looked)
+    seen = [one for one in looked if isinstance(one, tuple)]
+    inventory = with_gpus(checked.inventory, {site.name: len(told.gpus) for site, told, _ in seen})
+    inventory = with_addresses(inventory, {site.name: address for site, _, address in seen})
+    return replace(checked, inventory=inventory), [site for site, _, _ in seen]
+
+
+async def _look_at(host: Host, shell: SshHost, wheel: Wheel, how: How) -> tuple[HostSite, HostFacts, str]:
+    told, python, address = await asyncio.gather(
+        probe(shell, HostQuestion(), python=host.python), _dynctl(host, shell, wheel, how), reached_at(shell)
+    )
+    there = host.directory.replace("~", told.home, 1) if host.directory else f"{told.home}/.dynctl"
+    return HostSite(host.name, shell, python, there, frozenset(told.listening), host.ssh), told, address
+
+
+async def _dynctl(host: Host, shell: SshHost, wheel: Wheel, how: How) -> str:
+    """The interpreter there that has this dynctl, brought there if that was asked for."""
+    if not how.bootstrap:
+        return await find_dynctl(shell, host, wheel)
+    wheels = read_wheelhouse(how.wheelhouse) if how.wheelhouse is not None else {}
+    return await bootstrap(shell, host, Bootstrap(wheel, wheels), _progress)
+
+
+def _progress(host: str, step: str) -> None:
+    prose(f"{host}: {step}", style="dim")
+
+
+async def reached_at(shell: SshHost) -> str:
+    """The address this host was reached at, as itself sees it: behind a jump host, its inner one."""
+    said = await shell.check(["sh", "-c", 'printf "\\n%s\\n" "$SSH_CONNECTION"'], timeout_s=_LOOK_S)
+    words = said.decode("ascii", "replace").split()[-2:]
+    if len(words) < 2 or not is_ip(words[0]):
+        hint = "`address` in the inventory names it"
+        raise SshError("the host does not say at which address it was reached", where=shell.name, hint=hint)
+    return words[0]
+
+
+def note(remote: Remote) -> None:
+    """Write down here where a run is, and let its name mean it. Raises LaunchError."""
+    place = home()
+    run = place.run_of(remote.name)
+    if run is None or run.run_id != remote.run_id:
+        run = place.create_run(remote.run_id, {})
+        save_remote(run, remote)
+        place.point(remote.name, run)
+    else:
+        save_remote(run, remote)
+
+
+async def _attend(
+    started: Started, sites: Sequence[HostSite], reached: Mapping[str, SshHost], how: How
+) -> int:
+    """Have the head wait until it is ready; without success nothing is left."""
+    plan, remote = started.plan, started.remote
+    if started.running:
+        prose(f"{plan.name} is running already, from the same recipe: every host has its agent", style="good")
+    elif started.adopted:
+        prose(f"{plan.name}: a new controller takes over what lives")
+    args = [plan.name]
+    args += ["--detach"] if how.detach else []
+    args += ["--timeout", f"{how.timeout_s}s"] if how.timeout_s is not None else []
+    args += ["--json"] if how.as_json else []
+    args += ["--adopted"] if started.adopted else []
+    code = await forward(reached[remote.head.name], command_there(remote, "attend", args))
+    if code not in (0, 130) and not started.adopted:
+        await sweep(sites, plan.run_id, 0.0)
+    return code

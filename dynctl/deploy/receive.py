@@ -1,0 +1,171 @@
+"""A host's side of a deployment that another machine starts and ends: `python -m dynctl.deploy.receive`.
+
+One call as JSON on standard input, one `Answer` as the last line of standard output. What a host does for
+`up` at home it does here: the same locks, checks and files.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import msgspec
+
+from dynctl.command import Command
+from dynctl.deploy.home import LOCK_S, Home, RunDir
+from dynctl.deploy.run import may_adopt, new_controller, same_recipe
+from dynctl.deploy.state import load_state, save_state
+from dynctl.deploy.stop import CONTROLLER, Stopper, stop_run
+from dynctl.errors import DynctlError, LaunchError, UsageError
+from dynctl.launchers.base import Launch, Launcher, RunRef
+from dynctl.launchers.local import LocalLauncher
+
+
+class Spawn(msgspec.Struct, frozen=True, kw_only=True):
+    """A process to be started in a run directory, unless it runs there already."""
+
+    process_id: str
+    incarnation: int
+    argv: list[str]
+    env: dict[str, str]
+
+
+class Look(msgspec.Struct, frozen=True, kw_only=True, tag="look"):
+    """Is there a deployment of this name? `lock` is the recipe it is to be, resolved.
+
+    Answer: `run_id` and `plan` of one that lives and is the same; `running`: its controller lives too.
+    """
+
+    name: str
+    lock: str
+
+
+class Claim(msgspec.Struct, frozen=True, kw_only=True, tag="claim"):
+    """On the head: make the run of a name, unless it is there and to be adopted, and start its processes.
+
+    Answer: `run_dir`.
+    """
+
+    name: str
+    run_id: str
+    files: dict[str, str]
+    spawn: list[Spawn]
+    adopt: bool = False
+
+
+class Join(msgspec.Struct, frozen=True, kw_only=True, tag="join"):
+    """On a further node: make its directory in the run, and start its agent. Answer: `run_dir`."""
+
+    run_id: str
+    node: str
+    files: dict[str, str]
+    spawn: list[Spawn]
+
+
+class Sweep(msgspec.Struct, frozen=True, kw_only=True, tag="sweep"):
+    """End all processes of a run on this host. Answer: `ended`, how many there were."""
+
+    run_id: str
+    drain_s: float
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of a call; with an `error` nothing else."""
+
+    run_dir: str = ""
+    run_id: str = ""
+    plan: str = ""
+    running: bool = False
+    ended: int = 0
+    error: str = ""
+    message: str = ""
+    where: str = ""
+    hint: str = ""
+
+
+Call = Look | Claim | Join | Sweep
+
+
+def answer(call: Call, home: Home, launcher: Launcher) -> Answer:
+    """Do what is asked. Raises DynctlError."""
+    match call:
+        case Look():
+            return _look(call, home, launcher)
+        case Claim():
+            return _claim(call, home, launcher)
+        case Join():
+            return _join(call, home, launcher)
+        case Sweep():
+            return _sweep(call, home, launcher)
+
+
+def _look(call: Look, home: Home, launcher: Launcher) -> Answer:
+    home.prepare()
+    there = home.run_of(call.name)
+    running = there is not None and any(o.process_id == CONTROLLER for o in launcher.owned(there.run_id))
+    if there is not None and running and same_recipe(there, call.lock):
+        run: RunDir | None = there
+    else:
+        run = may_adopt(home, launcher, call.name, call.lock)
+    if run is None:
+        return Answer()
+    return Answer(run_id=run.run_id, run_dir=str(run.path), plan=run.plan.read_text(), running=running)
+
+
+def _claim(call: Claim, home: Home, launcher: Launcher) -> Answer:
+    home.prepare()
+    with home.locked(call.name, deadline_s=LOCK_S):
+        if call.adopt:
+            run = RunDir(home.runs / call.run_id)
+            state = load_state(run.state)
+            if state is None:
+                raise LaunchError("the run has no state", where=str(run.state))
+            save_state(run.state, new_controller(state))
+        else:
+            before = home.run_of(call.name)
+            if before is not None and launcher.owned(before.run_id):
+                raise UsageError(f"'{call.name}' has just been started by another", where=str(before.path))
+            run = home.create_run(call.run_id, call.files)
+            home.point(call.name, run)
+        _spawn(call.spawn, launcher, RunRef(call.run_id, run.path))
+    return Answer(run_dir=str(run.path))
+
+
+def _join(call: Join, home: Home, launcher: Launcher) -> Answer:
+    home.prepare()
+    there = home.create_node(call.run_id, call.node, call.files)
+    _spawn(call.spawn, launcher, RunRef(call.run_id, there.path))
+    return Answer(run_dir=str(there.path))
+
+
+def _sweep(call: Sweep, home: Home, launcher: Launcher) -> Answer:
+    run = RunDir(home.runs / call.run_id)
+    return Answer(ended=stop_run(run, Stopper(launcher), call.drain_s))
+
+
+def _spawn(asked: list[Spawn], launcher: Launcher, run: RunRef) -> None:
+    """Start what does not run; a controller is never there when this is called."""
+    owned = {one.process_id for one in launcher.owned(run.run_id)}
+    for one in asked:
+        if one.process_id in owned and one.process_id != CONTROLLER:
+            continue
+        command = Command(tuple(one.argv), one.env, str(run.run_dir))
+        handle = launcher.start(Launch(one.process_id, one.incarnation, command), run)
+        launcher.release(handle)
+
+
+def main() -> int:
+    """Answer the call on standard input."""
+    try:
+        call = msgspec.json.decode(sys.stdin.buffer.read(), type=Call)
+        told = answer(call, Home.find(os.environ), LocalLauncher())
+    except DynctlError as error:
+        told = Answer(error=error.kind, message=error.message, where=error.where, hint=error.hint)
+    except (OSError, msgspec.MsgspecError) as error:
+        told = Answer(error=LaunchError.kind, message=str(error))
+    sys.stdout.write(msgspec.json.encode(told).decode() + "\n")
+    return 1 if told.error else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

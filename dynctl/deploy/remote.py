@@ -1,0 +1,277 @@
+"""A deployment on other machines: plan on what they are, hand them their files, start agents and controller.
+
+The controller runs on the head, the first host of the inventory; the machine `up` was called on may go away.
+What is kept here is where the run is (`Remote`), so that other verbs find the head and `down` every host.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from dynctl.deploy.plan import Plan, PlannedProcess, build_plan
+from dynctl.deploy.receive import Answer, Call, Claim, Join, Look, Spawn, Sweep
+from dynctl.deploy.run import Checked, run_files
+from dynctl.deploy.seats import ENGINE_KEY_FILE, KEYS_FILE, NodeContext, RunContext
+from dynctl.deploy.stop import CONTROLLER
+from dynctl.errors import CodecError, DynctlError, LaunchError, NotReady, PortInUse, UsageError
+from dynctl.topology.inventory import Host, Inventory, Ssh
+from dynctl.topology.ports import first_port_of
+from dynctl.transport.keys import Keys, save_engine_key
+
+ANSWER_S = 30.0
+_KINDS: dict[str, type[DynctlError]] = {
+    kind.kind: kind for kind in (UsageError, LaunchError, PortInUse, NotReady, CodecError)
+}
+
+
+class Done(Protocol):
+    """How a command on a host ended."""
+
+    @property
+    def code(self) -> int: ...
+    @property
+    def stdout(self) -> bytes: ...
+    @property
+    def stderr(self) -> bytes: ...
+
+
+class Shell(Protocol):
+    """A host that commands can be run on. Raises LaunchError with the host when it cannot be reached."""
+
+    async def run(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: bytes = b"",
+        timeout_s: float,
+        env: Mapping[str, str] | None = None,
+    ) -> Done: ...
+
+
+@dataclass(frozen=True, slots=True)
+class HostSite:
+    """What `up` needs of one host: `python` runs dynctl, `home` is its directory, `taken` are ports in use,
+    `ssh` how it is reached.
+    """
+
+    name: str
+    shell: Shell
+    python: str
+    home: str
+    taken: frozenset[int] = frozenset()
+    ssh: Ssh = field(default_factory=Ssh)
+
+    async def ask(self, call: Call, timeout_s: float = ANSWER_S) -> Answer:
+        """Have dynctl on the host do something. Raises what it raised there, with the host's name."""
+        argv = (self.python, "-m", "dynctl.deploy.receive")
+        env = {"DYNCTL_HOME": self.home}
+        done = await self.shell.run(argv, stdin=msgspec.json.encode(call), timeout_s=timeout_s, env=env)
+        lines = done.stdout.splitlines()
+        try:
+            told = msgspec.json.decode(lines[-1] if lines else b"", type=Answer)
+        except msgspec.MsgspecError:
+            said = done.stderr.decode("utf-8", "replace").strip().splitlines()
+            why = said[-1] if said else f"exit code {done.code}"
+            raise LaunchError(f"dynctl there did not answer: {why}", where=self.name) from None
+        if told.error:
+            where = f"{self.name}:{told.where}" if told.where else self.name
+            raise _KINDS.get(told.error, LaunchError)(told.message, where=where, hint=told.hint)
+        return told
+
+
+class RemoteHost(msgspec.Struct, frozen=True, kw_only=True):
+    """One host of such a run, as `HostSite` has it."""
+
+    name: str
+    python: str
+    home: str
+    ssh: Ssh
+
+
+class Remote(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a run is that other machines look after. `hosts` in the order of the inventory, the head first.
+
+    `left`: hosts on which processes may be left, since they could not be reached when it was ended.
+    """
+
+    name: str
+    run_id: str
+    hosts: list[RemoteHost]
+    recipe: str
+    ended: bool = False
+    left: list[str] = []
+    version: int = 1
+
+    @property
+    def head(self) -> RemoteHost:
+        """The host that the controller runs on."""
+        return self.hosts[0]
+
+
+def contexts(sites: Iterable[HostSite], run_id: str) -> RunContext:
+    """Directories and interpreters of a run on its hosts, the first of which is the head."""
+    there = list(sites)
+    head = f"{there[0].home}/runs/{run_id}"
+    nodes = {site.name: NodeContext(f"{site.home}/nodes/{run_id}/{site.name}", site.python) for site in there}
+    nodes[there[0].name] = NodeContext(head, there[0].python)
+    return RunContext(run_id, head, there[0].python, first_port_of(run_id), nodes)
+
+
+def with_addresses(inventory: Inventory, found: Mapping[str, str]) -> Inventory:
+    """The inventory with addresses that can be listened on: found ones where it has none, or a name."""
+
+    def of(host: Host) -> Host:
+        return host if is_ip(host.address) else replace(host, address=found[host.name])
+
+    return replace(inventory, hosts=tuple(map(of, inventory.hosts)))
+
+
+def is_ip(text: str) -> bool:
+    """Whether it is an address that can be listened on as it stands."""
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A deployment whose controller has been started on its head. `adopted`: processes of it lived already,
+    `running`: its controller too.
+    """
+
+    plan: Plan
+    remote: Remote
+    adopted: bool
+    running: bool
+
+
+async def start(
+    checked: Checked, lock: str, sites: Sequence[HostSite], run_id: str, note: Callable[[Remote], None]
+) -> Started:
+    """Plan, hand out, start. `sites` has a host for each of the inventory, in its order. `note` is told where
+    the run will be before anything of it is anywhere: whatever becomes of this process, it can be ended.
+
+    When a host fails, nothing is left on any. What lives of the same recipe is given what it lacks: agents, a
+    controller. Raises UsageError when the name is taken on the head, PlacementError, PortInUse, LaunchError.
+    """
+    name, head = checked.loaded.recipe.name, sites[0]
+    living = await head.ask(Look(name=name, lock=lock))
+    if living.run_id:
+        plan = Plan.from_json(living.plan)
+    else:
+        taken = {(site.name, port) for site in sites for port in site.taken}
+        plan = build_plan(checked.loaded, checked.inventory, taken, contexts(sites, run_id))
+    used = [site for site in sites if any(node.name == site.name for node in plan.nodes)]
+    started = Started(plan, _remote(plan, used, checked), bool(living.run_id), living.running)
+    note(started.remote)
+    try:
+        await _hand_out(started, lock, used)
+    except BaseException:
+        if not started.adopted:
+            await sweep(used, plan.run_id, 0.0)
+        raise
+    return started
+
+
+async def _hand_out(started: Started, lock: str, sites: Sequence[HostSite]) -> None:
+    """All at once: whether the name is free has been asked for, and is once more when the head takes it."""
+    plan, head = started.plan, sites[0]
+    secret = await _secrets_of(head, plan.run_id) if started.adopted else _secrets()
+    claim = Claim(
+        name=plan.name,
+        run_id=plan.run_id,
+        files={**run_files(plan, lock), **secret},
+        spawn=[_spawn(plan.process(seat)) for seat in (f"agent-{head.name}", CONTROLLER)],
+        adopt=started.adopted,
+    )
+    joins = [
+        Join(
+            run_id=plan.run_id,
+            node=site.name,
+            files=secret,
+            spawn=[_spawn(plan.process(f"agent-{site.name}"))],
+        )
+        for site in sites[1:]
+    ]
+    calls: list[Claim | Join] = [claim, *joins]
+    asked = [
+        (site, call)
+        for site, call in zip(sites, calls, strict=True)
+        if call is not claim or not started.running
+    ]
+    answers = await asyncio.gather(*(site.ask(call) for site, call in asked), return_exceptions=True)
+    raise_first(answers)
+
+
+def raise_first(answers: Iterable[object]) -> None:
+    """Raise what several hosts raised as one error: the first, with what the others said in its message."""
+    errors = [one for one in answers if isinstance(one, BaseException)]
+    if not errors:
+        return
+    known = [one for one in errors if isinstance(one, DynctlError)]
+    if len(known) < 2 or len(known) < len(errors):
+        raise errors[0]
+    rest = "".join(f"\n{error}" for error in known[1:])
+    first = known[0]
+    raise type(first)(first.message + rest, where=first.where, hint=first.hint) from first
+
+
+def _spawn(process: PlannedProcess) -> Spawn:
+    command = process.command
+    return Spawn(process_id=process.id, incarnation=1, argv=list(command.argv), env=dict(command.env))
+
+
+async def _secrets_of(head: HostSite, run_id: str) -> dict[str, str]:
+    """The keys of a run that lives: a node may have lost its own."""
+    found = {}
+    for name in (KEYS_FILE, ENGINE_KEY_FILE):
+        path = f"{head.home}/runs/{run_id}/{name}"
+        done = await head.shell.run(("cat", "--", path), timeout_s=ANSWER_S)
+        if done.code:
+            raise LaunchError("the keys of the run cannot be read", where=f"{head.name}:{path}")
+        found[name] = done.stdout.decode()
+    return found
+
+
+def _secrets() -> dict[str, str]:
+    """Keys made for this run, as files."""
+    with tempfile.TemporaryDirectory(prefix="dynctl-") as folder:
+        keys, engine = Path(folder) / KEYS_FILE, Path(folder) / ENGINE_KEY_FILE
+        Keys.generate().save(keys)
+        save_engine_key(engine)
+        return {KEYS_FILE: keys.read_text(), ENGINE_KEY_FILE: engine.read_text()}
+
+
+def _remote(plan: Plan, sites: Sequence[HostSite], checked: Checked) -> Remote:
+    hosts = [RemoteHost(name=s.name, python=s.python, home=s.home, ssh=s.ssh) for s in sites]
+    recipe = str(Path(checked.loaded.file).resolve())
+    return Remote(name=plan.name, run_id=plan.run_id, hosts=hosts, recipe=recipe)
+
+
+async def sweep(sites: Sequence[HostSite], run_id: str, drain_s: float) -> dict[str, DynctlError]:
+    """End what there is of a run: on the head by its controller if it has one, then on all other hosts.
+
+    Gives back why it could not be done, by host: these may have processes left.
+    """
+    limit_s = 3 * drain_s + ANSWER_S
+    failed: dict[str, DynctlError] = {}
+
+    async def one(site: HostSite) -> None:
+        try:
+            await site.ask(Sweep(run_id=run_id, drain_s=drain_s), limit_s)
+        except DynctlError as error:
+            failed[site.name] = error
+
+    await one(sites[0])
+    await asyncio.gather(*(one(site) for site in sites[1:]))
+    return failed
