@@ -94,8 +94,8 @@ def _fingerprint(subject: Subject) -> str:
 
 def shared(subjects: Sequence[Subject]) -> list[Verdict]:
     """Whether the directory of runs looks shared, by the type of its file system alone."""
-    home = subjects[0].wanted.home
-    types = by_value(subjects, lambda s: s.facts.disk[home].fstype if home in s.facts.disk else "")
+    home = subjects[0].home
+    types = by_value(subjects, lambda s: s.facts.disk[s.home].fstype if s.home in s.facts.disk else "")
     if not types:
         return [unknown(f"{home}: on which file system it is was not told")]
     if len(types) == 1 and next(iter(types)) in SHARED_TYPES:

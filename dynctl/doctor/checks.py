@@ -97,7 +97,7 @@ def question(host: Host, wanted: Wanted, python: str, topics: Collection[str] = 
         model=model,
         ports=machine.fixed_ports(subject),
         engine=_engine(subject, topics),
-        scratch=wanted.home,
+        scratch=subject.home,
         dynctl=(python,) if "dynctl" in topics else (),
     )
 

@@ -143,7 +143,7 @@ def limits(subject: Subject) -> list[Verdict]:
 
 def disk(subject: Subject) -> list[Verdict]:
     """There is room where runs are kept, for logs and compiled kernels."""
-    home = subject.wanted.home
+    home = subject.home
     told = subject.facts.disk.get(home)
     if told is None:
         return [unknown(f"{home}: {subject.facts.note(f'disk {home}') or 'not told'}")]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import Protocol
 
 from dynctl.errors import DeadlineExceeded, LaunchError
@@ -27,9 +27,15 @@ class Runner(Protocol):
         ...
 
 
-def runner_for(hosts: Sequence[Host]) -> Runner | None:
-    """What reaches these hosts; None = there is no way to them yet."""
-    return LocalRunner() if all(host.name == LOCAL for host in hosts) else None
+@asynccontextmanager
+async def way_to(hosts: Sequence[Host]) -> AsyncIterator[Runner | None]:
+    """What reaches these hosts, for as long as the context lasts; None = there is no way to them yet."""
+    yield LocalRunner() if is_here(hosts) else None
+
+
+def is_here(hosts: Sequence[Host]) -> bool:
+    """Whether these hosts are this machine."""
+    return [host.name for host in hosts] == [LOCAL]
 
 
 class LocalRunner:

@@ -19,9 +19,9 @@ from dynctl.topology.inventory import Host
 class Wanted:
     """What is to be started. All None = nothing in particular; `plan` alone None = it does not fit the hosts.
 
-    `version` is the asking dynctl's own, `home` the directory of its runs on every host, `here` whether the
-    hosts are this machine. `tried`: ids of processes whose start failed: their ports as planned are judged,
-    instead of those that a start would not go round.
+    `version` is the asking dynctl's own, `home` the directory of runs on hosts that name none, `here` whether
+    the hosts are this machine. `tried`: ids of processes whose start failed: their ports as planned are
+    judged, instead of those that a start would not go round.
     """
 
     version: str
@@ -106,6 +106,11 @@ class Subject:
         """What the plan starts there."""
         plan = self.wanted.plan
         return tuple(p for p in plan.processes if p.node == self.host.name) if plan else ()
+
+    @property
+    def home(self) -> str:
+        """Where runs are kept there."""
+        return self.host.directory or self.wanted.home
 
     @property
     def on(self) -> str:

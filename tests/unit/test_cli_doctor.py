@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dynctl.cli import doctor_view
-from dynctl.cli.doctor import behind_slurm, exit_code, granted_by, want
+from dynctl.cli.doctor import exit_code, granted_by, is_behind, machines, want
 from dynctl.cli.doctor_view import report_text, wrapped
 from dynctl.doctor.checks import LOGIN
 from dynctl.doctor.findings import Finding, Level, size
@@ -69,7 +68,7 @@ def test_of_many_hosts_only_what_is_wrong_is_listed() -> None:
 
 def test_on_a_terminal_lines_are_coloured_and_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setattr(doctor_view.shutil, "get_terminal_size", lambda: os.terminal_size((80, 24)))
+    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((80, 24)))
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
     assert all(len(line) <= 64 for line in wrapped("a word " * 40))
@@ -102,7 +101,7 @@ def test_sizes(amount: float, text: str) -> None:
 def test_a_plan_that_does_not_fit_is_a_finding_and_all_hosts_are_asked(tmp_path: Path) -> None:
     hosts = tmp_path / "hosts.yaml"
     hosts.write_text("hosts: [{name: n1, gpus: 4}, {name: n2, gpus: 2}]")
-    asked, wanted, (fault,) = want(loaded(tmp_path), hosts)
+    asked, wanted, (fault,) = want(loaded(tmp_path), machines(loaded(tmp_path), hosts))
     level: Level = "fail"
     assert (fault.check, fault.level, wanted.plan) == ("placement", level, None)
     assert "needs 8 GPUs" in fault.message
@@ -112,15 +111,23 @@ def test_a_plan_that_does_not_fit_is_a_finding_and_all_hosts_are_asked(tmp_path:
 def test_hosts_that_the_plan_leaves_alone_are_not_asked(tmp_path: Path) -> None:
     hosts = tmp_path / "hosts.yaml"
     hosts.write_text("hosts: [{name: n1, gpus: 8}, {name: n2, gpus: 2}]")
-    asked, _, faults = want(loaded(tmp_path), hosts)
+    asked, _, faults = want(loaded(tmp_path), machines(loaded(tmp_path), hosts))
     assert ([host.name for host in asked], faults) == (["n1"], [])
+
+
+def test_hosts_whose_gpus_nobody_told_are_not_placed(tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts.yaml"
+    hosts.write_text("hosts: [{name: n1, gpus: 8}, {name: n2, gpus: auto}]")
+    asked, wanted, (doubt,) = want(loaded(tmp_path), machines(loaded(tmp_path), hosts))
+    assert (len(asked), wanted.plan, doubt.level) == (2, None, "unknown")
+    assert "not told by n2" in doubt.message
 
 
 def test_what_slurm_will_grant_is_judged_where_the_recipe_says_it(tmp_path: Path) -> None:
     text = RECIPE.replace("target: ssh", "target: slurm\nslurm: {nodes: 1, gpus_per_node: 4}")
     recipe = loaded(tmp_path, text=text)
-    assert behind_slurm(recipe, None)
-    _, wanted, (fault,) = want(recipe, None)
+    _, wanted, (fault,) = want(recipe, machines(recipe, None))
+    assert is_behind(wanted)
     assert "slurm.nodes 1 x gpus_per_node 4 has 4" in fault.message
     assert wanted.here
     assert granted_by(Slurm(nodes=2)) is None

@@ -105,6 +105,13 @@ async def test_so_many_hosts_at_a_time() -> None:
     assert runner.most == 3
 
 
+async def test_gpus_are_counted_where_the_inventory_says_auto() -> None:
+    two = json.dumps({"v": 1, "host": "x", "gpus": [{"index": 0}, {"index": 1}]}).encode()
+    runner = Scripted(n1=(0, two, b""), n2=LaunchError("No route to host"), n3=(0, FACTS, b""))
+    hosts = [Host("n1", "a", discover=True), Host("n2", "b", discover=True), N3]
+    assert await service.gpus_of(hosts, Way(runner)) == {"n1": 2}
+
+
 async def test_slurm_that_does_not_answer_is_no_pass() -> None:
     silent = Scripted(n1=DeadlineExceeded("no answer after 10 s"))
     (told,) = await examine_slurm(Slurm(), silent, N1)
