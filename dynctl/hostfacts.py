@@ -144,7 +144,7 @@ def dynctl_of(python: str) -> list[Json]:
     """Which dynctl a Python would run; version "" = none."""
     code = "import importlib.metadata as m; print(m.version('dynctl'))"
     try:
-        done, out, _ = run([python, "-c", code])
+        done, out, _ = run([os.path.expanduser(python), "-c", code])
     except (OSError, subprocess.SubprocessError):
         done, out = 1, ""
     return [{"python": python, "version": "" if done else out.strip()}]

@@ -61,7 +61,7 @@ def causes(run: RunDir, seen: DeploymentView, found: Diagnosis) -> list[Finding]
         plan=plan,
         tried=tried(plan, seen, found.seat),
     )
-    way = Way(LocalRunner(), sys.executable, sys.executable, DEADLINE_S)
+    way = Way(LocalRunner(), sys.executable, (sys.executable,), DEADLINE_S)
     report = asyncio.run(examine(hosts, wanted, way, (*topics, REACH)))
     order = {topic: rank for rank, topic in enumerate((REACH, *topics))}
     told = [_late(f) if f.check == REACH else f for f in report.findings if f.level != "note"]

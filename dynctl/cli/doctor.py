@@ -27,6 +27,7 @@ from dynctl.doctor.runners import LocalRunner, is_here, way_to
 from dynctl.doctor.service import Report, Way, cannot_be_asked, examine, examine_slurm, gpus_of, try_shared
 from dynctl.doctor.subject import Wanted
 from dynctl.errors import PlacementError, PortInUse
+from dynctl.launchers.wheel import own_wheel
 from dynctl.recipe.check import check_recipe
 from dynctl.recipe.load import LoadedRecipe, load_recipe
 from dynctl.recipe.schema import Slurm
@@ -86,14 +87,21 @@ def machines(loaded: LoadedRecipe | None, inventory: Path | None) -> Inventory:
 
 async def look(loaded: LoadedRecipe | None, there: Inventory, shared: str) -> tuple[Sequence[Host], Report]:
     """Ask the hosts and, for a recipe that names it, Slurm: who was asked, and what was found."""
-    async with way_to(there.hosts) as runner:
+    target = loaded.recipe.target if loaded else "ssh"
+    async with way_to(there.hosts, target) as runner:
         if runner is None:
             hosts, wanted, found = want(loaded, there)
-            target = loaded.recipe.target if loaded else "ssh"
             why = f"dynctl has no way to hosts of target {target} yet"
             found += cannot_be_asked(hosts, why)
             return hosts, Report((*found, *await slurm_says(wanted)))
-        way = Way(runner, sys.executable if is_here(there.hosts) else "python3", sys.executable)
+        if is_here(there.hosts):
+            way = Way(runner, sys.executable, (sys.executable,))
+        else:
+            # Like SSH itself not loaded where it is not used.
+            from dynctl.launchers.bootstrap import environment_of
+
+            made = await asyncio.to_thread(own_wheel)
+            way = Way(runner, dynctl_pythons=(f"~/{environment_of(made)}/bin/python",))
         there = with_gpus(there, await gpus_of(there.hosts, way))
         hosts, wanted, found = want(loaded, there)
         report = await examine(hosts, wanted, way, LOGIN if is_behind(wanted) else CHECKS)

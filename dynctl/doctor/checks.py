@@ -81,7 +81,9 @@ def judge_together(subjects: Sequence[Subject], topics: Collection[str] = CHECKS
     ]
 
 
-def question(host: Host, wanted: Wanted, python: str, topics: Collection[str] = CHECKS) -> HostQuestion:
+def question(
+    host: Host, wanted: Wanted, pythons: tuple[str, ...], topics: Collection[str] = CHECKS
+) -> HostQuestion:
     """What to ask a host so that the judges of `topics` can judge it."""
     subject = Subject(host, HostFacts(v=0, host=host.name), wanted)
     recipe = wanted.recipe
@@ -98,7 +100,7 @@ def question(host: Host, wanted: Wanted, python: str, topics: Collection[str] = 
         ports=machine.fixed_ports(subject),
         engine=_engine(subject, topics),
         scratch=subject.home,
-        dynctl=(python,) if "dynctl" in topics else (),
+        dynctl=pythons if "dynctl" in topics else (),
     )
 
 

@@ -54,7 +54,8 @@ def _no_gpus(subject: Subject, wanted: int) -> list[Verdict]:
     if not wanted and not subject.wants_gpus:
         return [note(f"none ({why})")]
     need = f"{wanted} are needed" if wanted else "the recipe needs some"
-    return [fail(f"none, {need}: {why}", "install the driver, or --set engine.device=cpu for a CPU build")]
+    other = "--set engine.device=cpu for a CPU build" if subject.wanted.recipe else "correct the inventory"
+    return [fail(f"none, {need}: {why}", f"install the driver, or {other}")]
 
 
 def gpu_use(subject: Subject) -> list[Verdict]:

@@ -44,7 +44,9 @@ def dynctl(subject: Subject) -> list[Verdict]:
     """Some Python there has this version of dynctl."""
     facts, ours = subject.facts, subject.wanted.version
     found = [candidate for candidate in facts.dynctl if candidate.version]
-    install = f"{subject.on}: python3 -m venv ~/dynctl && ~/dynctl/bin/pip install dynctl=={ours}"
+    install = f"dynctl up --bootstrap brings {ours} there, or `python:` of the inventory names where it is"
+    if subject.wanted.here:
+        install = f"pip install dynctl=={ours}"
     if not found:
         if facts.path_dynctl:
             return [unknown(f"{facts.path_dynctl} is there, its version was not told")]
