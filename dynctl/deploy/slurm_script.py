@@ -131,7 +131,7 @@ def script_text(loaded: LoadedRecipe, context: JobContext) -> str:
             *lines,
             f"export DYNCTL_HOME={shlex.quote(context.home)}",
             f"cd {run} || exit 1",
-            f"exec {shlex.quote(context.python)} -u -m dynctl.controller.slurm_job --run-dir {run}",
+            f"exec {shlex.quote(context.python)} -u -m dynctl.controller.slurm_keeper --run-dir {run}",
             "",
         ]
     )

@@ -137,6 +137,10 @@ class EngineSection(Section):
     """Python interpreter that can import the engine, instead of a venv."""
     container: str | None = None
     """Container image that holds the engine."""
+    runtime: Literal["apptainer", "pyxis"] = "apptainer"
+    """What opens the container; pyxis is a part of Slurm."""
+    mounts: list[Annotated[str, Field(pattern="^[^:,]+:[^:,]+(:(ro|rw))?$")]] = Field(default_factory=list)
+    """What is seen of the host in the container, as SRC:DST or SRC:DST:ro."""
     device: Literal["gpu", "cpu"] = "gpu"
     """`cpu`: the engine is a CPU build; no GPU is looked for or given."""
     env: Env = Field(default_factory=dict)
@@ -453,6 +457,10 @@ class Slurm(Section):
     """Comment of the job."""
     warning: Annotated[Duration, Field(ge=0)] = 120.0
     """So long before the time limit the service drains and ends; 0: it is cut off there."""
+    mpi: Annotated[str, Field(pattern="^[a-z0-9_]+$")] = "pmix"
+    """How the ranks of an engine on several nodes find each other, as of srun --mpi."""
+    stage: str = ""
+    """Directory on the nodes' own disks to which the model is copied before engines load it."""
     sbatch_args: dict[Annotated[str, Field(pattern="^[a-z][a-z0-9-]*$")], SbatchValue] = Field(
         default_factory=dict
     )
