@@ -4,10 +4,10 @@
 1    an error not listed below (with DYNCTL_DEBUG=1 its traceback is shown)
 2    called wrongly: unknown verb or option, unknown deployment, a name that is taken
 3    the recipe or inventory is wrong
-4    the recipe does not fit the nodes, GPUs or ports, or Slurm refuses the job
+4    the recipe does not fit the nodes, GPUs or ports, or Slurm refuses the job; doctor: something is wrong
 5    a process could not be started, or did not live
 6    not ready before the deadline
-7    a port is in use
+7    a port is in use; doctor: and nothing else is wrong
 8    the controller, a service, a host or Slurm could not be reached
 9    the service answered with an error
 130  interrupted
@@ -52,6 +52,10 @@ EXIT_CODES = {
     "engine_failed": 9,
 }
 """`DynctlError.kind` → exit code; any other kind is 1."""
+
+UNFIT_HOST = EXIT_CODES["placement"]
+UNFIT_FOR = {"reach": EXIT_CODES["transport"], "ports": EXIT_CODES["port_in_use"]}
+"""What `doctor` exits with when all that fails is this check; `reach` goes before the others."""
 
 INTERRUPTED = 130
 PIPE_CLOSED = 141

@@ -27,6 +27,10 @@ def _number(text: str) -> str | float:
 
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe file (YAML).", show_default=False)]
+MaybeRecipe = Annotated[
+    Path | None,
+    typer.Argument(metavar="[RECIPE]", help="The recipe file (YAML).", show_default=False),
+]
 Name = Annotated[
     str | None,
     typer.Argument(

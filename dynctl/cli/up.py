@@ -97,6 +97,8 @@ def up(  # noqa: PLR0913 - one parameter for each option of the verb
         stopper = Stopper(launcher_of(submitted.run))
         return attended(submitted, stopper, timeout, detach=detach, as_json=as_json)
     started = start(checked, site(launcher))
+    if started.adopted:
+        prose(f"{started.name}: a new controller takes over what lives")
     try:
         return attended(started, Stopper(launcher), timeout, detach=detach, as_json=as_json)
     finally:
@@ -125,8 +127,8 @@ def confirmed(checked: Checked) -> bool:
     """Ask a person before GPUs are taken; true off a terminal, and when none are."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return True
-    if checked.loaded.recipe.target == "slurm":
-        return True  # they are Slurm's to give
+    if checked.loaded.recipe.target == "slurm" or checked.inventory.undiscovered():
+        return True  # they are Slurm's to give, or not counted yet
     preview = RunContext("RUN_ID", "RUN_DIR", sys.executable)
     plan = build_plan(checked.loaded, checked.inventory, (), preview)
     gpus = sum(len(node.gpus) for node in plan.nodes)
@@ -138,10 +140,7 @@ def confirmed(checked: Checked) -> bool:
 
 def attended(started: Up, stopper: Stopper, timeout: float | None, *, detach: bool, as_json: bool) -> int:
     """Wait until it is ready, say so, and stay unless told to detach."""
-    name = started.name
-    if started.adopted:
-        prose(f"{name}: a new controller takes over what lives")
-    ready = False
+    name, ready = started.name, False
     try:
         with screen() as shown:
             wait_ready(started, Waiter(stopper, shown.show), timeout)

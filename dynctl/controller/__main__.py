@@ -109,7 +109,7 @@ def fleet_of(plan: Plan, run: RunDir, keys: Keys) -> Fleet:
     """How processes of this plan are started: by the nodes' agents where there are any."""
     agents = {node.name: node.agent for node in plan.nodes if node.agent}
     if agents:
-        return AgentFleet(keys, agents)
+        return AgentFleet(keys, agents, plan.process(PROCESS_ID).node, run.logs)
     return LocalFleet(LocalLauncher(), RunRef(run.run_id, run.path))
 
 

@@ -287,6 +287,7 @@ def initial_state(plan: Plan, now: float) -> RunState:
         model=plan.model,
         roles=dict(plan.roles),
         created_at=now,
+        head=plan.process(CONTROLLER).node,
         seats=[_seat(p, kinds[p.kind]) for p in plan.processes if p.kind in kinds],
     )
 

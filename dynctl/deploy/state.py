@@ -74,7 +74,8 @@ class ControllerRecord(msgspec.Struct, kw_only=True):
 class RunState(msgspec.Struct, kw_only=True):
     """A whole run. `ready_once` tells "degraded" from "starting"; `reason` why it is not ready.
 
-    `registry` is the endpoint of the controller's control socket.
+    `registry` is the endpoint of the controller's control socket, `head` the node that it runs on: pids of
+    seats on other nodes mean nothing there.
     """
 
     name: str
@@ -89,6 +90,7 @@ class RunState(msgspec.Struct, kw_only=True):
     phase: Phase = "starting"
     reason: str = ""
     ready_once: bool = False
+    head: str = ""
     controller: ControllerRecord = msgspec.field(default_factory=ControllerRecord)
     version: int = STATE_VERSION
 

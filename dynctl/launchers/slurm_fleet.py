@@ -175,7 +175,7 @@ class SlurmFleet:
             return True
 
     async def dismiss(self) -> None:
-        """As `Fleet`: nothing was needed."""
+        """As `Fleet`: steps have ended, and the job ends with the controller."""
 
     async def close(self) -> None:
         """As `Fleet`. The steps end with the job."""
