@@ -77,7 +77,7 @@ def begin(run: RunDir, environ: Mapping[str, str]) -> int:
     incarnation = state.controller.incarnation + 1
     if not state.registry:
         stager = partial(stage_on, given.site, run)
-        state = plan_in_job(run, given.inventory, environ, stager)
+        state = plan_in_job(run, given, environ, stager)
     fleet = SlurmFleet(client, given.site, RunRef(run.run_id, run.path))
     run_loop(serve(run, incarnation, fleet, endings(state)))
     after = load_state(run.state)

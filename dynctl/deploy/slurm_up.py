@@ -21,7 +21,9 @@ from dynctl.deploy.plan import Plan, build_plan
 from dynctl.deploy.ports import listening
 from dynctl.deploy.run import Checked, Site, Up, initial_state
 from dynctl.deploy.seats import RunContext
-from dynctl.deploy.slurm_script import JobContext, assumed, script_text, size_of
+from dynctl.deploy.slurm_inventory import Allocation
+from dynctl.deploy.slurm_script import JobContext, script_text
+from dynctl.deploy.slurm_size import assumed, labelled, on_its_parts, size_of
 from dynctl.deploy.stage import staged_path
 from dynctl.deploy.state import RunState, encode_state, load_state
 from dynctl.errors import RecipeError, SlurmError, SlurmUnreachable, UsageError
@@ -34,7 +36,6 @@ from dynctl.recipe.load import LoadedRecipe, load_recipe
 from dynctl.recipe.lock import lock_text
 from dynctl.recipe.override import VARIABLE
 from dynctl.recipe.schema import Slurm
-from dynctl.topology.inventory import Inventory
 from dynctl.topology.ports import first_port_of
 from dynctl.transport.keys import Keys, save_engine_key
 
@@ -143,7 +144,7 @@ def write_pending(checked: Checked, site: Site, run_id: str, files: Mapping[str,
     """The directory of a run whose nodes are not known yet. Raises LaunchError, PlacementError."""
     lock = lock_text(checked.loaded, site.version)
     context = RunContext(run_id, str(site.home.runs / run_id), site.python, first_port_of(run_id))
-    state = unplanned(build_plan(checked.loaded, checked.inventory, (), context), time.time())
+    state = unplanned(build_plan(on_its_parts(checked.loaded), checked.inventory, (), context), time.time())
     made = {**files, "recipe.lock.yaml": lock, "state.json": encode_state(state).decode()}
     run = site.home.create_run(run_id, made)
     with disk("the run directory cannot be written"):
@@ -201,8 +202,9 @@ OnStage = Callable[[str, str, Sequence[str]], None]
 """(source directory, target directory, nodes): copies a model to the nodes' own disks. Raises LaunchError."""
 
 
-def plan_in_job(run: RunDir, inventory: Inventory, environ: Mapping[str, str], on_stage: OnStage) -> RunState:
+def plan_in_job(run: RunDir, given: Allocation, environ: Mapping[str, str], on_stage: OnStage) -> RunState:
     """Plan the run's recipe on the job's nodes and write plan, files and state. Raises DynctlError."""
+    inventory, groups = given.inventory, given.site.groups
     clean = {k: v for k, v in environ.items() if k != VARIABLE}
     loaded = load_recipe(run.lock, environ=clean)
     check_recipe(loaded)
@@ -210,7 +212,8 @@ def plan_in_job(run: RunDir, inventory: Inventory, environ: Mapping[str, str], o
     context = RunContext(run.run_id, str(run.path), sys.executable, first_port_of(run.run_id))
     head = inventory.hosts[0].name
     staged = staged_recipe(loaded)
-    plan = build_plan(staged, inventory, {(head, port) for port in listening()}, context)
+    inventory = labelled(loaded, inventory, groups)
+    plan = build_plan(on_its_parts(staged), inventory, {(head, port) for port in listening()}, context)
     if staged is not loaded:
         engines = [process.node for process in plan.processes if process.kind == "engine"]
         on_stage(loaded.model.directory, staged.recipe.model.path, list(dict.fromkeys(engines)))

@@ -69,10 +69,15 @@ _OF_THE_BATCH = (
 
 @dataclass(frozen=True, slots=True)
 class JobSite:
-    """The job this process runs in. `groups`: node → its part of a job of several parts."""
+    """The job this process runs in.
+
+    `groups`: node → its part of a job of several parts, `part_ids` the ids of all parts, each with steps of
+    its own.
+    """
 
     job_id: str
     groups: Mapping[str, int] = field(default_factory=dict)
+    part_ids: tuple[str, ...] = ()
 
 
 def step_name(seat: str, incarnation: int) -> str:
@@ -181,7 +186,8 @@ class SlurmFleet:
         """As `Fleet`. The steps end with the job."""
 
     async def _steps(self) -> list[StepRow]:
-        return await asyncio.to_thread(self._client.steps, self._site.job_id)
+        jobs = self._site.part_ids or (self._site.job_id,)
+        return await asyncio.to_thread(self._client.steps, ",".join(jobs))
 
     def _left_here(self, seat: str, incarnation: int) -> list[Owned]:
         """`srun` of the seat, and what of it is on this very node."""

@@ -64,6 +64,10 @@ def _sbatch_value(value: object) -> object:
     return text
 
 
+def _het(value: object) -> object:
+    return ({} if value else None) if isinstance(value, bool) else value
+
+
 def _off(value: object) -> object:
     """`off` without quotes is the boolean false in YAML."""
     return "off" if value is False else value
@@ -422,17 +426,11 @@ class Sla(Section):
     """Share of requests that must meet them."""
 
 
-class Slurm(Section):
-    """What is asked of Slurm. All of it may be left out: nodes and GPUs follow from the roles."""
+class SlurmPart(Section):
+    """Nodes of one kind."""
 
     partition: Word = ""
     """Partition; default: Slurm's own."""
-    account: Word = ""
-    """Account to charge."""
-    qos: Word = ""
-    """Quality of service."""
-    time: Annotated[Duration, Field(ge=60)] | None = None
-    """Time limit; default: the partition's own."""
     nodes: Count | None = None
     """Number of nodes; default: as few as the roles need."""
     gpus_per_node: Annotated[int, Field(ge=0, le=64)] | None = None
@@ -451,8 +449,41 @@ class Slurm(Section):
     """Nodes that must be used."""
     exclusive: bool = False
     """Take whole nodes."""
+
+
+class SlurmHet(Section):
+    """A part of the job for each role, with what is different there."""
+
+    prefill: SlurmPart = Field(default_factory=SlurmPart)
+    """Nodes of prefill workers."""
+    decode: SlurmPart = Field(default_factory=SlurmPart)
+    """Nodes of decode workers."""
+    aggregated: SlurmPart = Field(default_factory=SlurmPart)
+    """Nodes of workers that do both."""
+
+    def part(self, role: Role) -> SlurmPart:
+        """The part of a role."""
+        found: SlurmPart = getattr(self, role)
+        return found
+
+
+class Slurm(SlurmPart):
+    """What is asked of Slurm. All of it may be left out: nodes and GPUs follow from the roles."""
+
+    account: Word = ""
+    """Account to charge."""
+    qos: Word = ""
+    """Quality of service."""
+    time: Annotated[Duration, Field(ge=60)] | None = None
+    """Time limit; default: the partition's own."""
     reservation: Word = ""
     """Reservation."""
+    het: Annotated[SlurmHet | None, BeforeValidator(_het, json_schema_input_type=bool | SlurmHet | None)] = (
+        None
+    )
+    """Give each role a part of the job of its own: true, or what is different for a role."""
+    no_kill: bool = False
+    """When a node is lost, go on with the others; else Slurm ends the job. Not if it is the first node."""
     comment: Word = ""
     """Comment of the job."""
     warning: Annotated[Duration, Field(ge=0)] = 120.0

@@ -267,3 +267,48 @@ def test_the_script_alone_serves_on_the_nodes_it_is_given(login: Login, cluster:
     assert '"status":"ready"' in login.health()
     cluster.scancel(job)
     assert cluster.await_job(job) in ("CANCELLED", "COMPLETED")
+
+
+def test_prefill_and_decode_in_parts_of_their_own(login: Login) -> None:
+    sets = (
+        "roles={prefill: {replicas: 1}, decode: {replicas: 1}}",
+        "slurm={het: {prefill: {partition: debug}, decode: {gpus_per_node: 2}}, time: 5m}",
+    )
+    words = [w for one in (f"name={login.name}", "frontend.port=0", *sets) for w in ("--set", one)]
+    login.run("up", "quickstart", "--target", "slurm", "-d", *words)
+    try:
+        rows = {row["role"]: row["node"] for row in login.ps()}
+        assert rows["prefill"] != rows["decode"]
+        assert len(login.jobs()) == 2
+        killed = next(row for row in login.ps() if row["role"] == "decode")
+        login.cluster.run_as_user(["kill", "-9", str(killed["engine_pid"])], host=killed["node"])
+
+        def again() -> bool:
+            return any(r["role"] == "decode" and r["ready"] and r["restarts"] for r in login.ps())
+
+        eventually(again, "started again in its part of the job", 60)
+    finally:
+        login.run("down", login.name, "--timeout", "5s", check=False)
+    eventually(lambda: login.jobs() == [], "both parts ended", 30)
+
+
+def test_a_lost_node_costs_its_workers_and_not_the_service(login: Login) -> None:
+    with served(login, "slurm.no_kill=true", "slurm.nodes=2"):
+        nodes = {row["instance"]: row["node"] for row in login.ps()}
+        lost = nodes["aggregated-1"]
+        assert lost != nodes["frontend-0"]
+        with login.cluster.off(lost):
+            eventually(lambda: login.status()["phase"] == "degraded", "degraded", 60)
+            body = json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 4})
+            ask = [
+                "curl",
+                "-s",
+                "-H",
+                "content-type: application/json",
+                f"{login.url()}/v1/completions",
+                "-d",
+                body,
+            ]
+            assert '"choices"' in login.cluster.run_as_user(ask).stdout
+            assert login.run("down", login.name, "--timeout", "5s").returncode == 0
+            assert login.jobs() == []

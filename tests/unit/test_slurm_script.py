@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from dynctl.deploy.slurm_script import JobContext, Size, script_text, size_of, slurm_time
+from dynctl.deploy.plan import RunContext, build_plan
+from dynctl.deploy.slurm_script import JobContext, script_text, slurm_time
+from dynctl.deploy.slurm_size import Size, assumed, labelled, on_its_parts, size_of
 from dynctl.errors import PlacementError, RecipeError
 from dynctl.recipe.load import LoadedRecipe, load_recipe
+from dynctl.topology.inventory import Host, Inventory
 
 RECIPE = """\
 schema: dynctl/v1
@@ -166,3 +169,29 @@ def test_a_time_limit_that_leaves_no_time_to_serve_is_refused(tmp_path: Path) ->
 )
 def test_time_as_slurm_reads_it(seconds: float, text: str) -> None:
     assert slurm_time(seconds) == text
+
+
+def test_each_role_gets_its_part_of_the_job(tmp_path: Path) -> None:
+    sets = ("slurm.partition=a", "slurm.het.decode.partition=b", "slurm.het.decode.gpus_per_node=4")
+    text = script_text(load(tmp_path, *sets), CONTEXT)
+    prefill, decode = (options(part) for part in text.split("#SBATCH hetjob\n"))
+    assert (prefill["partition"], prefill["nodes"], prefill["gpus-per-node"]) == ("a", "1", "4")
+    assert (decode["partition"], decode["nodes"], decode["gpus-per-node"]) == ("b", "1", "4")
+    assert prefill["job-name"] == decode["job-name"] == "demo-1", "both parts are found by the name"
+    assert "signal" in prefill
+    assert "signal" not in decode
+
+
+def test_roles_stay_on_the_nodes_of_their_part(tmp_path: Path) -> None:
+    loaded = load(tmp_path, "slurm.het=true", "roles.prefill.replicas=4")
+    made = build_plan(on_its_parts(loaded), assumed(loaded), (), RunContext("r", "/r", "python"))
+    nodes = {role: {p.node for p in made.processes if p.role == role} for role in ("prefill", "decode")}
+    assert nodes == {"prefill": {"node-0"}, "decode": {"node-1"}}
+
+
+def test_nodes_that_were_given_are_labelled_by_their_part(tmp_path: Path) -> None:
+    loaded = load(tmp_path, "slurm.het=true")
+    given = Inventory((Host("n7", "10.0.0.7", 8), Host("n2", "10.0.0.2", 8)), "job 1")
+    labels = [host.labels for host in labelled(loaded, given, {"n7": 0, "n2": 1}).hosts]
+    assert labels == [("prefill",), ("decode",)]
+    assert labelled(load(tmp_path), given, {}) == given

@@ -9,7 +9,7 @@ import pytest
 from dynctl.command import Command
 from dynctl.deploy.plan import Plan, RunContext, build_plan
 from dynctl.deploy.slurm_inventory import gpus_by_node
-from dynctl.deploy.slurm_script import assumed
+from dynctl.deploy.slurm_size import assumed
 from dynctl.launchers.base import Launch, RunRef
 from dynctl.launchers.slurm_fleet import JobSite, exit_code, step_argv, step_name
 from dynctl.recipe.load import load_recipe
