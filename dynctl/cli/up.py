@@ -116,7 +116,7 @@ def judged(request: UpRequest) -> Checked:
 def stay_in_job(run: RunDir) -> int:
     """Become the controller of this run."""
     prose(f"run: {run.path}")
-    argv = [sys.executable, "-u", "-m", "dynctl.controller.slurm_job", "--run-dir", str(run.path)]
+    argv = [sys.executable, "-u", "-m", "dynctl.controller.slurm_keeper", "--run-dir", str(run.path)]
     os.execv(sys.executable, argv)
 
 

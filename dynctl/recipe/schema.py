@@ -64,6 +64,10 @@ def _sbatch_value(value: object) -> object:
     return text
 
 
+def _het(value: object) -> object:
+    return ({} if value else None) if isinstance(value, bool) else value
+
+
 def _off(value: object) -> object:
     """`off` without quotes is the boolean false in YAML."""
     return "off" if value is False else value
@@ -137,6 +141,10 @@ class EngineSection(Section):
     """Python interpreter that can import the engine, instead of a venv."""
     container: str | None = None
     """Container image that holds the engine."""
+    runtime: Literal["apptainer", "pyxis"] = "apptainer"
+    """What opens the container; pyxis is a part of Slurm."""
+    mounts: list[Annotated[str, Field(pattern="^[^:,]+:[^:,]+(:(ro|rw))?$")]] = Field(default_factory=list)
+    """What is seen of the host in the container, as SRC:DST or SRC:DST:ro."""
     device: Literal["gpu", "cpu"] = "gpu"
     """`cpu`: the engine is a CPU build; no GPU is looked for or given."""
     env: Env = Field(default_factory=dict)
@@ -418,17 +426,11 @@ class Sla(Section):
     """Share of requests that must meet them."""
 
 
-class Slurm(Section):
-    """What is asked of Slurm. All of it may be left out: nodes and GPUs follow from the roles."""
+class SlurmPart(Section):
+    """Nodes of one kind."""
 
     partition: Word = ""
     """Partition; default: Slurm's own."""
-    account: Word = ""
-    """Account to charge."""
-    qos: Word = ""
-    """Quality of service."""
-    time: Annotated[Duration, Field(ge=60)] | None = None
-    """Time limit; default: the partition's own."""
     nodes: Count | None = None
     """Number of nodes; default: as few as the roles need."""
     gpus_per_node: Annotated[int, Field(ge=0, le=64)] | None = None
@@ -447,12 +449,49 @@ class Slurm(Section):
     """Nodes that must be used."""
     exclusive: bool = False
     """Take whole nodes."""
+
+
+class SlurmHet(Section):
+    """A part of the job for each role, with what is different there."""
+
+    prefill: SlurmPart = Field(default_factory=SlurmPart)
+    """Nodes of prefill workers."""
+    decode: SlurmPart = Field(default_factory=SlurmPart)
+    """Nodes of decode workers."""
+    aggregated: SlurmPart = Field(default_factory=SlurmPart)
+    """Nodes of workers that do both."""
+
+    def part(self, role: Role) -> SlurmPart:
+        """The part of a role."""
+        found: SlurmPart = getattr(self, role)
+        return found
+
+
+class Slurm(SlurmPart):
+    """What is asked of Slurm. All of it may be left out: nodes and GPUs follow from the roles."""
+
+    account: Word = ""
+    """Account to charge."""
+    qos: Word = ""
+    """Quality of service."""
+    time: Annotated[Duration, Field(ge=60)] | None = None
+    """Time limit; default: the partition's own."""
     reservation: Word = ""
     """Reservation."""
+    het: Annotated[SlurmHet | None, BeforeValidator(_het, json_schema_input_type=bool | SlurmHet | None)] = (
+        None
+    )
+    """Give each role a part of the job of its own: true, or what is different for a role."""
+    no_kill: bool = False
+    """When a node is lost, go on with the others; else Slurm ends the job. Not if it is the first node."""
     comment: Word = ""
     """Comment of the job."""
     warning: Annotated[Duration, Field(ge=0)] = 120.0
     """So long before the time limit the service drains and ends; 0: it is cut off there."""
+    mpi: Annotated[str, Field(pattern="^[a-z0-9_]+$")] = "pmix"
+    """How the ranks of an engine on several nodes find each other, as of srun --mpi."""
+    stage: str = ""
+    """Directory on the nodes' own disks to which the model is copied before engines load it."""
     sbatch_args: dict[Annotated[str, Field(pattern="^[a-z][a-z0-9-]*$")], SbatchValue] = Field(
         default_factory=dict
     )
