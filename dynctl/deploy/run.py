@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from dynctl import procfs
+from dynctl.deploy.digest import digest_of
 from dynctl.deploy.home import LOCK_S, Home, RunDir, new_run_id
 from dynctl.deploy.plan import Plan, PlannedProcess, build_plan
 from dynctl.deploy.ports import holder, listen_error, listening
@@ -45,6 +46,8 @@ _YOUNG_S = 30.0
 _START_S = 60.0
 """For a process without an engine to register, unless its spec says otherwise."""
 _PORTS = ".ports"
+SEAT_KINDS: dict[str, SeatKind] = {"worker": "worker", "frontend": "frontend"}
+"""Kinds of planned processes that the controller looks after."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,7 +280,6 @@ def run_files(plan: Plan, lock: str) -> dict[str, str]:
 
 def initial_state(plan: Plan, now: float) -> RunState:
     """The state of a run of which nothing has been started."""
-    kinds: dict[str, SeatKind] = {"worker": "worker", "frontend": "frontend"}
     return RunState(
         name=plan.name,
         run_id=plan.run_id,
@@ -287,7 +289,7 @@ def initial_state(plan: Plan, now: float) -> RunState:
         model=plan.model,
         roles=dict(plan.roles),
         created_at=now,
-        seats=[_seat(p, kinds[p.kind]) for p in plan.processes if p.kind in kinds],
+        seats=[seat_record(p, SEAT_KINDS[p.kind]) for p in plan.processes if p.kind in SEAT_KINDS],
     )
 
 
@@ -301,7 +303,8 @@ class _SpecHead(msgspec.Struct):
     follower: bool = False
 
 
-def _seat(process: PlannedProcess, kind: SeatKind) -> SeatRecord:
+def seat_record(process: PlannedProcess, kind: SeatKind) -> SeatRecord:
+    """A seat of which nothing has been started."""
     text = process.command.files.get(f"specs/{process.id}.json", "{}")
     spec = msgspec.json.decode(text, type=_SpecHead)
     return SeatRecord(
@@ -314,6 +317,8 @@ def _seat(process: PlannedProcess, kind: SeatKind) -> SeatRecord:
         drain_timeout_s=spec.drain_timeout_s,
         stop_timeout_s=spec.stop_timeout_s,
         follower=spec.follower,
+        gpus=list(process.gpus),
+        digest=digest_of(process),
     )
 
 

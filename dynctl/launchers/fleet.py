@@ -83,6 +83,13 @@ class Fleet(Protocol):
         """Whether this very process lives. True when its node cannot be asked: nothing is started twice."""
         ...
 
+    async def exec(self, launch: Launch, timeout_s: float) -> ExecReply:
+        """Run a command on `launch.node` to its end, as if it were started in that seat; what it said.
+
+        Raises LaunchError when it cannot be started, or does not end in time.
+        """
+        ...
+
     async def dismiss(self) -> None:
         """The run has ended: nothing is needed on the nodes any more. Called before `close`, if at all."""
         ...
