@@ -61,6 +61,66 @@ class NotReady(LaunchError):
     kind = "not_ready"
 
 
+class SshError(LaunchError):
+    """A host could not be used over SSH, or refused what was asked of it; `where` is the host."""
+
+    kind = "ssh"
+
+
+class HostUnreachable(SshError):
+    """No connection to the host, or to one on the way: unknown name, no route, refused."""
+
+    kind = "host_unreachable"
+
+
+class HostTimeout(SshError):
+    """The host, or a command on it, did not answer in time."""
+
+    kind = "host_timeout"
+
+
+class HostLost(SshError):
+    """The connection broke half-way: what was asked for may or may not have been done."""
+
+    kind = "host_lost"
+
+
+class HostKeyUnknown(SshError):
+    """The host's key is in no known_hosts file."""
+
+    kind = "host_key_unknown"
+
+
+class HostKeyChanged(SshError):
+    """The host has another key than the known one, or a revoked one."""
+
+    kind = "host_key_changed"
+
+
+class SshAuthRefused(SshError):
+    """The host let nobody in with the keys there are."""
+
+    kind = "ssh_auth"
+
+
+class HostDiskFull(SshError):
+    """There is no space left on the host, or no quota."""
+
+    kind = "host_disk_full"
+
+
+class HostPythonMissing(SshError):
+    """The host has no Python that could be used."""
+
+    kind = "host_python"
+
+
+class HostDynctlMissing(SshError):
+    """The host has no dynctl, or another version than this one."""
+
+    kind = "host_dynctl"
+
+
 class TransportError(DynctlError):
     """A message could not be exchanged."""
 

@@ -8,7 +8,7 @@
 5    a process could not be started, or did not live
 6    not ready before the deadline
 7    a port is in use
-8    the controller or a service could not be reached
+8    the controller, a service or a host could not be reached
 9    the service answered with an error
 130  interrupted
 141  the reader of standard output went away
@@ -29,6 +29,16 @@ EXIT_CODES = {
     "connect_failed": 8,
     "deadline_exceeded": 8,
     "discovery": 8,
+    "ssh": 8,
+    "host_unreachable": 8,
+    "host_timeout": 8,
+    "host_lost": 8,
+    "host_key_unknown": 8,
+    "host_key_changed": 8,
+    "ssh_auth": 8,
+    "host_disk_full": 5,
+    "host_python": 5,
+    "host_dynctl": 5,
     "request": 9,
     "model_not_found": 9,
     "unauthorized": 9,

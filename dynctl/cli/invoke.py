@@ -63,6 +63,8 @@ def invoke(verb: str, target: str, summary: str, args: list[str]) -> int:
 def _run(verb: str, target: str, summary: str, args: list[str]) -> int:
     import typer
 
+    from dynctl.cli.pick import Elsewhere
+
     # UsageError of click, which some versions of typer carry inside: BadParameter's parent in all of them.
     usage_error: type[Exception] = typer.BadParameter.__mro__[1]
     command = command_of(verb, target, summary)
@@ -70,6 +72,10 @@ def _run(verb: str, target: str, summary: str, args: list[str]) -> int:
         # Not command.main, which ends the process itself with 1 when the reader of our output has gone.
         with command.make_context(f"dynctl {verb}", list(args)) as context:
             code = command.invoke(context)
+    except Elsewhere as there:
+        from dynctl.cli.elsewhere import run_there
+
+        return run_there(there.run, verb, args)
     except typer.Exit as done:
         return done.exit_code
     except typer.Abort:

@@ -40,6 +40,12 @@ NameOption = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on standard output.")]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        "--target", metavar="WHERE", help="local, ssh or slurm."
+    ),
+]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="A.B=V", help="Set a recipe field, again for more.", show_default=False),

@@ -15,6 +15,16 @@ from dynctl.launchers.local import LocalLauncher
 from dynctl.protocol.deployment import DeploymentView
 
 _ANSWER_S = 2.0
+ENV_NAME = "DYNCTL_NAME"
+"""Names the deployment for a verb that another machine has this one run."""
+
+
+class Elsewhere(Exception):
+    """The deployment is looked after by another machine: the verb is to run there."""
+
+    def __init__(self, run: RunDir) -> None:
+        super().__init__(str(run.path))
+        self.run = run
 
 
 def home() -> Home:
@@ -64,8 +74,15 @@ def state(run: RunDir) -> RunState:
 def pick(name: str | None, *, ended: bool = False) -> RunDir:
     """The run of `name`; without a name the only one running, or with `ended` else the latest of all.
 
-    Raises UsageError that lists the names.
+    Raises UsageError that lists the names, Elsewhere.
     """
+    run = _pick(name or os.environ.get(ENV_NAME), ended=ended)
+    if run.remote.exists():
+        raise Elsewhere(run)
+    return run
+
+
+def _pick(name: str | None, *, ended: bool) -> RunDir:
     place = home()
     names = place.names()
     if name is not None:
@@ -95,6 +112,8 @@ def running_names() -> list[str]:
 def _runs(place: Home, name: str) -> bool:
     run = place.run_of(name)
     try:
+        if run is not None and run.remote.exists():
+            return b'"ended":false' in run.remote.read_bytes()
         if run is None or state(run).phase in ENDED:
             return False
         return view(run).phase not in ENDED or bool(LocalLauncher().owned(run.run_id))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -23,6 +24,18 @@ from dynctl.launchers.local import LocalLauncher
 
 Detach = Annotated[bool, typer.Option("--detach", "-d", help="Return when it is ready.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before GPUs are taken.")]
+Bootstrap = Annotated[
+    bool, typer.Option("--bootstrap", help="Target ssh: install this dynctl on hosts that lack it.")
+]
+Wheelhouse = Annotated[
+    Path | None,
+    typer.Option(
+        "--wheelhouse",
+        metavar="DIR",
+        help="With --bootstrap: wheels of all it needs, for hosts without network.",
+        show_default=False,
+    ),
+]
 Timeout = Annotated[
     float | None,
     typer.Option(
@@ -40,7 +53,10 @@ def up(  # noqa: PLR0913 - one parameter for each option of the verb
     detach: Detach = False,
     yes: Yes = False,
     timeout: Timeout = None,
+    target: options.Target = None,
     inventory: options.Inventory = None,
+    bootstrap: Bootstrap = False,
+    wheelhouse: Wheelhouse = None,
     sets: options.Set = None,
     unsets: options.Unset = None,
     as_json: options.Json = False,
@@ -50,12 +66,17 @@ def up(  # noqa: PLR0913 - one parameter for each option of the verb
     Stays and shows the deployment; Ctrl-C leaves it running. If it cannot become ready, nothing is left
     running. On the name of a deployment whose controller has died: a new one takes over what still lives.
     """
-    checked = check(UpRequest(recipe, sets or (), unsets or (), inventory))
+    chosen = [f"target={target}"] if target is not None else []
+    checked = check(UpRequest(recipe, [*(sets or ()), *chosen], unsets or (), inventory))
     for warning in checked.warnings:
         prose(warning, style="warning")
     if not yes and not confirmed(checked):
         prose("nothing was started")
         return INTERRUPTED
+    if checked.loaded.recipe.target == "ssh":
+        from dynctl.cli.up_ssh import How, up_over_ssh
+
+        return up_over_ssh(checked, How(detach, timeout, as_json, bootstrap, wheelhouse))
     launcher = LocalLauncher()
     started = start(checked, site(launcher))
     try:

@@ -16,9 +16,17 @@ _LONGEST_FIRST_LINE = 256
 """As long as Linux reads it."""
 
 
-def require_local(loaded: LoadedRecipe, inventory: Inventory) -> None:
-    """Refuse what cannot be started yet: other targets, other machines. Raises RecipeError."""
+def require_startable(loaded: LoadedRecipe, inventory: Inventory) -> None:
+    """Refuse what cannot be started: a target without its machines, local with others. Raises RecipeError."""
     target = loaded.recipe.target
+    if target == "ssh":
+        if [host.name for host in inventory.hosts] == [LOCAL]:
+            raise RecipeError(
+                "target ssh needs hosts",
+                where=loaded.where("target"),
+                hint="--inventory FILE, or `hosts` in the recipe: [{name: n1}, {name: n2}]",
+            )
+        return
     if target != "local":
         raise RecipeError(
             f"target {target} cannot be started yet, only planned",

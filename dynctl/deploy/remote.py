@@ -58,7 +58,7 @@ class Shell(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class HostSite:
-    """What `up` needs of one host: `python` runs dynctl, `home` is dynctl's directory, `taken` are ports in use,
+    """What `up` needs of one host: `python` runs dynctl, `home` is its directory, `taken` are ports in use,
     `ssh` how it is reached.
     """
 

@@ -17,7 +17,7 @@ from dynctl.deploy.digest import digest_of
 from dynctl.deploy.home import LOCK_S, Home, RunDir, new_run_id
 from dynctl.deploy.plan import Plan, PlannedProcess, build_plan
 from dynctl.deploy.ports import holder, listen_error, listening
-from dynctl.deploy.preflight import require_certificate, require_local, require_programs
+from dynctl.deploy.preflight import require_certificate, require_programs, require_startable
 from dynctl.deploy.seats import RunContext
 from dynctl.deploy.state import (
     ENDED,
@@ -96,7 +96,7 @@ def check(request: UpRequest) -> Checked:
     loaded = load_recipe(request.recipe, tuple(request.sets), tuple(request.unsets))
     warnings = check_recipe(loaded)
     inventory = inventory_for(loaded.recipe, loaded.file, request.inventory)
-    require_local(loaded, inventory)
+    require_startable(loaded, inventory)
     return Checked(loaded, inventory, tuple(str(w) for w in warnings))
 
 

@@ -48,6 +48,12 @@ def flags(args: Mapping[str, ArgValue], style: Style = "-") -> list[str]:
     return argv
 
 
+def flag_names(args: Mapping[str, ArgValue], style: Style = "-") -> tuple[str, ...]:
+    """The flags of `flags`, without their values."""
+    given = normalised(args, style).items()
+    return tuple(f"--{name}" for name, value in given if value is not None and value is not False)
+
+
 def to_json(value: object) -> str:
     """JSON with sorted keys and no spaces."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"))

@@ -361,6 +361,20 @@ class Canary:
     body: Json
 
 
+@dataclass(frozen=True, slots=True)
+class Inquiry:
+    """How an installed engine is asked what it is, without being started.
+
+    `program` must be there. What `version` prints ends with the version. `help` prints all flags, in lines
+    that the regular expression `flag_lines` finds (its group begins with a flag), "" = those of argparse.
+    """
+
+    program: str
+    version: tuple[str, ...] = ()
+    help: tuple[str, ...] = ()
+    flag_lines: str = ""
+
+
 class Engine(Protocol):
     """All that dynctl knows of one engine."""
 
@@ -408,6 +422,17 @@ class Engine(Protocol):
 
     def known_args(self, name: str) -> bool:
         """Whether `name` is shaped like an argument of this engine (checked names, see each engine)."""
+        ...
+
+    def inquiry(self, environment: EngineEnvironment) -> Inquiry | None:
+        """How the engine that is installed there is asked for its version and flags; None = it is not there.
+
+        Its help may take a minute: engines import all they have for it.
+        """
+        ...
+
+    def command_flags(self, args: Mapping[str, ArgValue]) -> tuple[str, ...]:
+        """The flags ("--name") that these arguments become on its command line: its help must list them."""
         ...
 
     def kv_source(self, launch: EngineLaunch) -> KvSource | KvPoll | None:

@@ -9,12 +9,15 @@ from dynctl.command import Command
 from dynctl.engines import kv_dialect, log_lines, sglang, trtllm, vllm_metrics
 from dynctl.engines.base import (
     CONTINUES_AND_HOLDS_BACK,
+    ArgValue,
     Canary,
+    EngineEnvironment,
     EngineInfo,
     EngineLaunch,
     EngineLoad,
     Features,
     Finding,
+    Inquiry,
     KvReader,
     KvSource,
     LoraPaths,
@@ -72,6 +75,14 @@ class External:
     def known_args(self, name: str) -> bool:
         """None is known: nothing is started."""
         return False
+
+    def inquiry(self, environment: EngineEnvironment) -> Inquiry | None:
+        """None: it is not started here."""
+        return None
+
+    def command_flags(self, args: Mapping[str, ArgValue]) -> tuple[str, ...]:
+        """None."""
+        return ()
 
     def kv_source(self, launch: EngineLaunch) -> KvSource | None:
         """What the recipe says."""

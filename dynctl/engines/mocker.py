@@ -8,9 +8,10 @@ from pathlib import Path
 
 from dynctl.command import Command
 from dynctl.engines import kv_dialect, log_lines, vllm_metrics
-from dynctl.engines.arguments import both_spellings, flags, normal_name, normalised, to_json
+from dynctl.engines.arguments import both_spellings, flag_names, flags, normal_name, normalised, to_json
 from dynctl.engines.base import (
     CONTINUES_AND_HOLDS_BACK,
+    ArgValue,
     Canary,
     EngineEnvironment,
     EngineInfo,
@@ -18,6 +19,7 @@ from dynctl.engines.base import (
     EngineLoad,
     Features,
     Finding,
+    Inquiry,
     KvReader,
     KvSource,
     LoraPaths,
@@ -29,6 +31,7 @@ from dynctl.engines.base import (
     RoleSettings,
 )
 from dynctl.engines.checks import Setting, argument, check_names, check_pair, error, number
+from dynctl.engines.inquiry import version_of
 from dynctl.engines.requests import one_token
 from dynctl.engines.vllm_disagg import NixlPull
 from dynctl.protocol.instances import Role
@@ -144,6 +147,16 @@ class Mocker:
         plain = normal_name(name)
         return plain in ARGUMENTS or (plain.startswith("no-") and plain[3:] in _SWITCHES)
 
+    def inquiry(self, environment: EngineEnvironment) -> Inquiry:
+        """The Python that has dynctl."""
+        python = _python(environment)
+        named = environment if environment.container else EngineEnvironment(python=python[0])
+        return Inquiry(python[0], version_of(named, ("dynctl",)), (*python, "-m", "dynctl.mocker", "--help"))
+
+    def command_flags(self, args: Mapping[str, ArgValue]) -> tuple[str, ...]:
+        """All of them."""
+        return flag_names(_switched(args))
+
     def kv_source(self, launch: EngineLaunch) -> KvSource | None:
         """One publisher per data-parallel rank, on the loopback address."""
         if not launch.kv_events:
@@ -211,15 +224,17 @@ def _kv_flags(launch: EngineLaunch) -> list[str]:
 
 
 def _user_flags(launch: EngineLaunch) -> list[str]:
+    return flags({"shutdown-timeout": DRAIN_S, **_switched(launch.args)})
+
+
+def _switched(args: Mapping[str, ArgValue]) -> dict[str, ArgValue]:
     """The recipe's arguments; false turns a switch off, where for other arguments it means "left out"."""
-    given = normalised(launch.args)
-    switched = {
+    return {
         f"no-{name}" if name in _SWITCHES and value is False else name: (
             True if name in _SWITCHES and value is False else value
         )
-        for name, value in given.items()
+        for name, value in normalised(args).items()
     }
-    return flags({"shutdown-timeout": DRAIN_S, **switched})
 
 
 def _room(role: RoleSettings) -> list[Finding]:

@@ -8,15 +8,18 @@ from collections.abc import Mapping, Sequence
 
 from dynctl.command import Command
 from dynctl.engines import kv_dialect, log_lines, vllm_metrics
-from dynctl.engines.arguments import devices, flags, normalised, program, to_json
+from dynctl.engines.arguments import devices, flag_names, flags, normalised, program, to_json
 from dynctl.engines.base import (
     CONTINUES_MESSAGE,
+    ArgValue,
     Canary,
+    EngineEnvironment,
     EngineInfo,
     EngineLaunch,
     EngineLoad,
     Features,
     Finding,
+    Inquiry,
     KvReader,
     KvSource,
     LoraPaths,
@@ -27,6 +30,7 @@ from dynctl.engines.base import (
     Readiness,
     RoleSettings,
 )
+from dynctl.engines.inquiry import version_of
 from dynctl.engines.kv_sockets import unix_endpoints
 from dynctl.engines.prometheus import samples, whole
 from dynctl.engines.requests import one_token
@@ -90,9 +94,7 @@ class Sglang:
         nodes = len(launch.ranks)
         if nodes > 1:
             _check_spread(launch, nodes)
-        python_form = bool(launch.environment.python)
-        base = program(launch.environment, "sglang", ("sglang.launch_server",))
-        start = base if python_form else (*base, "serve")
+        _, start = _start(launch.environment)
         tail = [*_size_flags(launch), *_kv_flags(launch), *_user_flags(launch)]
         return tuple(
             Command(
@@ -110,6 +112,16 @@ class Sglang:
     def known_args(self, name: str) -> bool:
         """Lower-case letters, digits, dashes, underscores."""
         return _NAME.match(name) is not None
+
+    def inquiry(self, environment: EngineEnvironment) -> Inquiry:
+        """The same program as it is started with."""
+        base, start = _start(environment)
+        version = version_of(environment, ("sglang",), ("sglang", "version"))
+        return Inquiry(base[0], version, (*start, "--help"))
+
+    def command_flags(self, args: Mapping[str, ArgValue]) -> tuple[str, ...]:
+        """All of them."""
+        return flag_names(args)
 
     def kv_source(self, launch: EngineLaunch) -> KvSource | None:
         """One publisher per data-parallel rank, all on the head: only a replica of one rank spans nodes.
@@ -171,6 +183,12 @@ def load(metrics: bytes) -> list[EngineLoad]:
         for rank, found in sorted(counts.items())
         if "running" in found
     ]
+
+
+def _start(environment: EngineEnvironment) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Its program, and what starts a server with it: as a module it is the server itself."""
+    base = program(environment, "sglang", ("sglang.launch_server",))
+    return base, base if environment.python else (*base, "serve")
 
 
 def _check_spread(launch: EngineLaunch, nodes: int) -> None:

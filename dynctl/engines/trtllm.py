@@ -15,16 +15,18 @@ import msgspec
 
 from dynctl.command import Command
 from dynctl.engines import log_lines, vllm_metrics
-from dynctl.engines.arguments import devices, flags, normalised, program
+from dynctl.engines.arguments import devices, flag_names, flags, normalised, program
 from dynctl.engines.base import (
     ArgValue,
     Canary,
     Continuation,
+    EngineEnvironment,
     EngineInfo,
     EngineLaunch,
     EngineLoad,
     Features,
     Finding,
+    Inquiry,
     KvPoll,
     KvReader,
     ModelFacts,
@@ -35,6 +37,7 @@ from dynctl.engines.base import (
     RoleSettings,
 )
 from dynctl.engines.checks import number
+from dynctl.engines.inquiry import version_of
 from dynctl.engines.requests import one_token
 from dynctl.engines.trtllm_checks import FLAGS, OWNED, check_role, check_transfer, longest_input
 from dynctl.engines.trtllm_disagg import PARAMS, TRANSFER_TIMEOUT_S, ContextFirst
@@ -53,6 +56,7 @@ BLOCK_SIZE = 32
 """The engine's own default of `tokens_per_block`."""
 _OF_EVERY_RANK = ("CUDA_VISIBLE_DEVICES", "DYNCTL_INCARNATION", "DYNCTL_PROCESS", "DYNCTL_RUN")
 """What MPI has to take along to the other nodes beside the recipe's: their GPUs, and whose they are."""
+_MODULE = ("tensorrt_llm.commands.serve",)
 _NAME = re.compile(r"^-{0,2}[a-z][a-z0-9_-]*$")
 
 
@@ -87,7 +91,7 @@ class Trtllm:
     def commands(self, launch: EngineLaunch) -> tuple[Command, ...]:
         """One command, on the head: over several nodes it is the MPI launcher that starts the other ranks."""
         path = f"specs/trtllm-{launch.role}-{launch.index}.yaml"
-        serve = program(launch.environment, "trtllm-serve", ("tensorrt_llm.commands.serve",))
+        serve = program(launch.environment, "trtllm-serve", _MODULE)
         argv = (*_mpi(launch), *serve, launch.model.path, *_flags(launch, path))
         head = launch.ranks[0]
         env = {**launch.env, **devices(head.gpus)}
@@ -101,6 +105,16 @@ class Trtllm:
     def known_args(self, name: str) -> bool:
         """Lower-case letters, digits, underscores (dashes are read as such)."""
         return _NAME.match(name) is not None
+
+    def inquiry(self, environment: EngineEnvironment) -> Inquiry:
+        """Its subcommand by name: the help of the program itself lists only subcommands."""
+        base = program(environment, "trtllm-serve", _MODULE)
+        version = version_of(environment, ("tensorrt_llm", "tensorrt-llm"))
+        return Inquiry(base[0], version, (*base, "serve", "--help"))
+
+    def command_flags(self, args: Mapping[str, ArgValue]) -> tuple[str, ...]:
+        """Those that are flags: all others go into its YAML file, of which its help says nothing."""
+        return flag_names(_split(args)[0], "_")
 
     def kv_source(self, launch: EngineLaunch) -> KvPoll | None:
         """Its HTTP, as it has no publisher; None when the arguments leave it nothing to tell."""

