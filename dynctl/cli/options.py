@@ -42,9 +42,7 @@ NameOption = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on standard output.")]
 Target = Annotated[
     str | None,
-    typer.Option(
-        "--target", metavar="WHERE", help="local, ssh or slurm."
-    ),
+    typer.Option("--target", metavar="WHERE", help="local, ssh or slurm."),
 ]
 Set = Annotated[
     list[str] | None,

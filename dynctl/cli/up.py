@@ -15,12 +15,19 @@ from dynctl.cli.exits import INTERRUPTED
 from dynctl.cli.live import follow, screen, ways_back
 from dynctl.cli.pick import home, running_names
 from dynctl.cli.render import data, json_data, program, prose
+from dynctl.deploy.amend import amend
+from dynctl.deploy.audit import actor
+from dynctl.deploy.home import RunDir
 from dynctl.deploy.plan import build_plan
 from dynctl.deploy.run import Checked, Site, Up, UpRequest, check, start
 from dynctl.deploy.seats import RunContext
-from dynctl.deploy.stop import Stopper
+from dynctl.deploy.state import ENDED, readable_state
+from dynctl.deploy.stop import CONTROLLER, Stopper
 from dynctl.deploy.watch import Waiter, wait_ready
 from dynctl.launchers.local import LocalLauncher
+
+CHANGE_S = 1800.0
+"""For a change of what runs to be done, when nobody says otherwise."""
 
 Detach = Annotated[bool, typer.Option("--detach", "-d", help="Return when it is ready.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before GPUs are taken.")]
@@ -36,6 +43,7 @@ Wheelhouse = Annotated[
         show_default=False,
     ),
 ]
+Force = Annotated[bool, typer.Option("--force", help="Change it also when it is locked.")]
 Timeout = Annotated[
     float | None,
     typer.Option(
@@ -59,12 +67,14 @@ def up(  # noqa: PLR0913 - one parameter for each option of the verb
     wheelhouse: Wheelhouse = None,
     sets: options.Set = None,
     unsets: options.Unset = None,
+    force: Force = False,
     as_json: options.Json = False,
 ) -> int:
     """Start what a recipe says and serve it.
 
     Stays and shows the deployment; Ctrl-C leaves it running. If it cannot become ready, nothing is left
-    running. On the name of a deployment whose controller has died: a new one takes over what still lives.
+    running. On the name of a deployment that runs: shows what would change, asks, and changes it one replica
+    at a time. On one whose controller has died: a new controller takes over what still lives.
     """
     chosen = [f"target={target}"] if target is not None else []
     checked = check(UpRequest(recipe, [*(sets or ()), *chosen], unsets or (), inventory))
@@ -78,11 +88,27 @@ def up(  # noqa: PLR0913 - one parameter for each option of the verb
 
         return up_over_ssh(checked, How(detach, timeout, as_json, bootstrap, wheelhouse))
     launcher = LocalLauncher()
+    run = supervised(checked.loaded.recipe.name, launcher)
+    if run is not None:
+        from dynctl.cli.amend import settle
+
+        who = actor("up", [str(recipe), *(sets or ())], force=force)
+        amended = amend(run, checked.loaded, site(launcher), checked.inventory)
+        return settle(amended, who, timeout or CHANGE_S, yes=yes, as_json=as_json)
     started = start(checked, site(launcher))
     try:
         return attended(started, Stopper(launcher), timeout, detach=detach, as_json=as_json)
     finally:
         launcher.release(started.controller)
+
+
+def supervised(name: str, launcher: LocalLauncher) -> RunDir | None:
+    """The run of this name, when a controller looks after it on this machine."""
+    run = home().run_of(name)
+    if run is None or not any(o.process_id == CONTROLLER for o in launcher.owned(run.run_id)):
+        return None
+    kept = readable_state(run.state)
+    return run if kept is not None and kept.phase not in ENDED else None
 
 
 def site(launcher: LocalLauncher) -> Site:

@@ -2,8 +2,8 @@
 while it serves. Pure: only the state is looked at, so it can be gone on with from wherever it stopped.
 
 What is added starts at once. What leaves or is drained is asked to end: the worker leaves routing, its
-requests end, what is left of them goes on elsewhere. What is to be replaced is replaced one replica at a time,
-a well one only while all others of its role are ready; where there was room for one more, that stands in for
+requests end, what is left of them goes on elsewhere. What is to be replaced is so one replica at a time, a
+well one only while all others of its role are ready; where there was room for one more, that stands in for
 it and leaves last. Frontends share a port: first those leave that are to, then they are replaced, then more
 are started.
 """

@@ -35,7 +35,6 @@ from dynctl.controller.verdict import Failure, describe_exit, gives_up, signatur
 from dynctl.deploy.state import RunState, SeatKind, SeatRecord, stop_margin_of
 from dynctl.protocol.deployment import Phase
 
-
 HURRY_S = 2.0
 """Beyond the time that a process has for its requests by its own clock, which should come first."""
 

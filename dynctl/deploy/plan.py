@@ -80,7 +80,7 @@ class PlannedProcess:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What a plan takes over from the one before: where replicas are, ports by process and name (`a-0:http`)."""
+    """What a plan takes over from the one before: where replicas are, ports by owner ("decode-0:events")."""
 
     placement: Placement
     ports: Mapping[str, int]
@@ -296,9 +296,7 @@ def _part(
     replica = f"{launch.role}-{launch.index}"
     rank = launch.ranks[number]
     seat_id = replica + suffix
-    own = {
-        name: allocator.allocate([rank.node], owner=f"{seat_id}:{name}") for name in ("events", "control")
-    }
+    own = {name: allocator.allocate([rank.node], owner=f"{seat_id}:{name}") for name in ("events", "control")}
     marked = engine_command(site, rank.node, seat_id, command) if command else None
     url = _engine_url(site.recipe, launch)
     seat = Seat(seat_id, launch, number, own, marked, url)

@@ -120,9 +120,7 @@ def contexts(sites: Iterable[HostSite], run_id: str) -> RunContext:
     """Directories and interpreters of a run on its hosts, the first of which is the head."""
     there = list(sites)
     head = f"{there[0].home}/runs/{run_id}"
-    nodes = {
-        site.name: NodeContext(f"{site.home}/runs/{run_id}/nodes/{site.name}", site.python) for site in there
-    }
+    nodes = {site.name: NodeContext(f"{site.home}/nodes/{run_id}/{site.name}", site.python) for site in there}
     nodes[there[0].name] = NodeContext(head, there[0].python)
     return RunContext(run_id, head, there[0].python, first_port_of(run_id), nodes)
 
@@ -131,12 +129,13 @@ def with_addresses(inventory: Inventory, found: Mapping[str, str]) -> Inventory:
     """The inventory with addresses that can be listened on: found ones where it has none, or a name."""
 
     def of(host: Host) -> Host:
-        return host if _is_ip(host.address) else replace(host, address=found[host.name])
+        return host if is_ip(host.address) else replace(host, address=found[host.name])
 
     return replace(inventory, hosts=tuple(map(of, inventory.hosts)))
 
 
-def _is_ip(text: str) -> bool:
+def is_ip(text: str) -> bool:
+    """Whether it is an address that can be listened on as it stands."""
     try:
         ipaddress.ip_address(text)
     except ValueError:
@@ -178,17 +177,15 @@ async def start(checked: Checked, lock: str, sites: Sequence[HostSite], run_id: 
 
 
 async def _hand_out(plan: Plan, lock: str, sites: Sequence[HostSite], *, adopt: bool) -> None:
-    """The head first: it says whether the name is free. Then all others at once."""
+    """All at once: whether the name is free has been asked for, and is once more when the head takes it."""
     secret = {} if adopt else _secrets()
     head = sites[0]
-    await head.ask(
-        Claim(
-            name=plan.name,
-            run_id=plan.run_id,
-            files={**run_files(plan, lock), **secret},
-            spawn=[_spawn(plan.process(seat)) for seat in (f"agent-{head.name}", CONTROLLER)],
-            adopt=adopt,
-        )
+    claim = Claim(
+        name=plan.name,
+        run_id=plan.run_id,
+        files={**run_files(plan, lock), **secret},
+        spawn=[_spawn(plan.process(seat)) for seat in (f"agent-{head.name}", CONTROLLER)],
+        adopt=adopt,
     )
     joins = [
         Join(
@@ -199,9 +196,9 @@ async def _hand_out(plan: Plan, lock: str, sites: Sequence[HostSite], *, adopt: 
         )
         for site in sites[1:]
     ]
-    answers = await asyncio.gather(
-        *(site.ask(join) for site, join in zip(sites[1:], joins, strict=True)), return_exceptions=True
-    )
+    calls: list[Claim | Join] = [claim, *joins]
+    asked = zip(sites, calls, strict=True)
+    answers = await asyncio.gather(*(site.ask(call) for site, call in asked), return_exceptions=True)
     raise_first(answers)
 
 

@@ -133,7 +133,9 @@ def _require_places(old: Plan, new: Plan, loaded: LoadedRecipe) -> None:
         if before is not None and before.node != process.node:
             message = f"{seat} would move from {before.node} to {process.node}"
             raise _unrollable(message, loaded.where(f"roles.{process.role}"))
-    sizes = {role: parallel_of(s).gpus for role, s in loaded.recipe.roles.present().items()}
+    sizes: dict[str, int] = {
+        role: parallel_of(section).gpus for role, section in loaded.recipe.roles.present().items()
+    }
     for process in was.values():
         wanted = sizes.get(process.role)
         parts = [p for p in was.values() if (p.role, p.index) == (process.role, process.index)]

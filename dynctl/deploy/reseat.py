@@ -40,7 +40,7 @@ def _stands_in(seat: SeatRecord, state: RunState) -> bool:
 
 
 def _take_over(seat: SeatRecord, fresh: SeatRecord, *, stands_in: bool) -> None:
-    """What the next incarnation of a seat is started with. One that was to leave and is wanted again stays."""
+    """What the next incarnation of a seat is started with. One that was to leave and is wanted stays."""
     if seat.asked == "leave" and not stands_in:
         seat.asked = "restart"
     if not seat.digest:

@@ -46,6 +46,8 @@ _YOUNG_S = 30.0
 _START_S = 60.0
 """For a process without an engine to register, unless its spec says otherwise."""
 _PORTS = ".ports"
+INVENTORY = "inventory.json"
+"""In a run's directory: the hosts it was planned on, to plan on them again."""
 SEAT_KINDS: dict[str, SeatKind] = {"worker": "worker", "frontend": "frontend"}
 """Kinds of planned processes that the controller looks after."""
 
@@ -184,7 +186,7 @@ def begin(checked: Checked, site: Site) -> Up:
         plan = plan_run(checked, site, context)
         require_programs(plan, checked.loaded, site.environ)
         require_certificate(checked.loaded)
-        run = write_run(plan, lock_text(checked.loaded, site.version), site.home)
+        run = write_run(plan, lock_text(checked.loaded, site.version), checked.inventory, site.home)
     handle = site.launcher.start(controller_of(plan, 1, checked), RunRef(run.run_id, run.path))
     return Up(name, run, plan.url, handle, adopted=False)
 
@@ -258,9 +260,9 @@ def _may_live(state: RunState, now: float) -> bool:
     return any(procfs.alive(pid, ticks) for pid, ticks in pids) or 0 <= now - state.created_at < _YOUNG_S
 
 
-def write_run(plan: Plan, lock: str, home: Home) -> RunDir:
+def write_run(plan: Plan, lock: str, inventory: Inventory, home: Home) -> RunDir:
     """Make the run directory, whole, and let the name mean it. Raises LaunchError."""
-    run = home.create_run(plan.run_id, run_files(plan, lock))
+    run = home.create_run(plan.run_id, run_files(plan, lock, inventory))
     with _disk_of(run):
         Keys.generate().save(run.keys)
         save_engine_key(run.engine_key)
@@ -268,10 +270,11 @@ def write_run(plan: Plan, lock: str, home: Home) -> RunDir:
     return run
 
 
-def run_files(plan: Plan, lock: str) -> dict[str, str]:
+def run_files(plan: Plan, lock: str, inventory: Inventory | None = None) -> dict[str, str]:
     """What a run's directory begins with, but for its keys."""
     state = initial_state(plan, time.time())
     return {
+        **({INVENTORY: msgspec.json.encode(inventory).decode()} if inventory else {}),
         "plan.json": plan.to_json(),
         "recipe.lock.yaml": lock,
         "state.json": encode_state(state).decode(),

@@ -22,7 +22,7 @@ class PortAllocator:
 
     The same questions get the same answers. Deployments that do not know of each other (two users of one
     machine) should start at different places: an engine may bind its port a minute after it was found free.
-    `kept`: what owners ("decode-0:events") have already and are given again, though others would call it taken.
+    `kept`: what owners ("decode-0:events") have already and are given again, taken as it looks.
     """
 
     def __init__(
