@@ -99,13 +99,14 @@ class Day2:
         return Done(changing=changing(self._desk.state))
 
     def _require_unlocked(self, call: ApplyCall | DrainCall | LockCall | ExecCall) -> None:
-        state = self._desk.state
+        state, where = self._desk.state, str(self._desk.run.path)
         if state.phase == "stopping":
-            raise UsageError(f"'{state.name}' is stopping")
+            raise UsageError(f"'{state.name}' is stopping", where=where)
         frees = isinstance(call, LockCall) and not call.message
         if state.locked is not None and not (call.actor.force or frees):
             raise UsageError(
                 f"'{state.name}' is locked by {lock_words(state.locked)}",
+                where=where,
                 hint="dynctl unlock, or --force",
             )
 
@@ -113,7 +114,7 @@ class Day2:
         run, state = self._desk.run, self._desk.state
         plan = Plan.from_json(call.plan)
         if call.base != plan_digest(self.plan):
-            raise UsageError(f"'{state.name}' has changed meanwhile", hint="try again")
+            raise UsageError(f"'{state.name}' has changed meanwhile", where=str(run.path), hint="try again")
         if (plan.run_id, plan.registry, plan.membership) != (
             self.plan.run_id,
             self.plan.registry,

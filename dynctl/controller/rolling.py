@@ -76,7 +76,7 @@ class Unit:
     @property
     def fresh(self) -> bool:
         """It has never been started."""
-        return all(not seat.incarnation for seat in self.seats)
+        return all(seat.state == "waiting" for seat in self.seats)
 
     @property
     def running(self) -> bool:
@@ -86,7 +86,7 @@ class Unit:
     @property
     def halting(self) -> bool:
         """It has been asked to end, and not been started again since."""
-        return any(seat.state in ("stopping", "stopped") and seat.incarnation for seat in self.seats)
+        return any(seat.state in ("stopping", "stopped") for seat in self.seats)
 
     @property
     def ready(self) -> bool:
@@ -206,9 +206,10 @@ def _next_halt(able: Sequence[Unit], units: Sequence[Unit]) -> list[Move]:
         return _halt(ailing[0])
     if any(unit.stale and unit.halting for unit in units):
         return []
-    settled = [unit for unit in units if not (unit.stale or unit.leaving or unit.held)]
-    if any(seat.state == "starting" for unit in settled for seat in unit.seats):
+    staying = [unit for unit in units if not (unit.leaving or unit.held or unit.fresh)]
+    if any(seat.state == "starting" for unit in staying for seat in unit.seats):
         return []
+    settled = [unit for unit in staying if not unit.stale]
     for unit in stale:
         if all(other.ready for other in settled if other.role == unit.role):
             return _halt(unit)

@@ -133,7 +133,7 @@ class Supervisor:
                 wait = self._times.renew_s if seat.was_ready else self._start_wait(seat)
                 self._watch[seat.id].deadline = now + wait
                 seat.state = "ready" if seat.follower else "starting"
-            elif seat.asked in ("drain", "leave") or (self.state.ready_once and not seat.incarnation):
+            elif seat.asked in ("drain", "leave") or (self.state.ready_once and seat.state == "waiting"):
                 seat.state = "waiting"
                 seat.pid = seat.start_ticks = seat.pgid = seat.engine_pid = 0
             else:
@@ -304,6 +304,7 @@ class Supervisor:
                 case Drop():
                     self._note("process.removed", seat)
                     self.state.seats.remove(seat)
+                    self.state.retired[seat.id] = seat.incarnation
         self._hurry(now)
         said, self.state.changing = self.state.changing, changing(self.state)
         if said and not self.state.changing:

@@ -103,7 +103,7 @@ def current_recipe(run: RunDir) -> LoadedRecipe:
 
 
 def hosts_of(run: RunDir, plan: Plan) -> Inventory:
-    """The hosts the run was planned on; of a run that did not keep them, those in use with the GPUs in use."""
+    """The hosts the run was planned on; those in use, with their GPUs in use, where it did not keep them."""
     try:
         return msgspec.json.decode(Path(run.path / INVENTORY).read_bytes(), type=Inventory)
     except FileNotFoundError:

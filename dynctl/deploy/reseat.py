@@ -28,6 +28,8 @@ def reseat(state: RunState, plan: Plan, restart: Collection[str] = ()) -> None:
     for seat_id, fresh in planned.items():
         if seat_id in known:
             _take_over(known[seat_id], fresh, stands_in=_stands_in(fresh, state))
+        else:
+            fresh.incarnation = state.retired.get(seat_id, 0)
     state.seats[:] = [known.get(seat_id, fresh) for seat_id, fresh in planned.items()] + [
         seat for seat in state.seats if seat.id not in planned
     ]

@@ -136,8 +136,11 @@ def may_adopt(home: Home, launcher: Launcher, name: str, lock: str) -> RunDir | 
         raise UsageError(f"'{name}' is running already", where=str(run.path), hint=ways)
     state = readable_state(run.state)
     if state is None or state.phase in ENDED or not same_recipe(run, lock):
+        again = f"{ways}, dynctl up {run.lock} looks after it again"
         raise UsageError(
-            f"processes of an earlier '{name}' still run, from another recipe", where=str(run.path), hint=ways
+            f"processes of an earlier '{name}' still run, from another recipe",
+            where=str(run.path),
+            hint=again,
         )
     return run
 

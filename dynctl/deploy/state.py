@@ -96,7 +96,8 @@ class RunState(msgspec.Struct, kw_only=True):
     """A whole run. `ready_once` tells "degraded" from "starting"; `reason` why it is not ready.
 
     `registry` is the endpoint of the controller's control socket, `changing` what is being replaced, added or
-    removed now, for people ("" = nothing).
+    removed now, for people ("" = nothing). `retired` is the last incarnation of seats that have left: should
+    one of them come back, it goes on from there.
     """
 
     name: str
@@ -113,6 +114,7 @@ class RunState(msgspec.Struct, kw_only=True):
     ready_once: bool = False
     controller: ControllerRecord = msgspec.field(default_factory=ControllerRecord)
     changing: str = ""
+    retired: dict[str, int] = {}
     locked: LockRecord | None = None
     version: int = STATE_VERSION
 
