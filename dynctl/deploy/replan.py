@@ -61,18 +61,17 @@ def with_stand_ins(
     loaded: LoadedRecipe, inventory: Inventory, plan: Plan, taken: Taken, roles: Sequence[str]
 ) -> Plan:
     """`plan` with one replica more of each of these roles, as far as there is room."""
-    listed, processes = list(taken), plan.processes
+    listed, processes, sections = list(taken), plan.processes, loaded.recipe.roles
     for role in roles:
-        sections = loaded.recipe.roles
         section = sections.present().get(role)  # type: ignore[call-overload]
         if section is None or section.urls:
             continue
         more = section.model_copy(update={"replicas": section.replicas + 1})
-        wider = loaded.recipe.model_copy(update={"roles": sections.model_copy(update={role: more})})
+        wider = sections.model_copy(update={role: more})
         base = replace(plan, processes=processes)
         try:
             grown = build_plan(
-                replace(loaded, recipe=wider),
+                replace(loaded, recipe=loaded.recipe.model_copy(update={"roles": wider})),
                 _used(inventory, plan),
                 _taken(base, listed),
                 context_of(plan),
@@ -82,7 +81,7 @@ def with_stand_ins(
             continue
         extra = [p for p in grown.processes if p.role == role and p.index == section.replicas]
         if not {gpu for p in extra for gpu in _gpus(p)} & {gpu for p in processes for gpu in _gpus(p)}:
-            processes = (*processes, *extra)
+            processes, sections = (*processes, *extra), wider
     return replace(plan, processes=processes)
 
 
