@@ -61,6 +61,24 @@ class NotReady(LaunchError):
     kind = "not_ready"
 
 
+class SlurmError(LaunchError):
+    """Slurm's programs could not do what was asked."""
+
+    kind = "slurm"
+
+
+class SlurmRejected(SlurmError):
+    """Slurm refuses the job, for what it asks for."""
+
+    kind = "slurm_rejected"
+
+
+class SlurmUnreachable(SlurmError):
+    """Slurm's controller does not answer: what has become of a job is not known."""
+
+    kind = "slurm_unreachable"
+
+
 class SshError(LaunchError):
     """A host could not be used over SSH, or refused what was asked of it; `where` is the host."""
 

@@ -83,9 +83,6 @@ def whole(text: str) -> int:
     return int(digits) if digits.isdigit() else 0
 
 
-# Programs
-
-
 def engine_of(asked: Json) -> Json:
     """{"found", "version", "flags", "note"} of an engine's program; flags None = its help told none."""
     env = asked.get("env") or {}
@@ -146,6 +143,13 @@ def dynctl_of(python: str) -> list[Json]:
     except (OSError, subprocess.SubprocessError):
         done, out = 1, ""
     return [{"python": python, "version": "" if done else out.strip()}]
+
+
+def pythons(asked: Sequence[str]) -> list[str]:
+    """Those asked for, and the one that runs the dynctl on PATH."""
+    found = shutil.which("dynctl")
+    head = word_in(found).partition(" ")[0] if found else ""
+    return list(dict.fromkeys([*asked, *([head[2:]] if head.startswith("#!/") else [])]))
 
 
 def containers() -> Json:
@@ -233,9 +237,6 @@ def modules(names: Sequence[str] = ("nvidia_peermem", "gdrdrv")) -> Json:
     return {name: name in loaded or os.path.isdir("/sys/module/" + name) for name in names}
 
 
-# Network
-
-
 def sockets(asked: Sequence[int], proc: str = "/proc") -> Json:
     """`listening`: ports on which somebody does. `holders`: who, of those asked for: "name (pid N)"."""
     ports: dict[int, set[str]] = {}
@@ -273,9 +274,6 @@ def interfaces() -> Json:
         if len(fields) > 3 and fields[2] in ("inet", "inet6"):
             found.setdefault(fields[1], []).append(fields[3].split("/")[0])
     return found
-
-
-# Files
 
 
 def path_facts(path: str) -> Json:
@@ -427,7 +425,7 @@ def probes(asked: Json) -> Iterator[tuple[str, float, Probe]]:
     for name in ("limits", "infiniband", "modules", "slurm", "shared_memory", "interfaces", "ephemeral"):
         field = {"infiniband": "ib", "shared_memory": "shm"}.get(name, name)
         yield name, PROBE_S, partial(_field, field, globals()[name])
-    for python in asked.get("dynctl") or []:
+    for python in pythons(asked.get("dynctl") or []):
         yield f"dynctl {python}", PROBE_S + 1, partial(_field, "dynctl", dynctl_of, python)
     for path in dict.fromkeys(asked.get("paths") or []):
         yield f"path {path}", PROBE_S, partial(_item, "paths", path, path_facts)

@@ -40,11 +40,18 @@ def _sglang(mark: pytest.Mark) -> str:
     return environment.why_not_sglang()
 
 
+def _cluster(mark: pytest.Mark) -> str:
+    from tests.cluster.cluster import why_not
+
+    return why_not()
+
+
 NEEDS: dict[str, Callable[[pytest.Mark], str]] = {
     "root": _root,
     "debian": _debian,
     "vllm": _vllm,
     "sglang": _sglang,
+    "cluster": _cluster,
 }
 
 

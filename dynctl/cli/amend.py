@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
@@ -9,14 +10,22 @@ import typer
 from dynctl.cli import options
 from dynctl.cli.changes import Force, NoWait, Timeout, confirmed, running, see_through
 from dynctl.cli.exits import INTERRUPTED
+from dynctl.cli.pick import home
 from dynctl.cli.render import data, json_data, prose
 from dynctl.cli.up import site
 from dynctl.deploy.amend import Amended, amend, apply, former_recipe, same_recipe_as_now
 from dynctl.deploy.audit import actor
+from dynctl.deploy.home import RunDir
 from dynctl.deploy.replan import Difference, compare
+from dynctl.deploy.run import Checked
+from dynctl.deploy.state import ENDED, readable_state
+from dynctl.deploy.stop import CONTROLLER
 from dynctl.launchers.local import LocalLauncher
 from dynctl.protocol.day2 import Actor
 from dynctl.recipe.check import check_recipe
+
+CHANGE_S = 1800.0
+"""For a change to be done, when nobody says otherwise."""
 
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
@@ -41,30 +50,54 @@ def rollback(
     check_recipe(loaded)
     amended = amend(run, loaded, site(LocalLauncher()))
     who = actor("rollback", force=force)
-    return settle(amended, who, timeout, yes=yes, as_json=as_json, no_wait=no_wait)
+    return settle(amended, who, Asked(timeout, yes, as_json, no_wait))
 
 
-def settle(
-    amended: Amended, who: Actor, timeout: float, *, yes: bool, as_json: bool, no_wait: bool = False
-) -> int:
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """How the user wants it. `timeout_s` None: as long as it takes within reason."""
+
+    timeout_s: float | None
+    yes: bool
+    as_json: bool
+    no_wait: bool = False
+
+
+def supervised(name: str, launcher: LocalLauncher) -> RunDir | None:
+    """The run of this name, when a controller looks after it on this machine."""
+    run = home().run_of(name)
+    if run is None or not any(o.process_id == CONTROLLER for o in launcher.owned(run.run_id)):
+        return None
+    kept = readable_state(run.state)
+    return run if kept is not None and kept.phase not in ENDED else None
+
+
+def up_again(checked: Checked, run: RunDir, who: Actor, asked: Asked) -> int:
+    """`up` on what runs already; the exit code."""
+    amended = amend(run, checked.loaded, site(LocalLauncher()), checked.inventory)
+    return settle(amended, who, asked)
+
+
+def settle(amended: Amended, who: Actor, asked: Asked) -> int:
     """Show what differs, ask, and see it through; the exit code."""
     found = compare(amended.old, amended.new)
     name = amended.old.name
     if not found and same_recipe_as_now(amended):
-        if as_json:
+        if asked.as_json:
             json_data({"name": name, "url": amended.old.url, "run_dir": str(amended.run.path), "changed": []})
         else:
             prose(f"{name} runs with this recipe already: {amended.old.url}", style="good")
         return 0
     prose("\n".join(shown(found)) or "no process changes")
-    if not confirmed(f"change {name} while it serves?", yes=yes):
+    if not confirmed(f"change {name} while it serves?", yes=asked.yes):
         prose("nothing was changed")
         return INTERRUPTED
     changed = {seat: amended.new.process(seat).role for seat in found.changed or {}}
     roles = list(dict.fromkeys(role for role in changed.values() if role != "frontend"))
     apply(amended, site(LocalLauncher()), who, roles)
-    code = see_through(amended.run, timeout, as_json=as_json, no_wait=no_wait)
-    if not as_json and code == 0:
+    timeout_s = asked.timeout_s if asked.timeout_s is not None else CHANGE_S
+    code = see_through(amended.run, timeout_s, as_json=asked.as_json, no_wait=asked.no_wait)
+    if not asked.as_json and code == 0:
         data(amended.new.url)
     return code
 

@@ -16,7 +16,7 @@ from dynctl.errors import UsageError
 
 NAMED = ("down", "ps", "status", "logs", "events")
 """Verbs that take a deployment's name."""
-FILES = ("up", "plan", "validate")
+FILES = ("up", "doctor", "plan", "validate")
 """Verbs that take a recipe's file."""
 
 Options = Mapping[str, list[tuple[str, str]]]

@@ -4,11 +4,11 @@
 1    an error not listed below (with DYNCTL_DEBUG=1 its traceback is shown)
 2    called wrongly: unknown verb or option, unknown deployment, a name that is taken
 3    the recipe or inventory is wrong
-4    the recipe does not fit the nodes, GPUs or ports
+4    the recipe does not fit the nodes, GPUs or ports, or Slurm refuses the job; doctor: something is wrong
 5    a process could not be started, or did not live
 6    not ready before the deadline
-7    a port is in use
-8    the controller, a service or a host could not be reached
+7    a port is in use; doctor: and nothing else is wrong
+8    the controller, a service, a host or Slurm could not be reached
 9    the service answered with an error
 130  interrupted
 141  the reader of standard output went away
@@ -20,10 +20,13 @@ EXIT_CODES = {
     "usage": 2,
     "recipe": 3,
     "placement": 4,
+    "slurm_rejected": 4,
     "launch": 5,
+    "slurm": 5,
     "process_exited": 5,
     "not_ready": 6,
     "port_in_use": 7,
+    "slurm_unreachable": 8,
     "transport": 8,
     "peer_lost": 8,
     "connect_failed": 8,
@@ -49,6 +52,10 @@ EXIT_CODES = {
     "engine_failed": 9,
 }
 """`DynctlError.kind` → exit code; any other kind is 1."""
+
+UNFIT_HOST = EXIT_CODES["placement"]
+UNFIT_FOR = {"reach": EXIT_CODES["transport"], "ports": EXIT_CODES["port_in_use"]}
+"""What `doctor` exits with when all that fails is this check; `reach` goes before the others."""
 
 INTERRUPTED = 130
 PIPE_CLOSED = 141

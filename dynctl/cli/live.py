@@ -7,7 +7,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
-from dynctl.cli.pick import state
+from dynctl.cli.pick import launcher_of, state
 from dynctl.cli.render import STATE_STYLES, age, program, prose
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.status import ready_counts
@@ -15,7 +15,6 @@ from dynctl.deploy.stop import Stopper
 from dynctl.deploy.watch import Waiter, changes
 from dynctl.errors import LaunchError
 from dynctl.launchers.base import ProcessHandle
-from dynctl.launchers.local import LocalLauncher
 from dynctl.protocol.deployment import DeploymentView
 
 if TYPE_CHECKING:
@@ -150,7 +149,7 @@ def attend(run: RunDir) -> int:
     """
     kept = state(run)
     handle = ProcessHandle(kept.controller.pid, kept.controller.start_ticks, kept.controller.pid)
-    return follow(run, handle, Stopper(LocalLauncher()))
+    return follow(run, handle, Stopper(launcher_of(run)))
 
 
 def follow(run: RunDir, controller: ProcessHandle, stopper: Stopper) -> int:

@@ -28,6 +28,8 @@ def ls(as_json: options.Json = False) -> None:
 
 def line(run: RunDir, name: str) -> dict[str, Any]:
     """What is said of one deployment."""
+    if run.remote.exists():
+        return elsewhere(run, name)
     try:
         seen, kept = view(run), state(run)
     except (CodecError, UsageError) as error:
@@ -47,4 +49,21 @@ def line(run: RunDir, name: str) -> dict[str, Any]:
         "age": age(time.time() - kept.created_at),
         "url": seen.url,
         "run_dir": seen.run_dir,
+    }
+
+
+def elsewhere(run: RunDir, name: str) -> dict[str, Any]:
+    """What is known here of a deployment that its head looks after."""
+    from dynctl.cli.elsewhere import read_remote
+
+    remote = read_remote(run)
+    left = f", left on {', '.join(remote.left)}" if remote.left else ""
+    return {
+        "name": name,
+        "phase": "stopped" if remote.ended else "remote",
+        "reason": "",
+        "ready": "",
+        "age": age(time.time() - run.path.stat().st_ctime),
+        "url": "",
+        "run_dir": f"{remote.head.name}:{remote.head.home}/runs/{remote.run_id}{left}",
     }

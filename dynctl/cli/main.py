@@ -33,17 +33,20 @@ VERBS: dict[str, tuple[str, str]] = {
     "chat": ("dynctl.cli.chat:chat", "Send one prompt, stream the answer"),
     "ls": ("dynctl.cli.ls:ls", "All deployments of this user"),
     "plan": ("dynctl.cli.plan:plan", "Show nodes, GPUs, ports and every command, start nothing"),
+    "doctor": ("dynctl.cli.doctor:doctor", "Check each host before a start: what is wrong, what would help"),
     "validate": ("dynctl.cli.validate:validate", "Check a recipe, start nothing"),
     "schema": ("dynctl.cli.schema:schema", "JSON Schema of a recipe, for editors"),
     "recipes": ("dynctl.cli.recipes:recipes", "The recipes that come with dynctl"),
     "completion": ("dynctl.cli.completion:completion", "Completion script for bash, zsh or fish"),
     "version": ("dynctl.cli.version:version", "The version of dynctl"),
 }
+INTERNAL = ("attend",)
+"""Called by dynctl itself on another machine: in no help."""
 GROUPS = (
     ("Run", ("up", "down")),
     ("Change", ("scale", "restart", "drain", "undrain", "rollback", "lock", "unlock")),
     ("Look", ("ps", "status", "top", "logs", "events", "wait", "chat", "exec", "ls")),
-    ("Prepare", ("plan", "validate", "schema", "recipes")),
+    ("Prepare", ("doctor", "plan", "validate", "schema", "recipes")),
     ("Tool", ("completion", "version")),
 )
 

@@ -27,6 +27,10 @@ def _number(text: str) -> str | float:
 
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe file (YAML).", show_default=False)]
+MaybeRecipe = Annotated[
+    Path | None,
+    typer.Argument(metavar="[RECIPE]", help="The recipe file (YAML).", show_default=False),
+]
 Name = Annotated[
     str | None,
     typer.Argument(
@@ -40,10 +44,6 @@ NameOption = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on standard output.")]
-Target = Annotated[
-    str | None,
-    typer.Option("--target", metavar="WHERE", help="local, ssh or slurm."),
-]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="A.B=V", help="Set a recipe field, again for more.", show_default=False),
@@ -61,3 +61,17 @@ Inventory = Annotated[
         show_default=False,
     ),
 ]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        metavar="TARGET",
+        help="local, ssh or slurm, instead of the recipe's target.",
+        show_default=False,
+    ),
+]
+
+
+def with_target(sets: list[str] | None, target: str | None) -> list[str]:
+    """The `--set` assignments, and that of --target."""
+    return [*(sets or []), *([f"target={target}"] if target is not None else [])]

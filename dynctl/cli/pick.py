@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from dynctl import procfs
 from dynctl.deploy.ask import ask_controller
 from dynctl.deploy.home import Home, RunDir
+from dynctl.deploy.slurm_view import job_view
 from dynctl.deploy.state import ENDED, RunState, load_state
 from dynctl.deploy.status import view_of
 from dynctl.deploy.stop import CONTROLLER
 from dynctl.errors import CodecError, DynctlError, UsageError
 from dynctl.launchers.local import LocalLauncher
+from dynctl.launchers.slurm_client import SlurmClient
+from dynctl.launchers.slurm_job import JobLauncher, JobTable, load_record
 from dynctl.protocol.deployment import DeploymentView
 
 _ANSWER_S = 2.0
@@ -32,9 +36,29 @@ def home() -> Home:
     return Home.find(os.environ)
 
 
+_tables: dict[Path, JobTable] = {}
+"""One for each home: all of its jobs are looked at in one call."""
+
+
+def launcher_of(run: RunDir) -> LocalLauncher | JobLauncher:
+    """What knows the processes of a run: this machine, or Slurm for a job. Raises CodecError."""
+    record = load_record(run.path)
+    if record is None:
+        return LocalLauncher()
+    place = home()
+    if place.root not in _tables:
+        runs = (place.run_of(name) for name in place.names())
+        records = (load_record(one.path) for one in runs if one is not None)
+        _tables[place.root] = JobTable(SlurmClient(), [one for one in records if one is not None])
+    return JobLauncher(_tables[place.root], record, run.path)
+
+
 def view(run: RunDir) -> DeploymentView:
     """The deployment as its state file and the living processes say. Raises UsageError without a state."""
     found = state(run)
+    launcher = launcher_of(run)
+    if isinstance(launcher, JobLauncher):
+        return job_view(found, run, launcher)
     if found.phase not in ENDED and not found.controller.pid:
         # It has been started but not yet written itself down: not a deployment that has ended.
         for owned in LocalLauncher().owned(run.run_id):
@@ -116,6 +140,6 @@ def _runs(place: Home, name: str) -> bool:
             return b'"ended":false' in run.remote.read_bytes()
         if run is None or state(run).phase in ENDED:
             return False
-        return view(run).phase not in ENDED or bool(LocalLauncher().owned(run.run_id))
+        return view(run).phase not in ENDED or bool(launcher_of(run).owned(run.run_id))
     except (CodecError, UsageError):
         return False

@@ -18,6 +18,7 @@ _CODES: dict[str, str] = {"error": "31", "warning": "33", "good": "32", "dim": "
 _LABELS: dict[str, str] = {"error": "error: ", "warning": "warning: "}
 STATE_STYLES: dict[str, Style] = {
     "ready": "good",
+    "pending": "warning",
     "starting": "warning",
     "waiting": "dim",
     "backoff": "warning",

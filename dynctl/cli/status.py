@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dynctl.cli import options
-from dynctl.cli.pick import ask, pick
+from dynctl.cli.pick import ask, launcher_of, pick
 from dynctl.cli.render import STATE_STYLES, data, json_data, paint
 from dynctl.deploy.ask import Health, ask_health
 from dynctl.deploy.home import RunDir
+from dynctl.deploy.slurm_view import job_facts
 from dynctl.deploy.state import ENDED
 from dynctl.deploy.status import Diagnosis, diagnose, ready_counts
 from dynctl.launchers.last_lines import tail
+from dynctl.launchers.slurm_job import JobLauncher
 from dynctl.protocol.deployment import DeploymentView
+
+if TYPE_CHECKING:
+    from dynctl.doctor.findings import Finding
 
 _LINES = 3
 
@@ -26,7 +32,8 @@ def status(name: options.Name = None, watch: Watch = False, as_json: options.Jso
     """Is it ready, and if not, why: the first failing layer and its first error line.
 
     Layers, in order: the deployment, its controller, its workers, its frontends, the frontends' own health.
-    Beside these: what frontends have doubts about, such as an index that is being rebuilt.
+    Beside these: what frontends have doubts about, such as an index that is being rebuilt. After a start that
+    failed, the part of `dynctl doctor` that may tell why.
     """
     run = pick(name, ended=True)
     if watch and not as_json:
@@ -38,10 +45,31 @@ def status(name: options.Name = None, watch: Watch = False, as_json: options.Jso
     health = ask_frontends(seen)
     found = look_closer(seen, silent, health)
     doubts = doubts_of(health)
+    looked = look_for_causes(run, seen, found)
+    launcher = launcher_of(run)
+    job = job_facts(launcher) if isinstance(launcher, JobLauncher) else None
     if as_json:
-        json_data(as_object(seen, found, doubts))
-    else:
-        data("\n".join([*text(run, seen, found), *(f"doubt: {doubt}" for doubt in doubts)]))
+        told = {**as_object(seen, found, doubts), "causes": [asdict(cause) for cause in looked]}
+        json_data(told | ({"job": job} if job is not None else {}))
+        return
+    lines = text(run, seen, found)
+    lines[2:2] = [job["line"]] if job is not None else []
+    lines += [f"doubt: {doubt}" for doubt in doubts]
+    if looked:
+        from dynctl.cli.causes import causes_text
+
+        lines += causes_text(run, looked)
+    data("\n".join(lines))
+
+
+def look_for_causes(run: RunDir, seen: DeploymentView, found: Diagnosis) -> Sequence[Finding]:
+    """What on the host may be why a start failed; at once () when all is well."""
+    if found.layer not in ("deployment", "worker", "frontend") or not found.seat:
+        return ()
+    # All of doctor's, with recipes and plans: not loaded where it is not asked.
+    from dynctl.cli.causes import causes
+
+    return causes(run, seen, found)
 
 
 def ask_frontends(seen: DeploymentView) -> dict[str, Health]:
@@ -81,6 +109,8 @@ def as_object(seen: DeploymentView, found: Diagnosis, doubts: Sequence[str]) -> 
         "process": found.seat,
         "error": found.error,
         "doubts": list(doubts),
+        "changing": seen.changing,
+        "locked": seen.locked,
     }
 
 
@@ -91,6 +121,8 @@ def text(run: RunDir, seen: DeploymentView, found: Diagnosis) -> list[str]:
         f"{seen.name}  {phase}  {ready_counts(seen)}  {seen.url}",
         f"run: {seen.run_dir}",
     ]
+    lines += [f"locked by {seen.locked}"] if seen.locked else []
+    lines += [f"changing: {seen.changing}"] if seen.changing else []
     if not found.layer:
         return [*lines, "all layers are well: controller, workers, frontends, health"]
     lines.append(f"{paint(found.layer, 'error')}: {found.reason}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
@@ -13,24 +14,26 @@ import typer
 from dynctl.cli import options
 from dynctl.cli.exits import INTERRUPTED
 from dynctl.cli.live import follow, screen, ways_back
-from dynctl.cli.pick import home, running_names
+from dynctl.cli.pick import home, launcher_of, running_names, state
 from dynctl.cli.render import data, json_data, program, prose
-from dynctl.deploy.amend import amend
-from dynctl.deploy.audit import actor
+from dynctl.deploy.audit import actor, note
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.plan import build_plan
 from dynctl.deploy.run import Checked, Site, Up, UpRequest, check, start
 from dynctl.deploy.seats import RunContext
-from dynctl.deploy.state import ENDED, readable_state
-from dynctl.deploy.stop import CONTROLLER, Stopper
+from dynctl.deploy.slurm_up import begin_in_job, check_slurm, submit
+from dynctl.deploy.stop import Stopper
 from dynctl.deploy.watch import Waiter, wait_ready
 from dynctl.launchers.local import LocalLauncher
-
-CHANGE_S = 1800.0
-"""For a change of what runs to be done, when nobody says otherwise."""
+from dynctl.launchers.slurm_client import SlurmClient
+from dynctl.recipe.load import load_recipe
 
 Detach = Annotated[bool, typer.Option("--detach", "-d", help="Return when it is ready.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before GPUs are taken.")]
+InJob = Annotated[
+    bool,
+    typer.Option("--in-job", help="Use the Slurm job that this runs in, and stay until it is over."),
+]
 Bootstrap = Annotated[
     bool, typer.Option("--bootstrap", help="Target ssh: install this dynctl on hosts that lack it.")
 ]
@@ -63,6 +66,7 @@ def up(  # noqa: PLR0913 - one parameter for each option of the verb
     timeout: Timeout = None,
     target: options.Target = None,
     inventory: options.Inventory = None,
+    in_job: InJob = False,
     bootstrap: Bootstrap = False,
     wheelhouse: Wheelhouse = None,
     sets: options.Set = None,
@@ -75,9 +79,11 @@ def up(  # noqa: PLR0913 - one parameter for each option of the verb
     Stays and shows the deployment; Ctrl-C leaves it running. If it cannot become ready, nothing is left
     running. On the name of a deployment that runs: shows what would change, asks, and changes it one replica
     at a time. On one whose controller has died: a new controller takes over what still lives.
+    On Slurm: submits the job and waits for it; Ctrl-C leaves it in the queue.
     """
-    chosen = [f"target={target}"] if target is not None else []
-    checked = check(UpRequest(recipe, [*(sets or ()), *chosen], unsets or (), inventory))
+    target = "slurm" if in_job else target
+    request = UpRequest(recipe, options.with_target(sets, target), unsets or (), inventory)
+    checked = judged(request)
     for warning in checked.warnings:
         prose(warning, style="warning")
     if not yes and not confirmed(checked):
@@ -88,27 +94,39 @@ def up(  # noqa: PLR0913 - one parameter for each option of the verb
 
         return up_over_ssh(checked, How(detach, timeout, as_json, bootstrap, wheelhouse))
     launcher = LocalLauncher()
+    if in_job:
+        return stay_in_job(begin_in_job(checked, site(launcher)))
+    if checked.loaded.recipe.target == "slurm":
+        submitted = submit(checked, site(launcher), SlurmClient())
+        stopper = Stopper(launcher_of(submitted.run))
+        return attended(submitted, stopper, timeout, detach=detach, as_json=as_json)
+    from dynctl.cli.amend import Asked, supervised, up_again
+
+    who = actor("up", [str(recipe), *(sets or ())], force=force)
     run = supervised(checked.loaded.recipe.name, launcher)
     if run is not None:
-        from dynctl.cli.amend import settle
-
-        who = actor("up", [str(recipe), *(sets or ())], force=force)
-        amended = amend(run, checked.loaded, site(launcher), checked.inventory)
-        return settle(amended, who, timeout or CHANGE_S, yes=yes, as_json=as_json)
+        return up_again(checked, run, who, Asked(timeout, yes, as_json))
     started = start(checked, site(launcher))
+    note(started.run, who, "done")
+    if started.adopted:
+        prose(f"{started.name}: a new controller takes over what lives")
     try:
         return attended(started, Stopper(launcher), timeout, detach=detach, as_json=as_json)
     finally:
         launcher.release(started.controller)
 
 
-def supervised(name: str, launcher: LocalLauncher) -> RunDir | None:
-    """The run of this name, when a controller looks after it on this machine."""
-    run = home().run_of(name)
-    if run is None or not any(o.process_id == CONTROLLER for o in launcher.owned(run.run_id)):
-        return None
-    kept = readable_state(run.state)
-    return run if kept is not None and kept.phase not in ENDED else None
+def judged(request: UpRequest) -> Checked:
+    """The recipe, checked for the target it names. Raises RecipeError, PlacementError."""
+    loaded = load_recipe(request.recipe, tuple(request.sets), tuple(request.unsets))
+    return check_slurm(loaded, request.inventory) if loaded.recipe.target == "slurm" else check(request)
+
+
+def stay_in_job(run: RunDir) -> int:
+    """Become the controller of this run."""
+    prose(f"run: {run.path}")
+    argv = [sys.executable, "-u", "-m", "dynctl.controller.slurm_job", "--run-dir", str(run.path)]
+    os.execv(sys.executable, argv)
 
 
 def site(launcher: LocalLauncher) -> Site:
@@ -120,6 +138,8 @@ def confirmed(checked: Checked) -> bool:
     """Ask a person before GPUs are taken; true off a terminal, and when none are."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return True
+    if checked.loaded.recipe.target == "slurm" or checked.inventory.undiscovered():
+        return True  # they are Slurm's to give, or not counted yet
     preview = RunContext("RUN_ID", "RUN_DIR", sys.executable)
     plan = build_plan(checked.loaded, checked.inventory, (), preview)
     gpus = sum(len(node.gpus) for node in plan.nodes)
@@ -131,14 +151,12 @@ def confirmed(checked: Checked) -> bool:
 
 def attended(started: Up, stopper: Stopper, timeout: float | None, *, detach: bool, as_json: bool) -> int:
     """Wait until it is ready, say so, and stay unless told to detach."""
-    name = started.name
-    if started.adopted:
-        prose(f"{name}: a new controller takes over what lives")
-    ready = False
+    name, ready = started.name, False
     try:
         with screen() as shown:
             wait_ready(started, Waiter(stopper, shown.show), timeout)
         ready = True
+        started = started if started.url else replace(started, url=state(started.run).url)
         announce(started, as_json=as_json)
         return 0 if detach else follow(started.run, started.controller, stopper)
     except KeyboardInterrupt:

@@ -14,16 +14,21 @@ from dynctl.cli.elsewhere import command_there, run_async, save_remote
 from dynctl.cli.pick import home
 from dynctl.cli.render import prose
 from dynctl.deploy.home import Home, new_run_id
-from dynctl.deploy.remote import HostSite, Started, raise_first, start, sweep, with_addresses
+from dynctl.deploy.remote import HostSite, Started, is_ip, raise_first, start, sweep, with_addresses
 from dynctl.deploy.run import Checked
-from dynctl.launchers.bootstrap import Bootstrap, interpreter
-from dynctl.launchers.probe import HostFacts, probe
+from dynctl.errors import SshError
+from dynctl.launchers.bootstrap import Bootstrap, bootstrap, find_dynctl, read_wheelhouse
+from dynctl.launchers.probe import probe
 from dynctl.launchers.ssh import SshHosts
 from dynctl.launchers.ssh_config import SshOptions
 from dynctl.launchers.ssh_host import SshHost
 from dynctl.launchers.ssh_terminal import forward
+from dynctl.launchers.wheel import Wheel, own_wheel
+from dynctl.protocol.hosts import HostFacts, HostQuestion
 from dynctl.recipe.lock import lock_text
 from dynctl.topology.inventory import Host, with_gpus
+
+_LOOK_S = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,22 +67,44 @@ async def _reach(checked: Checked, hosts: SshHosts) -> dict[str, SshHost]:
 
 async def _look(checked: Checked, reached: Mapping[str, SshHost], how: How) -> tuple[Checked, list[HostSite]]:
     """What each host is: interpreter, GPUs, address, ports in use."""
-    looked = await asyncio.gather(
-        *(_look_at(host, reached[host.name], how) for host in checked.inventory.hosts), return_exceptions=True
-    )
+    wheel = await asyncio.to_thread(own_wheel)
+    looks = (_look_at(host, reached[host.name], wheel, how) for host in checked.inventory.hosts)
+    looked = await asyncio.gather(*looks, return_exceptions=True)
     raise_first(looked)
     seen = [one for one in looked if isinstance(one, tuple)]
-    facts = {site.name: told for site, told in seen}
-    inventory = with_gpus(checked.inventory, {name: len(told.gpus) for name, told in facts.items()})
-    inventory = with_addresses(inventory, {name: told.reached_at for name, told in facts.items()})
-    return replace(checked, inventory=inventory), [site for site, _ in seen]
+    inventory = with_gpus(checked.inventory, {site.name: len(told.gpus) for site, told, _ in seen})
+    inventory = with_addresses(inventory, {site.name: address for site, _, address in seen})
+    return replace(checked, inventory=inventory), [site for site, _, _ in seen]
 
 
-async def _look_at(host: Host, shell: SshHost, how: How) -> tuple[HostSite, HostFacts]:
-    told = await probe(shell)
-    python = await interpreter(shell, host, told, Bootstrap(how.bootstrap, how.wheelhouse))
+async def _look_at(host: Host, shell: SshHost, wheel: Wheel, how: How) -> tuple[HostSite, HostFacts, str]:
+    told, python, address = await asyncio.gather(
+        probe(shell, HostQuestion(), python=host.python), _dynctl(host, shell, wheel, how), reached_at(shell)
+    )
     there = f"{told.home}/.dynctl"
-    return HostSite(host.name, shell, python, there, frozenset(told.listening), host.ssh), told
+    return HostSite(host.name, shell, python, there, frozenset(told.listening), host.ssh), told, address
+
+
+async def _dynctl(host: Host, shell: SshHost, wheel: Wheel, how: How) -> str:
+    """The interpreter there that has this dynctl, brought there if that was asked for."""
+    if not how.bootstrap:
+        return await find_dynctl(shell, host, wheel)
+    wheels = read_wheelhouse(how.wheelhouse) if how.wheelhouse is not None else {}
+    return await bootstrap(shell, host, Bootstrap(wheel, wheels), _progress)
+
+
+def _progress(host: str, step: str) -> None:
+    prose(f"{host}: {step}", style="dim")
+
+
+async def reached_at(shell: SshHost) -> str:
+    """The address this host was reached at, as itself sees it: behind a jump host, its inner one."""
+    said = await shell.check(["sh", "-c", 'printf "\\n%s\\n" "$SSH_CONNECTION"'], timeout_s=_LOOK_S)
+    words = said.decode("ascii", "replace").split()[-2:]
+    if len(words) < 2 or not is_ip(words[0]):
+        hint = "`address` in the inventory names it"
+        raise SshError("the host does not say at which address it was reached", where=shell.name, hint=hint)
+    return words[0]
 
 
 async def _attend(
@@ -91,6 +118,10 @@ async def _attend(
         run = place.create_run(plan.run_id, {})
         place.point(plan.name, run)
     save_remote(run, remote)
+    if started.running:
+        prose(f"{plan.name} is running already, from the same recipe: every host has its agent", style="good")
+    elif started.adopted:
+        prose(f"{plan.name}: a new controller takes over what lives")
     args = [plan.name]
     args += ["--detach"] if how.detach else []
     args += ["--timeout", f"{how.timeout_s}s"] if how.timeout_s is not None else []

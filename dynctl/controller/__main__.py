@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Mapping
 
 from dynctl import procfs
 from dynctl.controller.service import Controller, Parts, run_dir_of
@@ -71,8 +72,17 @@ def only_one(run: RunDir) -> int:
     return fd
 
 
-async def serve(run: RunDir, incarnation: int) -> None:
-    """Read the run and look after it."""
+async def serve(
+    run: RunDir,
+    incarnation: int,
+    fleet: Fleet | None = None,
+    endings: Mapping[signal.Signals, float] | None = None,
+) -> None:
+    """Read the run and look after it. `fleet` None: as the plan says (`fleet_of`).
+
+    SIGTERM and SIGINT have it leave what runs to another controller. `endings`: signals that have it end the
+    deployment instead, each with the seconds that requests have to end.
+    """
     state = load_state(run.state)
     if state is None:
         raise LaunchError("the run has no state", where=str(run.state))
@@ -85,10 +95,12 @@ async def serve(run: RunDir, incarnation: int) -> None:
     )
     plan = Plan.from_json(run.plan.read_bytes())
     keys = Keys.load(run.keys)
-    controller = Controller(Parts(run, plan, keys, fleet_of(plan, run, keys)), state)
+    controller = Controller(Parts(run, plan, keys, fleet or fleet_of(plan, run, keys)), state)
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, controller.leave)
+    for signum, drain_s in (endings or {}).items():
+        loop.add_signal_handler(signum, controller.end, drain_s, signum.name)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     await controller.run()
 
@@ -97,7 +109,7 @@ def fleet_of(plan: Plan, run: RunDir, keys: Keys) -> Fleet:
     """How processes of this plan are started: by the nodes' agents where there are any."""
     agents = {node.name: node.agent for node in plan.nodes if node.agent}
     if agents:
-        return AgentFleet(keys, agents)
+        return AgentFleet(keys, agents, plan.process(PROCESS_ID).node, run.logs)
     return LocalFleet(LocalLauncher(), RunRef(run.run_id, run.path))
 
 

@@ -16,6 +16,7 @@ import msgspec
 
 from dynctl.controller.rolling import changing
 from dynctl.deploy.audit import audit
+from dynctl.deploy.beside import EXEC_MOST_S, beside
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.plan import Plan
 from dynctl.deploy.replan import plan_digest
@@ -24,7 +25,6 @@ from dynctl.deploy.run import SEAT_KINDS
 from dynctl.deploy.state import LockRecord, RunState
 from dynctl.deploy.status import lock_words
 from dynctl.errors import DynctlError, LaunchError, UsageError
-from dynctl.launchers.base import Launch
 from dynctl.launchers.files import write_atomic
 from dynctl.launchers.fleet import Fleet
 from dynctl.protocol.day2 import Actor, ApplyCall, Done, DrainCall, ExecCall, ExecReply, LockCall
@@ -155,15 +155,13 @@ class Day2:
         seat = self._desk.state.seat(call.seat)
         if seat is None:
             raise UsageError(f"no process '{call.seat}'")
-        process = self.plan.process(call.seat)
-        command = replace(process.command, argv=tuple(call.argv), files={})
-        launch = Launch(f"{call.seat}.exec", seat.incarnation, command, process.node)
-        return await self._desk.fleet.exec(launch, call.timeout_s)
+        launch = beside(self.plan, call.seat, call.argv)
+        return await self._desk.fleet.exec(launch, min(call.timeout_s, EXEC_MOST_S))
 
     def _audit(self, who: Actor, outcome: str) -> None:
         logger.info("%s by=%s@%s args=%s outcome=%s", who.verb, who.user, who.host, who.args, outcome)
         try:
-            audit(self._desk.run.path, who, outcome)
+            audit(self._desk.run, who, outcome)
         except OSError as error:
             # It is in the log; a full disk must not keep anybody from changing what runs.
             logger.error("audit.unwritable error=%s", error)

@@ -119,6 +119,11 @@ class Controller:
         self._left = True
         self._wake.set()
 
+    def end(self, drain_s: float, why: str) -> None:
+        """End the deployment as `dynctl down` does; `why` is for the events."""
+        self._note("deployment.told_to_end", {"by": why, "drain_s": drain_s})
+        self._feed(Stop(drain_s))
+
     async def _take_over(self) -> None:
         """Tell the registry and the supervisor what lives already."""
         seats = [seat for seat in self._state.seats if seat.incarnation]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import getpass
+import logging
 import os
 import socket
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from dynctl.deploy.events import append_event
+from dynctl.deploy.home import RunDir
 from dynctl.protocol.day2 import Actor
 
-FILE = "audit.jsonl"
+logger = logging.getLogger(__name__)
+
 _HIDDEN = "***"
 
 
@@ -22,7 +24,8 @@ def actor(verb: str, args: Sequence[str] = (), *, force: bool = False) -> Actor:
         user = getpass.getuser()
     except (KeyError, OSError):
         user = str(os.geteuid())
-    return Actor(user=user, host=socket.gethostname(), verb=verb, args=shown(args), force=force)
+    given = [*args, "--force"] if force else args
+    return Actor(user=user, host=socket.gethostname(), verb=verb, args=shown(given), force=force)
 
 
 def shown(args: Sequence[str]) -> list[str]:
@@ -37,10 +40,18 @@ def _shown(arg: str) -> str:
     return f"{name}={_HIDDEN}" if equals and secret else arg
 
 
-def audit(run_dir: Path, who: Actor, outcome: str) -> None:
+def note(run: RunDir, who: Actor, outcome: str) -> None:
+    """As `audit`, by a command that has done what it was to do: a full disk is a word in the log."""
+    try:
+        audit(run, who, outcome)
+    except OSError as error:
+        logger.warning("audit.unwritable error=%s", error)
+
+
+def audit(run: RunDir, who: Actor, outcome: str) -> None:
     """Add one line. Raises OSError."""
     append_event(
-        run_dir / FILE,
+        run.audit,
         time.time(),
         f"{who.verb}",
         user=who.user,

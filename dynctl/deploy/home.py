@@ -38,10 +38,6 @@ class RunDir:
         """The id of the run, which is the directory's name."""
         return self.named or self.path.name
 
-    def on_node(self, node: str) -> RunDir:
-        """The directory of a node that may or may not share this one's file system."""
-        return RunDir(self.path / "nodes" / node, self.run_id)
-
     @property
     def remote(self) -> Path:
         """Where the run is, when it is looked after by another machine."""
@@ -81,6 +77,11 @@ class RunDir:
     def events(self) -> Path:
         """What happened, one JSON object a line."""
         return self.path / "events.jsonl"
+
+    @property
+    def audit(self) -> Path:
+        """Who changed it, one JSON object a line."""
+        return self.path / "audit.jsonl"
 
     @property
     def logs(self) -> Path:
@@ -147,14 +148,17 @@ class Home:
         _create(self.runs / run_id, files)
         return RunDir(self.runs / run_id)
 
-    def create_node(self, run: RunDir, node: str, files: Mapping[str, str]) -> RunDir:
-        """Make a node's directory in a run, unless it is there. Raises LaunchError."""
-        there = run.on_node(node)
-        if not there.path.is_dir():
-            with disk("the run directory cannot be written"):
-                there.path.parent.mkdir(mode=0o700, exist_ok=True)
-            _create(there.path, files)
-        return there
+    def create_node(self, run_id: str, node: str, files: Mapping[str, str]) -> RunDir:
+        """Make the directory of a node other than the head, unless it is there: nodes may share this home.
+
+        Raises LaunchError.
+        """
+        there = self.root / "nodes" / run_id / node
+        if not there.is_dir():
+            with disk("the node's directory cannot be written"):
+                there.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _create(there, files)
+        return RunDir(there, run_id)
 
     def point(self, name: str, run: RunDir) -> None:
         """Let the name mean this run from now on. Raises LaunchError."""

@@ -187,7 +187,7 @@ def build_plan(
     recipe = loaded.recipe
     engine = catalog.get(recipe.backend)
     try:
-        placement = place(_needs(recipe, engine, inventory), inventory, kept.placement if kept else None)
+        placement = place(needs(recipe, engine, inventory), inventory, kept.placement if kept else None)
     except PlacementError as error:
         raise PlacementError(error.message, where=loaded.where(error.where), hint=error.hint) from error
     ports = PortAllocator(taken_ports, run.first_port, kept.ports if kept else None)
@@ -230,7 +230,8 @@ def build_plan(
     )
 
 
-def _needs(recipe: Recipe, engine: Engine, inventory: Inventory) -> list[Need]:
+def needs(recipe: Recipe, engine: Engine, inventory: Inventory) -> list[Need]:
+    """What is to be placed: each role with its replicas, their GPUs and where they may be."""
     gpus = engine.features.gpus and recipe.engine.device == "gpu"
     return [
         Need(

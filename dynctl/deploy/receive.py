@@ -13,7 +13,7 @@ import msgspec
 
 from dynctl.command import Command
 from dynctl.deploy.home import LOCK_S, Home, RunDir
-from dynctl.deploy.run import may_adopt, new_controller
+from dynctl.deploy.run import may_adopt, new_controller, same_recipe
 from dynctl.deploy.state import load_state, save_state
 from dynctl.deploy.stop import CONTROLLER, Stopper, stop_run
 from dynctl.errors import DynctlError, LaunchError, UsageError
@@ -33,7 +33,7 @@ class Spawn(msgspec.Struct, frozen=True, kw_only=True):
 class Look(msgspec.Struct, frozen=True, kw_only=True, tag="look"):
     """Is there a deployment of this name? `lock` is the recipe it is to be, resolved.
 
-    Answer: `run_id` and `plan` of one whose processes live without a controller and which is the same.
+    Answer: `run_id` and `plan` of one that lives and is the same; `running`: its controller lives too.
     """
 
     name: str
@@ -75,6 +75,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     run_dir: str = ""
     run_id: str = ""
     plan: str = ""
+    running: bool = False
     ended: int = 0
     error: str = ""
     message: str = ""
@@ -100,10 +101,15 @@ def answer(call: Call, home: Home, launcher: Launcher) -> Answer:
 
 def _look(call: Look, home: Home, launcher: Launcher) -> Answer:
     home.prepare()
-    run = may_adopt(home, launcher, call.name, call.lock)
+    there = home.run_of(call.name)
+    running = there is not None and any(o.process_id == CONTROLLER for o in launcher.owned(there.run_id))
+    if there is not None and running and same_recipe(there, call.lock):
+        run: RunDir | None = there
+    else:
+        run = may_adopt(home, launcher, call.name, call.lock)
     if run is None:
         return Answer()
-    return Answer(run_id=run.run_id, run_dir=str(run.path), plan=run.plan.read_text())
+    return Answer(run_id=run.run_id, run_dir=str(run.path), plan=run.plan.read_text(), running=running)
 
 
 def _claim(call: Claim, home: Home, launcher: Launcher) -> Answer:
@@ -127,9 +133,7 @@ def _claim(call: Claim, home: Home, launcher: Launcher) -> Answer:
 
 def _join(call: Join, home: Home, launcher: Launcher) -> Answer:
     home.prepare()
-    run = RunDir(home.runs / call.run_id)
-    run.path.mkdir(mode=0o700, exist_ok=True)
-    there = home.create_node(run, call.node, call.files)
+    there = home.create_node(call.run_id, call.node, call.files)
     _spawn(call.spawn, launcher, RunRef(call.run_id, there.path))
     return Answer(run_dir=str(there.path))
 

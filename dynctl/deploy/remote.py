@@ -145,18 +145,21 @@ def is_ip(text: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A deployment whose controller has been started on its head."""
+    """A deployment whose controller has been started on its head. `adopted`: processes of it lived already,
+    `running`: its controller too.
+    """
 
     plan: Plan
     remote: Remote
     adopted: bool
+    running: bool
 
 
 async def start(checked: Checked, lock: str, sites: Sequence[HostSite], run_id: str) -> Started:
     """Plan, hand out, start. `sites` has a host for each of the inventory, in its order.
 
-    When a host fails, nothing is left on any. Raises UsageError when the name is taken on the head,
-    PlacementError, PortInUse, LaunchError.
+    When a host fails, nothing is left on any. What lives of the same recipe is given what it lacks: agents, a
+    controller. Raises UsageError when the name is taken on the head, PlacementError, PortInUse, LaunchError.
     """
     name, head = checked.loaded.recipe.name, sites[0]
     living = await head.ask(Look(name=name, lock=lock))
@@ -166,9 +169,9 @@ async def start(checked: Checked, lock: str, sites: Sequence[HostSite], run_id: 
         taken = {(site.name, port) for site in sites for port in site.taken}
         plan = build_plan(checked.loaded, checked.inventory, taken, contexts(sites, run_id))
     used = [site for site in sites if any(node.name == site.name for node in plan.nodes)]
-    started = Started(plan, _remote(plan, used, checked), bool(living.run_id))
+    started = Started(plan, _remote(plan, used, checked), bool(living.run_id), living.running)
     try:
-        await _hand_out(plan, lock, used, adopt=started.adopted)
+        await _hand_out(started, lock, used)
     except BaseException:
         if not started.adopted:
             await sweep(used, plan.run_id, 0.0)
@@ -176,16 +179,16 @@ async def start(checked: Checked, lock: str, sites: Sequence[HostSite], run_id: 
     return started
 
 
-async def _hand_out(plan: Plan, lock: str, sites: Sequence[HostSite], *, adopt: bool) -> None:
+async def _hand_out(started: Started, lock: str, sites: Sequence[HostSite]) -> None:
     """All at once: whether the name is free has been asked for, and is once more when the head takes it."""
-    secret = {} if adopt else _secrets()
-    head = sites[0]
+    plan, head = started.plan, sites[0]
+    secret = await _secrets_of(head, plan.run_id) if started.adopted else _secrets()
     claim = Claim(
         name=plan.name,
         run_id=plan.run_id,
         files={**run_files(plan, lock), **secret},
         spawn=[_spawn(plan.process(seat)) for seat in (f"agent-{head.name}", CONTROLLER)],
-        adopt=adopt,
+        adopt=started.adopted,
     )
     joins = [
         Join(
@@ -197,7 +200,11 @@ async def _hand_out(plan: Plan, lock: str, sites: Sequence[HostSite], *, adopt: 
         for site in sites[1:]
     ]
     calls: list[Claim | Join] = [claim, *joins]
-    asked = zip(sites, calls, strict=True)
+    asked = [
+        (site, call)
+        for site, call in zip(sites, calls, strict=True)
+        if call is not claim or not started.running
+    ]
     answers = await asyncio.gather(*(site.ask(call) for site, call in asked), return_exceptions=True)
     raise_first(answers)
 
@@ -218,6 +225,18 @@ def raise_first(answers: Iterable[object]) -> None:
 def _spawn(process: PlannedProcess) -> Spawn:
     command = process.command
     return Spawn(process_id=process.id, incarnation=1, argv=list(command.argv), env=dict(command.env))
+
+
+async def _secrets_of(head: HostSite, run_id: str) -> dict[str, str]:
+    """The keys of a run that lives: a node may have lost its own."""
+    found = {}
+    for name in (KEYS_FILE, ENGINE_KEY_FILE):
+        path = f"{head.home}/runs/{run_id}/{name}"
+        done = await head.shell.run(("cat", "--", path), timeout_s=ANSWER_S)
+        if done.code:
+            raise LaunchError("the keys of the run cannot be read", where=f"{head.name}:{path}")
+        found[name] = done.stdout.decode()
+    return found
 
 
 def _secrets() -> dict[str, str]:

@@ -295,6 +295,7 @@ def initial_state(plan: Plan, now: float) -> RunState:
         model=plan.model,
         roles=dict(plan.roles),
         created_at=now,
+        head=plan.process(CONTROLLER).node,
         seats=[seat_record(p, SEAT_KINDS[p.kind]) for p in plan.processes if p.kind in SEAT_KINDS],
     )
 

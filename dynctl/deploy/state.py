@@ -95,9 +95,10 @@ class ControllerRecord(msgspec.Struct, kw_only=True):
 class RunState(msgspec.Struct, kw_only=True):
     """A whole run. `ready_once` tells "degraded" from "starting"; `reason` why it is not ready.
 
-    `registry` is the endpoint of the controller's control socket, `changing` what is being replaced, added or
-    removed now, for people ("" = nothing). `retired` is the last incarnation of seats that have left: should
-    one of them come back, it goes on from there.
+    `registry` is the endpoint of the controller's control socket, `head` the node that it runs on: pids of
+    seats on other nodes mean nothing there. `changing` is what is being replaced, added or removed now, for
+    people ("" = nothing). `retired` is the last incarnation of seats that have left: should one of them come
+    back, it goes on from there.
     """
 
     name: str
@@ -112,6 +113,7 @@ class RunState(msgspec.Struct, kw_only=True):
     phase: Phase = "starting"
     reason: str = ""
     ready_once: bool = False
+    head: str = ""
     controller: ControllerRecord = msgspec.field(default_factory=ControllerRecord)
     changing: str = ""
     retired: dict[str, int] = {}

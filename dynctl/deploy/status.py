@@ -27,11 +27,17 @@ class Diagnosis:
 
 
 def view_of(state: RunState, run_dir: str, is_alive: IsAlive) -> DeploymentView:
-    """The deployment as it is, checked against the processes that really live."""
+    """The deployment as it is, checked against the processes that really live.
+
+    Those on other nodes than the controller's are believed to live as long as it does not say otherwise.
+    """
     controller = state.controller
     supervised = bool(controller.pid) and is_alive(controller.pid, controller.start_ticks)
     phase, reason = state.phase, state.reason
-    rows = [_row(seat, is_alive, supervised=supervised) for seat in state.seats]
+    rows = [
+        _row(seat, is_alive if state.head in ("", seat.node) else _believed, supervised=supervised)
+        for seat in state.seats
+    ]
     if not supervised and phase not in ENDED:
         living = [row for row in rows if row.pid]
         phase = "degraded" if living else "stopped"
@@ -49,6 +55,10 @@ def view_of(state: RunState, run_dir: str, is_alive: IsAlive) -> DeploymentView:
         changing=state.changing,
         locked=lock_words(state.locked) if state.locked else "",
     )
+
+
+def _believed(pid: int, start_ticks: int) -> bool:
+    return True
 
 
 def _row(seat: SeatRecord, is_alive: IsAlive, *, supervised: bool) -> ProcessView:
@@ -109,6 +119,10 @@ def diagnose(view: DeploymentView, health: Mapping[str, str]) -> Diagnosis:
         if failed is not None:
             return Diagnosis("deployment", reason, failed.id, first_error(failed.last_error))
         return Diagnosis("deployment", reason)
+    if view.phase == "pending":
+        return Diagnosis("job", view.reason)
+    if view.phase == "starting" and not view.controller_pid:
+        return Diagnosis("controller", view.reason or "the controller is starting")
     if not view.controller_pid:
         return Diagnosis("controller", "the controller is not running; traffic goes on", "controller")
     for layer, wanted in (("worker", False), ("frontend", True)):

@@ -15,8 +15,11 @@ from dynctl.deploy.ask import ask_controller
 from dynctl.deploy.events import append_event
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.state import ENDED, RunState, readable_state, save_state, stop_margin_of
-from dynctl.errors import DynctlError, LaunchError
+from dynctl.errors import DynctlError, LaunchError, SlurmError
 from dynctl.launchers.base import Launcher, Owned, heads
+from dynctl.launchers.files import write_atomic
+from dynctl.launchers.slurm_client import JobRow
+from dynctl.launchers.slurm_job import ABANDONED, JobLauncher
 from dynctl.protocol.deployment import DownCall, DownReply
 
 logger = logging.getLogger(__name__)
@@ -25,6 +28,10 @@ CONTROLLER = "controller"
 _ANSWER_S = 5.0
 _KILL_S = 10.0
 _POLL_S = 0.02
+_CANCELLED_S = 60.0
+"""Slurm's own KillWait is 30 s, and a node that is slow to answer adds to it."""
+_LISTED_S = 10.0
+_JOB_POLL_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +48,8 @@ def stop_run(run: RunDir, stopper: Stopper, drain_s: float) -> int:
 
     Running requests have `drain_s` to end, first at the frontends, then at the workers.
     """
+    if isinstance(stopper.launcher, JobLauncher):
+        return stop_job(run, stopper, stopper.launcher, drain_s)
     owned = stopper.launcher.owned(run.run_id)
     state = readable_state(run.state)
     if any(o.process_id == CONTROLLER for o in owned) and state is not None:
@@ -56,8 +65,58 @@ def stop_run(run: RunDir, stopper: Stopper, drain_s: float) -> int:
     return len(owned)
 
 
-def _let_controller(run: RunDir, state: RunState, stopper: Stopper, drain_s: float) -> None:
-    """Ask the controller to end the run and wait until it has gone; give up on one that does not do it."""
+def stop_job(run: RunDir, stopper: Stopper, launcher: JobLauncher, drain_s: float) -> int:
+    """End the job of a run, wherever it is in its life; 1 when there was one. Raises SlurmError, LaunchError.
+
+    Its controller is asked first, over the network, then by a signal; then Slurm ends the job.
+    """
+    row = launcher.job(fresh=True)
+    if row is None and not launcher.over():
+        _abandon(run)
+        row = _found(stopper, launcher)
+    if row is None or not (row.active or row.pending):
+        _record(run)
+        return 0
+    state = readable_state(run.state)
+    led = row.active and state is not None and bool(state.registry) and drain_s > 0
+    if led and state is not None and not _let_controller(run, state, stopper, drain_s):
+        launcher.signal(launcher.handle(), signal.SIGTERM)
+        _wait(run, stopper, None, 2 * (drain_s + stop_margin_of(state)))
+    ends = stopper.clock() + _CANCELLED_S
+    asked = False
+    while launcher.owned(run.run_id):
+        if not asked:
+            launcher.table.client.cancel(row.id)
+            asked = True
+        if stopper.clock() > ends:
+            hint = f"squeue -j {row.id} shows it; a lost node holds it up until Slurm gives the node up"
+            raise SlurmError(f"job {row.id} was cancelled but has not ended", where=row.nodes, hint=hint)
+        stopper.sleep(_JOB_POLL_S)
+    _record(run)
+    return 1
+
+
+def _abandon(run: RunDir) -> None:
+    """A job that Slurm does not list yet is to end as soon as it begins."""
+    try:
+        write_atomic(run.path / ABANDONED, "")
+    except OSError as error:
+        logger.warning("run.unwritable error=%s", error)
+
+
+def _found(stopper: Stopper, launcher: JobLauncher) -> JobRow | None:
+    """The job once Slurm lists it; None when it has not for a while."""
+    ends = stopper.clock() + _LISTED_S
+    while stopper.clock() < ends:
+        row = launcher.job()
+        if row is not None:
+            return row
+        stopper.sleep(_JOB_POLL_S)
+    return None
+
+
+def _let_controller(run: RunDir, state: RunState, stopper: Stopper, drain_s: float) -> bool:
+    """Ask the controller to end the run and wait until it has gone; False for one that does not answer."""
     try:
         ask_controller(
             run,
@@ -69,9 +128,10 @@ def _let_controller(run: RunDir, state: RunState, stopper: Stopper, drain_s: flo
         )
     except DynctlError as error:
         logger.info("controller.silent error=%s", error)
-        return
+        return False
     wait_s = 2 * (drain_s + stop_margin_of(state)) + _KILL_S if drain_s else _KILL_S
     _wait(run, stopper, [CONTROLLER], wait_s)
+    return True
 
 
 def _end(

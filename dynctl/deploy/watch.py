@@ -9,13 +9,15 @@ from dynctl import procfs
 from dynctl.deploy.ask import Health, ask_health
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.run import Up
-from dynctl.deploy.state import ENDED, RunState, load_state
+from dynctl.deploy.slurm_view import ended_text, job_changes, refuse_hopeless
+from dynctl.deploy.state import RunState, load_state
 from dynctl.deploy.status import diagnose, view_of
 from dynctl.deploy.stop import CONTROLLER, Stopper, stop_run
 from dynctl.errors import LaunchError, NotReady, PortInUse, ProcessExited
 from dynctl.launchers.base import ProcessHandle
 from dynctl.launchers.files import write_atomic
 from dynctl.launchers.last_lines import tail, telling_lines
+from dynctl.launchers.slurm_job import JobLauncher
 from dynctl.protocol.deployment import DeploymentView
 from dynctl.protocol.exits import read_last_words
 
@@ -45,6 +47,10 @@ class Waiter:
 
 def changes(run: RunDir, controller: ProcessHandle, waiter: Waiter) -> Iterator[DeploymentView | None]:
     """The deployment at each change, None when nothing has changed for a moment; ends with its controller."""
+    launcher = waiter.stopper.launcher
+    if isinstance(launcher, JobLauncher):
+        yield from job_changes(run, launcher, POLL_S)
+        return
     last = b""
     alive = True
     while True:
@@ -86,15 +92,18 @@ def wait_ready(up: Up, waiter: Waiter, timeout_s: float | None) -> None:
 
 def _wait_phase(up: Up, waiter: Waiter, ends: float | None) -> DeploymentView:
     view: DeploymentView | None = None
+    launcher = waiter.stopper.launcher
     for seen in changes(up.run, up.controller, waiter):
         view = seen or view
+        if seen is not None and seen.phase == "pending" and isinstance(launcher, JobLauncher):
+            refuse_hopeless(launcher)
         if seen is not None:
             waiter.on_view(seen)
             if seen.phase == "ready":
                 return seen
         if ends is not None and waiter.now > ends:
             raise _late(up, view)
-    raise _ended(up)
+    raise _ended(up, launcher if isinstance(launcher, JobLauncher) else None)
 
 
 def _wait_health(view: DeploymentView, waiter: Waiter, ends: float | None) -> None:
@@ -117,18 +126,20 @@ def _late(up: Up, view: DeploymentView | None) -> NotReady:
     return NotReady(f"'{up.name}' was not ready in time: {reason}", where=str(up.run.path), hint=kept)
 
 
-def _ended(up: Up) -> LaunchError:
+def _ended(up: Up, job: JobLauncher | None) -> LaunchError:
     """Why the controller is gone before the deployment was ready."""
     state = load_state(up.run.state)
     where, hint = str(up.run.path), f"its logs: dynctl logs {up.name}"
-    if state is not None and state.phase in ENDED:
+    gone = job.job() if job is not None else None
+    if state is not None and (state.phase == "failed" or (state.phase == "stopped" and gone is None)):
         return failure_of(state, where)
     if (full := _unwritable(up.run)) is not None:
         message = f"'{up.name}' could not be started: the run directory cannot be written: {full.strerror}"
         return LaunchError(message, where=where)
     words = _last_words(up.run, state.controller.incarnation or 1 if state is not None else 1)
     lines = telling_lines(tail(up.run.logs / f"{CONTROLLER}.log", 100), _LINES)
-    message = words or "\n".join(["the controller ended", *(f"  {line}" for line in lines)])
+    how = ended_text(gone, gone.id) if gone is not None else "the controller ended"
+    message = words or "\n".join([how, *(f"  {line}" for line in lines)])
     return LaunchError(f"'{up.name}' could not be started: {message}", where=where, hint=hint)
 
 

@@ -234,7 +234,7 @@ async def run(spec: FrontendSpec, incarnation: int) -> None:
     """
     ending = Ending(asyncio.Event())
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGURG):
         loop.add_signal_handler(number, ending.asked)
     frontend = Frontend(spec, incarnation, ending)
     loop.add_signal_handler(signal.SIGHUP, frontend.renew)

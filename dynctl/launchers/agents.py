@@ -1,7 +1,7 @@
 """A fleet of nodes that each have an agent: what is ordered and asked goes by authenticated calls.
 
-One task for each node asks again and again what has ended there; a node that has not answered for `LOST_S` is
-told of as lost, and as back when it answers again.
+One task for each node asks again and again what has ended there and what was logged; a node that has not
+answered for `LOST_S` is told of as lost, and as back when it answers again.
 """
 
 from __future__ import annotations
@@ -10,15 +10,18 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from dynctl.errors import DynctlError, LaunchError, TransportError
 from dynctl.launchers.base import Launch, ProcessHandle
 from dynctl.launchers.fleet import Ended, NodeNews, Seated
+from dynctl.launchers.log_copies import LogCopies
 from dynctl.protocol.agent import (
     ClearCall,
     ClearReply,
     Found,
     LivesCall,
+    LogReply,
     LookCall,
     LookReply,
     NodeExec,
@@ -43,8 +46,9 @@ LEAVE_S = 1.0
 class _Node:
     """One agent, and what is known of its node."""
 
-    def __init__(self, name: str, client: ControlClient) -> None:
+    def __init__(self, name: str, client: ControlClient, copies: LogCopies | None) -> None:
         self.name = name
+        self.copies = copies
         self.client = client
         self.seated: list[Seated] = []
         self.heard_at = time.monotonic()
@@ -54,10 +58,16 @@ class _Node:
 
 
 class AgentFleet:
-    """Nodes by name, each with its agent's endpoint. Make and use it inside a running loop."""
+    """Nodes by name, each with its agent's endpoint. Make and use it inside a running loop.
 
-    def __init__(self, keys: Keys, endpoints: Mapping[str, str]) -> None:
-        self._nodes = {name: _Node(name, ControlClient(keys, at)) for name, at in endpoints.items()}
+    Logs of all nodes but `head`, where this is, are copied into the folder `logs`.
+    """
+
+    def __init__(self, keys: Keys, endpoints: Mapping[str, str], head: str, logs: Path) -> None:
+        self._nodes = {
+            name: _Node(name, ControlClient(keys, at), None if name == head else LogCopies(logs))
+            for name, at in endpoints.items()
+        }
         self._ended: dict[tuple[str, int], Ended] = {}
         self._news: list[NodeNews] = []
         for node in self._nodes.values():
@@ -150,6 +160,10 @@ class AgentFleet:
 
         async def leave(node: _Node) -> None:
             try:
+                await self._copy_logs(node, LEAVE_S)
+            except DynctlError as error:
+                logger.warning("logs.left_behind node=%s error=%s", node.name, error)
+            try:
                 await node.client.call("agent.leave", None, type(None), LEAVE_S)
             except DynctlError as error:
                 logger.warning("agent.left_behind node=%s error=%s", node.name, error)
@@ -176,6 +190,9 @@ class AgentFleet:
         while True:
             try:
                 await self._look(node)
+                await self._copy_logs(node, LOOK_DEADLINE_S)
+            except TransportError as error:
+                logger.debug("logs.late node=%s error=%s", node.name, error)
             except Exception:
                 # The top of a task: what a node answers must not end the watch over it.
                 logger.exception("look.failed node=%s", node.name)
@@ -199,6 +216,15 @@ class AgentFleet:
         for end in answer.ended:
             told = Ended(end.seat, end.incarnation, end.code, end.words, tuple(end.lines))
             self._ended[end.seat, end.incarnation] = told
+
+    async def _copy_logs(self, node: _Node, deadline_s: float) -> None:
+        """Take over what was logged there. Raises TransportError."""
+        more = node.copies is not None and node.reachable
+        while more:
+            assert node.copies is not None
+            answer = await node.client.call("agent.logs", node.copies.call(), LogReply, deadline_s)
+            node.copies.take(answer.parts)
+            more = answer.more
 
 
 def _proc(seated: Seated) -> Proc:

@@ -176,16 +176,21 @@ def command_error(host: str, what: str, code: int, stderr: bytes) -> SshError:
         return HostDiskFull(
             f"its disk is full: {full.strip()}", where=host, hint="free some space there, then try again"
         )
-    if os.path.basename(what).startswith("python") and code in (_NOT_FOUND, _NOT_RUNNABLE):
-        return HostPythonMissing(
-            f"{what} cannot be run there: {line or f'exit code {code}'}",
-            where=host,
-            hint="install Python 3.11 or newer, or name one with `python:` in the inventory",
-        )
     told = (
         f"{what} failed there with exit code {code}" if code >= 0 else f"{what} was ended by signal {-code}"
     )
     return SshError(f"{told}: {line}" if line else told, where=host)
+
+
+def python_error(host: str, python: str, code: int, stderr: bytes) -> SshError:
+    """Why a host's Python did not do what it was to."""
+    if code not in (_NOT_FOUND, _NOT_RUNNABLE):
+        return command_error(host, python, code, stderr)
+    return HostPythonMissing(
+        f"{python} cannot be run there: {first_line(stderr) or f'exit code {code}'}",
+        where=host,
+        hint="install Python 3.11 or newer, or name one with `python:` in the inventory",
+    )
 
 
 def is_full(line: str) -> bool:

@@ -6,8 +6,10 @@ from typing import Literal
 
 import msgspec
 
-Phase = Literal["starting", "ready", "degraded", "stopping", "stopped", "failed"]
-"""starting → ready ⇄ degraded → stopping → stopped; failed = it could not start, or was ended for that."""
+Phase = Literal["pending", "starting", "ready", "degraded", "stopping", "stopped", "failed"]
+"""pending (its job waits for nodes) → starting → ready ⇄ degraded → stopping → stopped.
+failed = it could not start, or was ended for that.
+"""
 
 SeatState = Literal[
     "waiting",

@@ -65,11 +65,15 @@ def load_recipe(
     sets: Sequence[str] = (),
     unsets: Sequence[str] = (),
     environ: Mapping[str, str] | None = None,
+    *,
+    files_here: bool = True,
 ) -> LoadedRecipe:
     """Read, override, validate and resolve a recipe. Judging what its fields mean is `check.check_recipe`.
 
-    `path` may name a shipped recipe. `environ` is the process's when None: it gives DYNCTL_SET, the keys that
-    `env:NAME` names, and the place of the Hugging Face cache. Raises RecipeError that tells all faults.
+    `path` may name a shipped recipe. `files_here` False: whether the files it names are there is not looked
+    at, which for target local is a fault otherwise. `environ` is the process's when None: it gives
+    DYNCTL_SET, the keys that `env:NAME` names, and the place of the Hugging Face cache. Raises RecipeError
+    that tells all faults.
     """
     environ = os.environ if environ is None else environ
     file = find_recipe(Path(path))
@@ -78,7 +82,7 @@ def load_recipe(
     made = validate(Recipe, document)
     if isinstance(made, list):
         raise as_error(made, str(file))
-    resolver = _Resolver(file, document, environ)
+    resolver = _Resolver(file, document, environ, look=files_here)
     recipe, model = resolver.resolve(made)
     if resolver.problems:
         raise as_error(resolver.problems, str(file))
@@ -108,8 +112,9 @@ def _counted(section: RoleSection) -> RoleSection:
 class _Resolver:
     """Turns what a recipe refers to into absolute paths and digests; collects what is missing."""
 
-    def __init__(self, file: Path, document: Document, environ: Mapping[str, str]) -> None:
+    def __init__(self, file: Path, document: Document, environ: Mapping[str, str], *, look: bool) -> None:
         self.problems: list[Problem] = []
+        self._look = look
         self._folder = file.resolve().parent
         self._wheres = document.wheres
         self._environ = environ
@@ -165,7 +170,7 @@ class _Resolver:
         if not value or not (always or is_path(value, base)):
             return value
         path = Path(os.path.normpath(base / Path(value).expanduser()))
-        if must_exist and not path.exists():
+        if must_exist and self._look and not path.exists():
             field = ".".join(map(str, keys))
             what = _MISSING.get(field, "file")
             self._problem(keys, f"{what} missing: {path}", f"correct {field} or --set {field}=PATH")

@@ -55,6 +55,15 @@ def _env_value(value: object) -> object:
     raise ValueError('must be a string; quote it ("1", "true")')
 
 
+def _sbatch_value(value: object) -> object:
+    if isinstance(value, bool):
+        return value
+    text = str(value) if isinstance(value, int | float | str) else "\n"
+    if "\n" in text or "\r" in text or "\0" in text:
+        raise ValueError("must be a text of one line, a number, or true")
+    return text
+
+
 def _off(value: object) -> object:
     """`off` without quotes is the boolean false in YAML."""
     return "off" if value is False else value
@@ -82,6 +91,9 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 Env = dict[str, Annotated[str, BeforeValidator(_env_value)]]
 Args = dict[str, Any]
 Weight = Annotated[float, Field(ge=0)]
+Word = Annotated[str, Field(pattern=r"^[^\n\r\x00]*$")]
+"""One line."""
+SbatchValue = Annotated[str | bool, BeforeValidator(_sbatch_value)]
 Span = Annotated[Duration, Field(gt=0)]
 
 
@@ -407,26 +419,44 @@ class Sla(Section):
 
 
 class Slurm(Section):
-    """Where and for how long to run on Slurm."""
+    """What is asked of Slurm. All of it may be left out: nodes and GPUs follow from the roles."""
 
-    partition: str = ""
-    """Partition."""
-    account: str = ""
-    """Account."""
-    qos: str = ""
+    partition: Word = ""
+    """Partition; default: Slurm's own."""
+    account: Word = ""
+    """Account to charge."""
+    qos: Word = ""
     """Quality of service."""
-    time: Duration | None = None
-    """Time limit."""
+    time: Annotated[Duration, Field(ge=60)] | None = None
+    """Time limit; default: the partition's own."""
     nodes: Count | None = None
-    """Number of nodes."""
-    gpus_per_node: Count | None = None
-    """GPUs on each node."""
-    constraint: str = ""
-    """Node features."""
-    reservation: str = ""
+    """Number of nodes; default: as few as the roles need."""
+    gpus_per_node: Annotated[int, Field(ge=0, le=64)] | None = None
+    """GPUs on each node; default: those of `gres`, else as many as the roles need, at most 8."""
+    gres: Word = ""
+    """Generic resources of each node, like gpu:a100:8, instead of gpus_per_node."""
+    cpus_per_task: Count | None = None
+    """CPUs on each node; default: all of an exclusive one, else the partition's own."""
+    mem: Annotated[str, Field(pattern=r"^([0-9]+[KMGT]?)?$")] = ""
+    """Memory of each node, like 500G; 0 takes all of it."""
+    constraint: Word = ""
+    """Features that nodes must have."""
+    exclude: Word = ""
+    """Nodes that are not to be used, like n[1-2]."""
+    nodelist: Word = ""
+    """Nodes that must be used."""
+    exclusive: bool = False
+    """Take whole nodes."""
+    reservation: Word = ""
     """Reservation."""
-    options: Env = Field(default_factory=dict)
-    """Further sbatch options by name; "" for one without a value."""
+    comment: Word = ""
+    """Comment of the job."""
+    warning: Annotated[Duration, Field(ge=0)] = 120.0
+    """So long before the time limit the service drains and ends; 0: it is cut off there."""
+    sbatch_args: dict[Annotated[str, Field(pattern="^[a-z][a-z0-9-]*$")], SbatchValue] = Field(
+        default_factory=dict
+    )
+    """Further options of sbatch by name; true for one without a value."""
 
 
 class Recipe(Section):

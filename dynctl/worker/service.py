@@ -71,9 +71,12 @@ class Worker:
         self._superseded = asyncio.Event()
 
     async def run(self) -> Ending | None:
-        """Until the end. SIGTERM or SIGINT: drain and end; a second one: end without draining."""
+        """Until the end. SIGTERM, SIGINT or SIGURG: drain and end; a second one: end without draining.
+
+        SIGURG is for launchers whose signals reach the engine too, which ignores it.
+        """
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGURG):
             loop.add_signal_handler(number, self._on_signal)
         if self._spec.follower:
             return await self._follow()

@@ -41,7 +41,7 @@ class Plane:
         self.launcher = LocalLauncher()
         self.endpoints = {f"n{i}": f"tcp://127.0.0.1:{port}" for i, port in enumerate(ports, 1)}
         self.agents = {name: self.start_agent(name) for name in self.endpoints}
-        self.fleet = AgentFleet(self.keys, self.endpoints)
+        self.fleet = AgentFleet(self.keys, self.endpoints, "n1", self.run_dir("n1") / "logs")
 
     def run_dir(self, node: str) -> Path:
         folder = self.root / node
@@ -110,6 +110,23 @@ async def test_exits_on_any_node_are_told_with_code_and_last_lines(plane: Plane)
             ends[end.seat] = end
     assert ends["decode-0"].code == 0
     assert (ends["decode-1"].code, ends["decode-1"].lines) == (3, ("RuntimeError: no memory",))
+
+
+async def test_logs_of_another_node_are_read_where_the_controller_is_also_when_it_has_gone(
+    plane: Plane,
+) -> None:
+    logs = plane.run_dir("n1") / "logs"
+    seated = await plane.start("import time; print('a line', flush=True); time.sleep(120)", "n2", "decode-5")
+    copy = logs / "decode-5.log"
+    await until(lambda: copy.exists() and copy.read_text() == "a line\n")
+    assert copy.stat().st_mode & 0o777 == 0o600
+    os.kill(plane.agents["n2"].pid, signal.SIGKILL)
+    await until(lambda: plane.launcher.poll([plane.agents["n2"]]))
+    plane.agents["n2"] = plane.start_agent("n2")
+    with (plane.run_dir("n2") / "logs" / "decode-5.log").open("a") as file:
+        file.write("another\nhalf")
+    await until(lambda: copy.read_text() == "a line\nanother\n")
+    assert await plane.fleet.lives(seated)
 
 
 async def test_last_words_come_from_the_node_they_were_left_on(plane: Plane) -> None:
@@ -192,7 +209,8 @@ async def test_agents_leave_when_the_run_has_ended(plane: Plane) -> None:
     await plane.start("print()")
     await plane.fleet.dismiss()
     handles = list(plane.agents.values())
-    codes: list[int | None] = []
+    codes: dict[int, int | None] = {}
     while len(codes) < 2:
-        codes += [one.code for one in await until(lambda: plane.launcher.poll(handles))]
-    assert codes == [0, 0]
+        for one in await until(lambda: plane.launcher.poll(handles)):
+            codes.setdefault(one.handle.pid, one.code)
+    assert list(codes.values()) == [0, 0]

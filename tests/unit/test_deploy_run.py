@@ -72,7 +72,7 @@ def written(made: Checked, where: Site) -> tuple[RunDir, Plan]:
 
 
 def test_only_what_can_run_here_is_accepted(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="target ssh cannot be started yet"):
+    with pytest.raises(RecipeError, match="target ssh needs hosts"):
         checked(tmp_path, ["target=ssh"])
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dynctl.deploy.plan import Plan, RunContext, build_plan
-from dynctl.deploy.preflight import require_startable, require_programs
+from dynctl.deploy.preflight import require_programs, require_startable
 from dynctl.errors import CodecError, PlacementError, PortInUse, RecipeError
 from dynctl.protocol.specs import FrontendSpec, WorkerSpec
 from dynctl.recipe.load import LoadedRecipe, load_recipe

@@ -163,8 +163,8 @@ def test_wrong_fields_name_file_line_and_what_is_valid(tmp_path: Path, old: str,
         ("hosts: [{name: n1, gpu: 8}]", "r.yaml:8: unknown key 'gpu' in 'hosts.0' (did you mean"),
         ("slurm: {time: soon}", "r.yaml:8: 'slurm.time' must be a duration such as"),
         (
-            "slurm: {options: {exclusive: true}}",
-            "r.yaml:8: 'slurm.options.exclusive' must be a string",
+            "slurm: {sbatch_args: {mail-type: [END]}}",
+            "r.yaml:8: 'slurm.sbatch_args.mail-type' must be a text of one line, a number, or true",
         ),
         (
             "frontend: {api_key: [12345678]}",

@@ -1,0 +1,99 @@
+"""`python -m dynctl.controller.slurm_job --run-dir DIR`: a deployment inside its job, run by its script.
+
+Plans the recipe of the run on the nodes that the job was given, then is its controller. Ends with the
+deployment, and the job ends with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+
+from dynctl.controller.__main__ import leave_word, only_one, serve
+from dynctl.controller.service import run_dir_of
+from dynctl.deploy.home import RunDir
+from dynctl.deploy.slurm_inventory import Allocation, allocation
+from dynctl.deploy.slurm_up import plan_in_job
+from dynctl.deploy.state import ENDED, RunState, drain_of, load_state
+from dynctl.errors import DynctlError, LaunchError
+from dynctl.http.runtime import run as run_loop
+from dynctl.launchers.base import RunRef
+from dynctl.launchers.slurm_client import SlurmClient
+from dynctl.launchers.slurm_fleet import SlurmFleet
+from dynctl.launchers.slurm_job import ABANDONED, JobRecord
+from dynctl.observability.logs import setup
+
+logger = logging.getLogger("dynctl.controller")
+
+
+def main() -> int:
+    """Run until the deployment is ended; the exit code."""
+    parser = argparse.ArgumentParser(prog="dynctl.controller.slurm_job")
+    parser.add_argument("--run-dir", required=True)
+    setup("controller")
+    run = run_dir_of(parser.parse_args().run_dir)
+    try:
+        lock = only_one(run)
+        try:
+            return begin(run, os.environ)
+        finally:
+            os.close(lock)
+    except DynctlError as error:
+        logger.error("controller.failed %s", error)
+        leave_word(run, 1, error.kind, str(error))
+        return 1
+    except Exception as error:
+        # The top of the process: whoever waits for this deployment must learn why it has no controller.
+        logger.exception("controller.broke")
+        leave_word(run, 1, DynctlError.kind, f"{type(error).__name__}: {error}")
+        return 1
+
+
+def begin(run: RunDir, environ: Mapping[str, str]) -> int:
+    """Plan on what the job has got, and look after it. Raises DynctlError."""
+    if (run.path / ABANDONED).exists():
+        logger.warning("job.abandoned: whoever submitted it has given it up")
+        return 0
+    client = SlurmClient(environ)
+    given = allocation(environ, client)
+    hosts = " ".join(f"{host.name}={host.gpus}" for host in given.inventory.hosts)
+    logger.info("job.started id=%s nodes_and_gpus=%s", given.site.job_id, hosts)
+    state = load_state(run.state)
+    if state is None:
+        raise LaunchError("the run has no state", where=str(run.state))
+    if state.phase in ENDED:
+        logger.info("controller.unneeded phase=%s", state.phase)
+        return 0
+    remember(run, given)
+    incarnation = state.controller.incarnation + 1
+    if not state.registry:
+        state = plan_in_job(run, given.inventory, environ)
+    fleet = SlurmFleet(client, given.site, RunRef(run.run_id, run.path))
+    run_loop(serve(run, incarnation, fleet, endings(state)))
+    after = load_state(run.state)
+    return 1 if after is not None and after.phase == "failed" else 0
+
+
+def remember(run: RunDir, given: Allocation) -> None:
+    """Write down which job this is. Raises LaunchError."""
+    try:
+        JobRecord(job_id=given.site.job_id, name=given.name, submitted_at=time.time()).save(run.path)
+    except OSError as error:
+        raise LaunchError(
+            f"the run directory cannot be written: {error.strerror}", where=str(run.path)
+        ) from error
+
+
+def endings(state: RunState) -> dict[signal.Signals, float]:
+    """SIGTERM is the job's end, SIGUSR1 its warning of it: both drain, since nothing outlives a job."""
+    drain_s = drain_of(state)
+    return {signal.SIGTERM: drain_s, signal.SIGINT: drain_s, signal.SIGUSR1: drain_s}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,200 @@
+"""`up` on Slurm: on the login node check → claim the name → write the run → submit; in the job plan it.
+
+The run directory is made before the job, on a disk that the nodes share, and holds the recipe with everything
+resolved: the job plans that on the nodes it is given.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from dynctl.deploy.disk import disk
+from dynctl.deploy.home import LOCK_S, RunDir, new_run_id
+from dynctl.deploy.plan import Plan, build_plan
+from dynctl.deploy.ports import listening
+from dynctl.deploy.run import Checked, Site, Up, initial_state
+from dynctl.deploy.seats import RunContext
+from dynctl.deploy.slurm_script import JobContext, assumed, script_text
+from dynctl.deploy.state import RunState, encode_state, load_state
+from dynctl.errors import SlurmError, SlurmUnreachable, UsageError
+from dynctl.launchers.files import write_atomic
+from dynctl.launchers.local import write_files
+from dynctl.launchers.slurm_client import SlurmClient
+from dynctl.launchers.slurm_job import ABANDONED, JobLauncher, JobRecord, JobTable, load_record
+from dynctl.recipe.check import check_recipe
+from dynctl.recipe.load import LoadedRecipe, load_recipe
+from dynctl.recipe.lock import lock_text
+from dynctl.recipe.override import VARIABLE
+from dynctl.topology.inventory import Inventory
+from dynctl.topology.ports import first_port_of
+from dynctl.transport.keys import Keys, save_engine_key
+
+logger = logging.getLogger(__name__)
+
+SCRIPT = "job.sbatch"
+_LOOK_TIMES = 5
+_LOOK_S = 1.0
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def check_slurm(loaded: LoadedRecipe, inventory: Path | None) -> Checked:
+    """Judge, and see that it fits the job it would ask for. Raises DynctlError."""
+    warnings = [str(w) for w in check_recipe(loaded)]
+    if inventory is not None:
+        raise UsageError("on Slurm the nodes are Slurm's to choose", hint="leave out --inventory")
+    loaded, told = reachable(loaded)
+    return Checked(loaded, assumed(loaded), (*warnings, *told))
+
+
+def reachable(loaded: LoadedRecipe) -> tuple[LoadedRecipe, tuple[str, ...]]:
+    """The recipe with frontends that can be reached from other nodes, and what was changed for that."""
+    frontend = loaded.recipe.frontend
+    if frontend.host not in _LOOPBACK:
+        return loaded, ()
+    recipe = loaded.recipe.model_copy(update={"frontend": frontend.model_copy(update={"host": "0.0.0.0"})})
+    told = f"{frontend.host} would be reached from its own node only: listening on 0.0.0.0 there"
+    return replace(loaded, recipe=recipe), (f"{loaded.where('frontend.host')}: {told}",)
+
+
+def submit(checked: Checked, site: Site, client: SlurmClient) -> Up:
+    """Write the run and submit its job. Raises UsageError, RecipeError, PlacementError, SlurmError."""
+    site.home.prepare()
+    name = checked.loaded.recipe.name
+    with site.home.locked(name, deadline_s=LOCK_S):
+        _claim(name, site, client)
+        run_id = new_run_id(name, time.gmtime())
+        path = site.home.runs / run_id
+        context = JobContext(run_id, str(path), site.python, str(site.home.root))
+        script = script_text(checked.loaded, context)
+        run = write_pending(checked, site, run_id, {SCRIPT: script})
+        record = JobRecord(job_id="", name=run_id, submitted_at=time.time())
+        with disk("the run directory cannot be written"):
+            record.save(path)
+        withheld = checked.loaded.secrets
+        environ = {k: v for k, v in site.environ.items() if k not in withheld}
+        record = _submitted(replace(client, environ=environ), record, run, script)
+        with disk("the run directory cannot be written"):
+            record.save(path)
+        site.home.point(name, run)
+    launcher = JobLauncher(JobTable(client, [record]), record, path)
+    return Up(name, run, "", launcher.handle(), adopted=False)
+
+
+def begin_in_job(checked: Checked, site: Site) -> RunDir:
+    """Write the run for the job that this process runs in. Raises UsageError, SlurmError, LaunchError."""
+    job_id = site.environ.get("SLURM_JOB_ID", "")
+    if not job_id:
+        raise UsageError(
+            "this does not run in a Slurm job", hint="leave out --in-job, and a job is submitted"
+        )
+    site.home.prepare()
+    name = checked.loaded.recipe.name
+    with site.home.locked(name, deadline_s=LOCK_S):
+        _claim(name, site, SlurmClient(site.environ))
+        run = write_pending(checked, site, new_run_id(name, time.gmtime()), {})
+        record = JobRecord(
+            job_id=job_id, name=site.environ.get("SLURM_JOB_NAME", ""), submitted_at=time.time()
+        )
+        with disk("the run directory cannot be written"):
+            record.save(run.path)
+        site.home.point(name, run)
+    return run
+
+
+def _claim(name: str, site: Site, client: SlurmClient) -> None:
+    """Raises UsageError when a job of this name, or processes here, may still live; SlurmUnreachable."""
+    run = site.home.run_of(name)
+    if run is None:
+        return
+    ways = f"dynctl status {name} shows it, dynctl down {name} ends it"
+    record = load_record(run.path)
+    if record is None:
+        if site.launcher.owned(run.run_id):
+            raise UsageError(f"'{name}' is running already on this machine", where=str(run.path), hint=ways)
+        return
+    row = JobTable(client, [record]).row(record)
+    if row is not None and (row.active or row.pending):
+        state = "is running" if row.active else "is waiting"
+        raise UsageError(f"'{name}' {state} already, as job {row.id}", where=str(run.path), hint=ways)
+
+
+def write_pending(checked: Checked, site: Site, run_id: str, files: Mapping[str, str]) -> RunDir:
+    """The directory of a run whose nodes are not known yet. Raises LaunchError, PlacementError."""
+    lock = lock_text(checked.loaded, site.version)
+    context = RunContext(run_id, str(site.home.runs / run_id), site.python, first_port_of(run_id))
+    state = unplanned(build_plan(checked.loaded, checked.inventory, (), context), time.time())
+    made = {**files, "recipe.lock.yaml": lock, "state.json": encode_state(state).decode()}
+    run = site.home.create_run(run_id, made)
+    with disk("the run directory cannot be written"):
+        Keys.generate().save(run.keys)
+        save_engine_key(run.engine_key)
+    return run
+
+
+def unplanned(plan: Plan, now: float) -> RunState:
+    """The state of a run that is to be planned elsewhere: its seats, on no node, reached nowhere."""
+    state = initial_state(plan, now)
+    state.url = state.registry = ""
+    for seat in state.seats:
+        seat.node = ""
+    return state
+
+
+def _submitted(client: SlurmClient, record: JobRecord, run: RunDir, script: str) -> JobRecord:
+    """Submit, and when Slurm did not answer look whether it took the job all the same. Raises SlurmError."""
+    try:
+        job_id = client.submit(script, str(run.path))
+    except SlurmUnreachable as error:
+        job_id = _found(client, record)
+        if not job_id:
+            _abandon(run)
+            raise SlurmUnreachable(
+                f"{error.message}; there is no job, and one that starts all the same ends at once",
+                hint=error.hint,
+            ) from error
+    except SlurmError:
+        shutil.rmtree(run.path, ignore_errors=True)  # there is no job, and nothing in it that tells more
+        raise
+    logger.info("job.submitted id=%s name=%s", job_id, record.name)
+    return JobRecord(job_id=job_id, name=record.name, submitted_at=record.submitted_at)
+
+
+def _found(client: SlurmClient, record: JobRecord) -> str:
+    for _ in range(_LOOK_TIMES):
+        try:
+            rows = client.jobs([record.name])
+        except SlurmUnreachable:
+            return ""
+        if rows:
+            return rows[-1].id.split("+")[0]
+        time.sleep(_LOOK_S)
+    return ""
+
+
+def _abandon(run: RunDir) -> None:
+    with disk("the run directory cannot be written"):
+        write_atomic(run.path / ABANDONED, "")
+
+
+def plan_in_job(run: RunDir, inventory: Inventory, environ: Mapping[str, str]) -> RunState:
+    """Plan the run's recipe on the job's nodes and write plan, files and state. Raises DynctlError."""
+    clean = {k: v for k, v in environ.items() if k != VARIABLE}
+    loaded = load_recipe(run.lock, environ=clean)
+    check_recipe(loaded)
+    before = load_state(run.state)
+    context = RunContext(run.run_id, str(run.path), sys.executable, first_port_of(run.run_id))
+    head = inventory.hosts[0].name
+    plan = build_plan(loaded, inventory, {(head, port) for port in listening()}, context)
+    state = initial_state(plan, before.created_at if before is not None else time.time())
+    with disk("the run directory cannot be written"):
+        for process in plan.processes:
+            write_files(run.path, process.command.files)
+        write_atomic(run.plan, plan.to_json())
+        write_atomic(run.state, encode_state(state))
+    return state
