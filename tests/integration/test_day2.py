@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.deployment import RECIPES, Cli, Deployment, end_all, eventually, get, owned, up
+from dynctl.launchers.local import LocalLauncher
+from tests.deployment import RECIPES, Cli, Deployment, end_all, eventually, get, up
 from tests.integration.steady_load import Load, steady_load
 
 QUICKSTART = RECIPES / "quickstart.yaml"
@@ -181,8 +182,9 @@ async def test_a_controller_killed_in_the_middle_is_gone_on_for_by_the_next(cli:
             assert [r["index"] for r in rows] == list(range(wanted))
             assert all(r["ready"] for r in rows)
             assert (rows[0]["pid"] != before) == (verb == "restart")
-        pids = {pid for r in served.ps() for pid in (r["pid"], r["engine_pid"]) if pid}
-        assert set(owned(served.run_dir.name)) == {*pids, controller_pid(served)}
+        lives = {(o.process_id, o.incarnation) for o in LocalLauncher().owned(served.run_dir.name)}
+        wanted_there = {(r["id"], r["incarnation"]) for r in served.ps()}
+        assert {one for one in lives if one[0] != "controller"} == wanted_there
 
 
 def test_a_recipe_that_does_not_live_stops_at_the_first_replica_and_can_be_rolled_back(

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from dynctl.controller.moves import Begin, Instruction, Kill, NodeLost, Seen, Start, Terminate
-from dynctl.deploy.state import SeatRecord
+from dynctl.deploy.state import SeatKind, SeatRecord
 from tests.unit.test_controller_supervise import Bench, seat
 
 
 def built(seat_id: str, **fields: Any) -> SeatRecord:
     """A seat that is started with "new"."""
-    kind = "frontend" if seat_id.startswith("frontend") else "worker"
+    kind: SeatKind = "frontend" if seat_id.startswith("frontend") else "worker"
     return seat(seat_id, kind, **{"digest": "new", **fields})
 
 
