@@ -36,7 +36,8 @@ def shown(seen: DeploymentView, found: Figures, width: int) -> list[str]:
         f"{label} p50 {duration(p50)} p95 {duration(p95)}"
         for label, (p50, p95) in (("TTFT", found.ttft), ("ITL", found.itl))
     ]
-    lines += ["   ".join([*rates, *times])] if wide else ["   ".join(rates), "   ".join(times)]
+    one = "   ".join([*rates, *times])
+    lines += [one] if len(one) <= width else ["   ".join(rates), "   ".join(times)]
     return [*lines, "", *_table(seen, found, width, wide=wide)]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from dynctl.command import Command
 from dynctl.deploy.plan import Plan
-from dynctl.launchers.base import Launch
+from dynctl.launchers.base import ENV_PROCESS, ENV_RUN, Launch
 
 EXEC_MOST_S = 50.0
 """For a command that the controller has run elsewhere: a call that takes longer is not answered."""
@@ -22,7 +22,7 @@ def beside(plan: Plan, seat: str, argv: Sequence[str]) -> Launch:
     head, dot, part = seat.partition(".")
     engines = [p for p in plan.processes if p.id == f"{head}/engine{dot}{part}"]
     command = (engines or [process])[0].command
-    env = dict(command.env)
+    env = {name: value for name, value in command.env.items() if name not in (ENV_RUN, ENV_PROCESS)}
     folder = os.path.dirname(command.argv[0])
     if os.path.isabs(folder):
         env.setdefault("PATH", os.pathsep.join([folder, os.environ.get("PATH", os.defpath)]))

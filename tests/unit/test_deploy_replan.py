@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dynctl.deploy.beside import beside
 from dynctl.deploy.digest import digest_of, reasons
 from dynctl.deploy.plan import Plan, RunContext, build_plan
 from dynctl.deploy.replan import compare, context_of, replan, with_stand_ins
@@ -156,3 +157,12 @@ def test_a_replica_that_was_to_leave_and_is_wanted_again_is_started_anew(tmp_pat
     gone = state.seat("decode-1")
     assert gone is not None
     assert gone.asked == "restart"
+
+
+def test_a_command_beside_a_worker_has_its_engines_environment_but_none_of_its_marks(tmp_path: Path) -> None:
+    plan = planned(tmp_path, "engine.env.NCCL_DEBUG=INFO")
+    launch = beside(plan, "decode-1", ["nvidia-smi", "-L"])
+    assert (launch.node, launch.command.argv) == (plan.process("decode-1").node, ("nvidia-smi", "-L"))
+    assert launch.command.env["NCCL_DEBUG"] == "INFO"
+    assert launch.command.files == {}
+    assert not {"DYNCTL_RUN", "DYNCTL_PROCESS"} & launch.command.env.keys()
