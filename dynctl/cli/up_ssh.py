@@ -13,8 +13,8 @@ from pathlib import Path
 from dynctl.cli.elsewhere import command_there, run_async, save_remote
 from dynctl.cli.pick import home
 from dynctl.cli.render import prose
-from dynctl.deploy.home import Home, new_run_id
-from dynctl.deploy.remote import HostSite, Started, is_ip, raise_first, start, sweep, with_addresses
+from dynctl.deploy.home import new_run_id
+from dynctl.deploy.remote import HostSite, Remote, Started, is_ip, raise_first, start, sweep, with_addresses
 from dynctl.deploy.run import Checked
 from dynctl.errors import SshError
 from dynctl.launchers.bootstrap import Bootstrap, bootstrap, find_dynctl, read_wheelhouse
@@ -54,7 +54,8 @@ async def _up(checked: Checked, how: How) -> int:
         prose(f"{len(reached)} hosts reached: {', '.join(reached)}", style="dim")
         checked, sites = await _look(checked, reached, how)
         run_id = new_run_id(checked.loaded.recipe.name, time.gmtime())
-        started = await start(checked, lock_text(checked.loaded, metadata.version("dynctl")), sites, run_id)
+        lock = lock_text(checked.loaded, metadata.version("dynctl"))
+        started = await start(checked, lock, sites, run_id, note)
         return await _attend(started, sites, reached, how)
 
 
@@ -81,7 +82,7 @@ async def _look_at(host: Host, shell: SshHost, wheel: Wheel, how: How) -> tuple[
     told, python, address = await asyncio.gather(
         probe(shell, HostQuestion(), python=host.python), _dynctl(host, shell, wheel, how), reached_at(shell)
     )
-    there = f"{told.home}/.dynctl"
+    there = host.directory.replace("~", told.home, 1) if host.directory else f"{told.home}/.dynctl"
     return HostSite(host.name, shell, python, there, frozenset(told.listening), host.ssh), told, address
 
 
@@ -107,17 +108,23 @@ async def reached_at(shell: SshHost) -> str:
     return words[0]
 
 
+def note(remote: Remote) -> None:
+    """Write down here where a run is, and let its name mean it. Raises LaunchError."""
+    place = home()
+    run = place.run_of(remote.name)
+    if run is None or run.run_id != remote.run_id:
+        run = place.create_run(remote.run_id, {})
+        save_remote(run, remote)
+        place.point(remote.name, run)
+    else:
+        save_remote(run, remote)
+
+
 async def _attend(
     started: Started, sites: Sequence[HostSite], reached: Mapping[str, SshHost], how: How
 ) -> int:
-    """Write down where it is, then have the head wait until it is ready; without success nothing is left."""
+    """Have the head wait until it is ready; without success nothing is left."""
     plan, remote = started.plan, started.remote
-    place = Home(home().root)
-    run = place.run_of(plan.name)
-    if run is None or run.run_id != plan.run_id:
-        run = place.create_run(plan.run_id, {})
-        place.point(plan.name, run)
-    save_remote(run, remote)
     if started.running:
         prose(f"{plan.name} is running already, from the same recipe: every host has its agent", style="good")
     elif started.adopted:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -155,8 +155,11 @@ class Started:
     running: bool
 
 
-async def start(checked: Checked, lock: str, sites: Sequence[HostSite], run_id: str) -> Started:
-    """Plan, hand out, start. `sites` has a host for each of the inventory, in its order.
+async def start(
+    checked: Checked, lock: str, sites: Sequence[HostSite], run_id: str, note: Callable[[Remote], None]
+) -> Started:
+    """Plan, hand out, start. `sites` has a host for each of the inventory, in its order. `note` is told where
+    the run will be before anything of it is anywhere: whatever becomes of this process, it can be ended.
 
     When a host fails, nothing is left on any. What lives of the same recipe is given what it lacks: agents, a
     controller. Raises UsageError when the name is taken on the head, PlacementError, PortInUse, LaunchError.
@@ -170,6 +173,7 @@ async def start(checked: Checked, lock: str, sites: Sequence[HostSite], run_id: 
         plan = build_plan(checked.loaded, checked.inventory, taken, contexts(sites, run_id))
     used = [site for site in sites if any(node.name == site.name for node in plan.nodes)]
     started = Started(plan, _remote(plan, used, checked), bool(living.run_id), living.running)
+    note(started.remote)
     try:
         await _hand_out(started, lock, used)
     except BaseException:

@@ -63,7 +63,7 @@ class Call:
     hints: Hints = NO_HINTS
 
 
-class Form(msgspec.Struct, frozen=True, gc=False):
+class Form(msgspec.Struct, frozen=True):
     """The part of a request that is checked before it is counted as one: its body's form, model, options."""
 
     body: Body

@@ -49,7 +49,7 @@ class Load(Protocol):
     def first_token(self) -> None: ...
 
 
-class Ways(msgspec.Struct, frozen=True, gc=False):
+class Ways(msgspec.Struct, frozen=True):
     """What happens once: `head` sends the answer's head and `first_token` frees load, both with the first
     event at hand; `give_up` ends the engine's stream when that event is a refusal.
     """

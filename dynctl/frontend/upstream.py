@@ -43,7 +43,7 @@ _ANSWER_BYTES = 64 * 1024 * 1024
 Headers = Sequence[tuple[bytes, bytes]]
 
 
-class Leg(msgspec.Struct, frozen=True, gc=False):
+class Leg(msgspec.Struct, frozen=True):
     """One request to one engine, of a call that ends at `ends_s` (monotonic): no hop waits beyond that.
 
     Whoever sends it ends `span`. `once`: its transfer parameters must not reach the engine a second time.

@@ -62,6 +62,12 @@ def _label(value: str) -> str:
     return value
 
 
+def _directory(value: str) -> str:
+    if value and not value.startswith(("/", "~/")):
+        raise ValueError(f"must be an absolute path, or begin with ~/, not {value!r}")
+    return value.rstrip("/")
+
+
 Gpus = Annotated[
     int | Literal["auto"],
     PlainValidator(
@@ -87,6 +93,8 @@ class HostDefaults(Section):
     """Words by which roles and frontends can ask for such hosts."""
     python: str = ""
     """Interpreter there that has dynctl, or that makes dynctl's environment with --bootstrap."""
+    directory: Annotated[str, AfterValidator(_directory)] = ""
+    """Where dynctl keeps its runs there; default: ~/.dynctl."""
 
 
 class Host(HostDefaults):

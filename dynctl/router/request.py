@@ -13,7 +13,7 @@ from dynctl.protocol.instances import Instance, Role
 from dynctl.router.active import Footprint, RankLoad, Ticket
 
 
-class RouteRequest(msgspec.Struct, frozen=True, gc=False):
+class RouteRequest(msgspec.Struct, frozen=True):
     """What is to be placed.
 
     `hashes`: sequence hashes of the prompt's full blocks in the router's block size; None = tokens unknown.
@@ -71,7 +71,7 @@ class Candidate:
         return not adapter or (model is not None and adapter in model.adapters)
 
 
-class Weighed(msgspec.Struct, frozen=True, gc=False):
+class Weighed(msgspec.Struct, frozen=True):
     """All candidates as a mode sees them, in their order; the lowest price is the best.
 
     `overlaps`: blocks of the prompt that each holds, in any tier. `barred`: whom the guard keeps out, None =
@@ -83,7 +83,7 @@ class Weighed(msgspec.Struct, frozen=True, gc=False):
     barred: Sequence[bool] | None = None
 
 
-class Picked(msgspec.Struct, frozen=True, gc=False):
+class Picked(msgspec.Struct, frozen=True):
     """A choice, with the prompt's blocks cached there, what the request will add to its load, and the most
     blocks that any candidate holds.
     """
@@ -94,7 +94,7 @@ class Picked(msgspec.Struct, frozen=True, gc=False):
     best_overlap: int = 0
 
 
-class Choice(msgspec.Struct, frozen=True, gc=False):
+class Choice(msgspec.Struct, frozen=True):
     """Where a request goes. The caller must call `ticket.finish()` when the request is over, however it ends.
 
     `overlap_blocks`: blocks of the prompt cached there, `best_overlap_blocks` at the one of all `candidates`

@@ -43,7 +43,7 @@ class Host:
     """One machine: its address on the data network, and GPUs 0 .. gpus - 1.
 
     `discover`: how many GPUs it has is still to be found there; `with_gpus` fills it in. `python` is the
-    interpreter there that has dynctl, "" when none is named.
+    interpreter there that has dynctl, `directory` where it keeps its runs; "" when none is named.
     """
 
     name: str
@@ -53,6 +53,7 @@ class Host:
     labels: tuple[str, ...] = ()
     ssh: Ssh = field(default_factory=Ssh)
     python: str = ""
+    directory: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +170,7 @@ def _host(given: written.Host, folder: Path) -> Host:
         labels=tuple(given.labels),
         ssh=Ssh(given.host or given.name, given.user, given.port, key, given.proxy_jump),
         python=given.python,
+        directory=given.directory,
     )
 
 

@@ -64,7 +64,7 @@ class NotTokenised(Exception):
         self.reason = reason
 
 
-class PromptFacts(msgspec.Struct, frozen=True, gc=False):
+class PromptFacts(msgspec.Struct, frozen=True):
     """What routing and admission know of a prompt. `tokens` 0 and `hashes` None = not known.
 
     `approximate`: where there are no tokens, hashes of the request's bytes, one for about as many as make a
@@ -80,7 +80,7 @@ class PromptFacts(msgspec.Struct, frozen=True, gc=False):
 UNKNOWN = PromptFacts()
 
 
-class _Job(msgspec.Struct, frozen=True, gc=False):
+class _Job(msgspec.Struct, frozen=True):
     """One prompt to be worked on. `context` in tokens, 0 = no limit known."""
 
     kind: Kind

@@ -1,0 +1,169 @@
+"""`dynctl up --target ssh` on real hosts: the whole way, and what hosts, links and users do to it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.cluster import Cluster
+from tests.cluster.commands import eventually
+from tests.cluster.hosts import MACHINE
+from tests.cluster.ssh_deployment import Laptop, deployed, under_load
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture
+def laptop(cluster: Cluster, home: Path, token: str) -> Laptop:
+    return Laptop(cluster, home, token)
+
+
+def mine(laptop: Laptop) -> list[str]:
+    """Processes of this deployment, wherever they are."""
+    return [f"{one.host}: {one.args}" for one in laptop.cluster.processes() if "dynctl" in one.args]
+
+
+def test_up_on_four_hosts_serves_and_down_leaves_nothing(laptop: Laptop) -> None:
+    with deployed(laptop) as told:
+        assert told["url"].startswith("http://10.77.0.11:")
+        rows = laptop.ps()
+        assert {row["node"] for row in rows} == {"n1", "n2", "n3", "n4"}
+        assert all(row["ready"] for row in rows)
+        assert laptop.dynctl("chat", "--name", laptop.name, "Hello").stdout.strip()
+        logs = laptop.dynctl("logs", laptop.name, "aggregated").stdout
+        assert all(f"aggregated-{index}.engine" in logs for index in range(4)), "logs of all hosts"
+        assert "remote" in laptop.dynctl("ls").stdout
+    assert mine(laptop) == []
+    assert "stopped" in laptop.dynctl("ls").stdout
+    assert "aggregated-3" in laptop.dynctl("logs", laptop.name, "aggregated/3").stdout, "also when it is down"
+
+
+def test_a_name_that_runs_is_not_started_again_by_another_recipe(laptop: Laptop) -> None:
+    with deployed(laptop):
+        before = laptop.ps()
+        laptop.sets.append("router.mode=round_robin")
+        refused = laptop.dynctl(*laptop.up_args(), check=False)
+        assert refused.returncode == 2
+        assert f"'{laptop.name}' is running already" in refused.stderr
+        assert laptop.ps() == before
+
+
+def test_a_node_without_power_loses_no_request_and_comes_back_by_up(laptop: Laptop) -> None:
+    with deployed(laptop) as told:
+        with under_load(told["url"]) as load:
+            eventually(lambda: load.outcomes["whole"] > 5, "streams flow", 30.0)
+            with laptop.cluster.off("n3"):
+                eventually(lambda: not laptop.status()["ready"], "the loss is seen", 20.0)
+                reason = laptop.status()["reason"]
+                seen = load.outcomes["whole"]
+                eventually(lambda: load.outcomes["whole"] > seen + 8, "streams go on", 30.0)
+        sys.stdout.write(f"a node without power: {dict(load.outcomes)}; said: {reason}\n")
+        assert set(load.outcomes) == {"whole"}
+        laptop.up()
+        assert {row["node"] for row in laptop.ps() if row["ready"]} == {"n1", "n2", "n3", "n4"}
+
+
+def test_behind_a_cut_link_nothing_is_started_twice(laptop: Laptop) -> None:
+    with deployed(laptop):
+        before = {row["id"]: (row["pid"], row["incarnation"]) for row in laptop.ps()}
+        with laptop.cluster.partition("n1", "n3"):
+            eventually(lambda: not laptop.status()["ready"], "the cut is seen", 20.0)
+            lost = [row["id"] for row in laptop.ps() if row["state"] == "lost"]
+            assert lost == ["aggregated-2"]
+        laptop.await_ready()
+        assert {row["id"]: (row["pid"], row["incarnation"]) for row in laptop.ps()} == before
+
+
+def test_a_dead_process_on_another_host_is_started_again(laptop: Laptop) -> None:
+    with deployed(laptop):
+        row = next(row for row in laptop.ps() if row["node"] == "n2")
+        laptop.cluster.exec("n2", "kill", "-9", str(row["pid"]))
+        eventually(
+            lambda: any(r["id"] == row["id"] and r["ready"] and r["incarnation"] == 2 for r in laptop.ps()),
+            "its next incarnation is ready",
+            30.0,
+        )
+
+
+def test_without_its_controller_traffic_goes_on_and_up_starts_another(laptop: Laptop) -> None:
+    with deployed(laptop) as told:
+        running = [one for one in laptop.cluster.processes() if one.host == "n1"]
+        controller = next(one for one in running if "dynctl.controller" in one.args)
+        laptop.cluster.exec("n1", "kill", "-9", str(controller.pid))
+        with under_load(told["url"], 2) as load:
+            eventually(lambda: load.outcomes["whole"] > 3, "traffic goes on", 30.0)
+            before = {row["id"]: row["pid"] for row in laptop.ps()}
+            said = laptop.dynctl(*laptop.up_args()).stderr
+            assert "a new controller takes over what lives" in said
+        assert set(load.outcomes) == {"whole"}
+        assert {row["id"]: row["pid"] for row in laptop.ps()} == before
+
+
+def test_a_host_that_is_off_is_one_message_and_nothing_is_started(laptop: Laptop) -> None:
+    with laptop.cluster.off("n4"):
+        refused = laptop.dynctl(*laptop.up_args(), check=False)
+        assert refused.returncode == 8
+        assert "n4" in refused.stderr
+        assert "Traceback" not in refused.stderr
+        assert mine(laptop) == []
+
+
+def test_a_host_without_dynctl_says_how_to_bring_it_there(laptop: Laptop) -> None:
+    laptop.inventory.write_text("")  # made anew below, with another interpreter for one host
+    args = laptop.up_args()
+    text = laptop.inventory.read_text().replace(
+        f"{{name: n2, python: {laptop.cluster.python}}}", "{name: n2, python: /usr/bin/python3}"
+    )
+    path = Path(args[args.index("--inventory") + 1])
+    path.write_text(text)
+    refused = laptop.dynctl(*args, check=False)
+    assert refused.returncode in (5, 8)
+    assert "n2" in refused.stderr
+    assert "--bootstrap" in refused.stderr
+    assert mine(laptop) == []
+
+
+@pytest.mark.parametrize("moment", [0.5, 1.2, 2.0, 3.0, 4.5])
+def test_up_killed_at_any_moment_is_found_and_ended_by_down(laptop: Laptop, moment: float) -> None:
+    argv = [str(laptop.cluster.python), "-m", "dynctl.cli.main", *laptop.up_args()]
+    env = {"DYNCTL_HOME": str(laptop.home)}
+    with laptop.cluster.spawn_as_user(argv, host=MACHINE, env=env) as started:
+        time.sleep(moment)  # the moment is what is varied here
+        started.signal(signal.SIGKILL)
+    laptop.dynctl("down", laptop.name, check=False)
+    eventually(lambda: mine(laptop) == [], "nothing is left", 20.0)
+
+
+def test_down_tells_of_a_host_it_could_not_reach_and_ends_it_later(laptop: Laptop) -> None:
+    laptop.up()
+    with laptop.cluster.cut("n2"):
+        refused = laptop.dynctl("down", laptop.name, check=False)
+        assert refused.returncode != 0
+        assert "may be left on n2" in refused.stderr
+    laptop.dynctl("down", laptop.name)
+    assert mine(laptop) == []
+
+
+def test_another_user_of_a_host_can_neither_read_nor_talk(laptop: Laptop) -> None:
+    with deployed(laptop):
+        peek = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "ls", "-R", str(laptop.there)]
+        done = laptop.cluster.exec("n1", *peek, check=False)
+        assert done.returncode != 0
+        listening = laptop.cluster.exec("n2", "ss", "-Hltn").stdout
+        ours = [line.split()[3] for line in listening.splitlines()]
+        ours = [address for address in ours if 20_000 <= int(address.rpartition(":")[2]) < 32_768]
+        assert len(ours) > 3
+        assert all(address.startswith(("127.0.0.1:", "10.77.0.12:")) for address in ours), ours
+
+
+def test_secrets_are_on_no_command_line(laptop: Laptop) -> None:
+    with deployed(laptop):
+        plans = list((laptop.there / "runs").glob(f"{laptop.name}-*/keys.json"))
+        secret = json.loads(plans[0].read_text())
+        shown = "\n".join(one.args for one in laptop.cluster.processes())
+        assert not any(str(value) in shown for value in secret.values() if len(str(value)) > 20)
