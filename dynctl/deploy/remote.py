@@ -172,6 +172,7 @@ class Started:
     remote: Remote
     adopted: bool
     running: bool
+    inventory: Inventory
 
 
 async def start(
@@ -193,7 +194,9 @@ async def start(
         if not wanted.share_gpus:
             require_idle(plan, sites)
     used = [site for site in sites if any(node.name == site.name for node in plan.nodes)]
-    started = Started(plan, _remote(plan, used, checked), bool(living.run_id), living.running)
+    started = Started(
+        plan, _remote(plan, used, checked), bool(living.run_id), living.running, checked.inventory
+    )
     note(started.remote)
     try:
         await _hand_out(started, wanted, used)
@@ -211,7 +214,7 @@ async def _hand_out(started: Started, wanted: Wanted, sites: Sequence[HostSite])
     claim = Claim(
         name=plan.name,
         run_id=plan.run_id,
-        files={**run_files(plan, wanted.lock), **secret},
+        files={**run_files(plan, wanted.lock, started.inventory), **secret},
         spawn=[_spawn(plan.process(seat)) for seat in (f"agent-{head.name}", CONTROLLER)],
         adopt=started.adopted,
         gpus=_gpus(plan, head),

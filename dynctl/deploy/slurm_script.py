@@ -11,7 +11,8 @@ from math import ceil
 from dynctl.deploy.slurm_size import Part, parts_of
 from dynctl.errors import RecipeError
 from dynctl.recipe.load import LoadedRecipe
-from dynctl.recipe.schema import Recipe, SbatchValue, Slurm
+from dynctl.recipe.schema import Recipe
+from dynctl.recipe.slurm import SbatchValue, Slurm
 
 DRAIN_SIGNAL = "USR1"
 """What the batch script is sent ahead of the time limit."""
