@@ -11,7 +11,7 @@ from math import ceil
 from dynctl.deploy.slurm_size import Part, parts_of
 from dynctl.errors import RecipeError
 from dynctl.recipe.load import LoadedRecipe
-from dynctl.recipe.schema import Recipe, SbatchValue, Slurm
+from dynctl.recipe.slurm import SbatchValue, Slurm
 
 DRAIN_SIGNAL = "USR1"
 """What the batch script is sent ahead of the time limit."""
@@ -157,8 +157,3 @@ def _directive(name: str, value: SbatchValue | int | None) -> str:
 def _no_pattern(path: str) -> str:
     """A path in which Slurm replaces nothing."""
     return path.replace("%", "%%")
-
-
-def name_of(recipe: Recipe) -> str:
-    """What stands for the job's name where none has been chosen yet."""
-    return f"{recipe.name}-RUN_ID"

@@ -13,7 +13,7 @@ from dynctl.engines import catalog
 from dynctl.errors import PlacementError
 from dynctl.protocol.instances import Role
 from dynctl.recipe.load import LoadedRecipe
-from dynctl.recipe.schema import Slurm, SlurmPart
+from dynctl.recipe.slurm import Slurm, SlurmPart
 from dynctl.topology.inventory import Host, Inventory
 from dynctl.topology.placement import Need, place
 

@@ -35,7 +35,7 @@ from dynctl.recipe.check import check_recipe
 from dynctl.recipe.load import LoadedRecipe, load_recipe
 from dynctl.recipe.lock import lock_text
 from dynctl.recipe.override import VARIABLE
-from dynctl.recipe.schema import Slurm
+from dynctl.recipe.slurm import Slurm
 from dynctl.topology.ports import first_port_of
 from dynctl.transport.keys import Keys, save_engine_key
 
