@@ -64,13 +64,15 @@ def script_text(loaded: LoadedRecipe, context: JobContext) -> str:
     for number, part in enumerate(parts_of(loaded)):
         lines += ["#SBATCH hetjob"] if number else []
         lines += [f"#SBATCH {line}" for line in directives(loaded, part, context, first=not number)]
-    run = shlex.quote(context.run_dir)
+    run, python = shlex.quote(context.run_dir), shlex.quote(context.python)
+    resubmit = " --resubmit" if (loaded.recipe.slurm or Slurm()).resubmit else ""
     return "\n".join(
         [
             *lines,
             f"export DYNCTL_HOME={shlex.quote(context.home)}",
             f"cd {run} || exit 1",
-            f"exec {shlex.quote(context.python)} -u -m dynctl.controller.slurm_keeper --run-dir {run}",
+            'echo "$(date -u +%FT%TZ) job $SLURM_JOB_ID has started on $SLURM_JOB_NODELIST"',
+            f"exec {python} -u -m dynctl.controller.slurm_keeper --run-dir {run}{resubmit}",
             "",
         ]
     )
@@ -123,7 +125,7 @@ def refuse_owned(loaded: LoadedRecipe, given: Mapping[str, SbatchValue]) -> None
 
 def _refuse_short(loaded: LoadedRecipe, options: Slurm) -> None:
     """A time limit that leaves no time to serve. Raises RecipeError."""
-    least = options.warning + _LEAST_WARNING_S
+    least = max(options.warning, options.resubmit) + _LEAST_WARNING_S
     if options.time is None or options.time >= least:
         return
     told = f"a time limit of {options.time:g} s is too short: it drains {options.warning:g} s ahead"
@@ -140,7 +142,8 @@ def slurm_time(seconds: float) -> str:
 
 def _warning(options: Slurm) -> str | None:
     """Slurm sends it up to 60 s early. Without a time limit of ours it refers to the partition's."""
-    return f"B:{DRAIN_SIGNAL}@{ceil(options.warning)}" if options.warning else None
+    ahead = ceil(max(options.warning, options.resubmit))
+    return f"B:{DRAIN_SIGNAL}@{ahead}" if ahead else None
 
 
 def _directive(name: str, value: SbatchValue | int | None) -> str:

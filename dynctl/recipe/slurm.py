@@ -96,6 +96,8 @@ class Slurm(SlurmPart):
     """How the ranks of an engine on several nodes find each other, as of srun --mpi."""
     stage: str = ""
     """Directory on the nodes' own disks to which the model is copied before engines load it."""
+    resubmit: Annotated[Duration, Field(ge=0)] = 0.0
+    """So long before the limit a successor is submitted, which gets the name once it is ready; 0: none."""
     sbatch_args: dict[Annotated[str, Field(pattern="^[a-z][a-z0-9-]*$")], SbatchValue] = Field(
         default_factory=dict
     )
