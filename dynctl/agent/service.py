@@ -25,6 +25,7 @@ from dynctl.protocol.agent import (
     LogCall,
     LookCall,
     LookReply,
+    NodeExec,
     Proc,
     SignalCall,
     StartCall,
@@ -79,12 +80,16 @@ class Agent:
                 given = read_body(body, ClearCall)
                 left = await self._fleet.clear(self._node, given.seat, given.incarnation, given.within_s)
                 return ClearReply(left=left)
+            case "agent.exec":
+                asked = read_body(body, NodeExec)
+                command = Command(tuple(asked.argv), asked.env, asked.cwd or str(self._run.run_dir))
+                return await self._fleet.exec(Launch(asked.seat, 0, command, self._node), asked.timeout_s)
             case "agent.logs":
                 return read_logs(self._run.run_dir / "logs", read_body(body, LogCall))
             case "agent.leave":
                 asyncio.get_running_loop().call_later(0.1, self.leave)
                 return None
-        hint = "agent.start, look, signal, lives, clear, logs or leave"
+        hint = "agent.start, look, signal, lives, clear, exec, logs or leave"
         raise DiscoveryError(f"unknown op {op!r}", hint=hint)
 
     async def _start(self, call: StartCall) -> Proc:

@@ -14,10 +14,14 @@ from dynctl.cli.render import data, json_data
 from dynctl.deploy.logs import ROLES
 from dynctl.errors import UsageError
 
-NAMED = ("down", "ps", "status", "logs", "events")
+NAMED = ("down", "ps", "status", "logs", "events", "wait", "top", "rollback", "lock", "unlock")
 """Verbs that take a deployment's name."""
+SEATED = ("restart", "scale", "drain", "undrain", "exec")
+"""Verbs that take roles and replicas of them."""
 FILES = ("up", "doctor", "plan", "validate")
 """Verbs that take a recipe's file."""
+
+SEATS = tuple(role for role in ROLES if role not in ("controller", "engine"))
 
 Options = Mapping[str, list[tuple[str, str]]]
 """Verb → (flag, help)."""
@@ -72,6 +76,7 @@ def bash(verbs: Options) -> str:
     completion) words="bash zsh fish" ;;
     logs) words="$(_dynctl_names) {" ".join(ROLES)}" ;;
     {"|".join(NAMED)}) words="$(_dynctl_names)" ;;
+    {"|".join(SEATED)}) words="{" ".join(SEATS)}" ;;
     esac
   fi
   COMPREPLY=($(compgen -W "$words" -- "$current"))
@@ -103,6 +108,7 @@ def zsh(verbs: Options) -> str:
     completion) compadd bash zsh fish ;;
     logs) compadd -a names; compadd {" ".join(ROLES)} ;;
     {"|".join(NAMED)}) compadd -a names ;;
+    {"|".join(SEATED)}) compadd {" ".join(SEATS)} ;;
   esac
 }}
 compdef _dynctl dynctl"""
@@ -123,6 +129,7 @@ def fish(verbs: Options) -> str:
             lines.append(f"complete -c dynctl -n {own} {kind} -d '{_quoted(text)}'")
     seen = "__fish_seen_subcommand_from"
     lines.append(f"complete -c dynctl -n '{seen} {' '.join(NAMED)}' -a '(__dynctl_names)'")
+    lines.append(f"complete -c dynctl -n '{seen} {' '.join(SEATED)}' -a '{' '.join(SEATS)}'")
     lines.append(f"complete -c dynctl -n '{seen} logs' -a '{' '.join(ROLES)}'")
     lines.append(f"complete -c dynctl -n '{seen} {' '.join(FILES)}' -F")
     lines.append(f"complete -c dynctl -n '{seen} completion' -a 'bash zsh fish'")

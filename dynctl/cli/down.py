@@ -9,9 +9,12 @@ import typer
 from dynctl.cli import options
 from dynctl.cli.pick import home, launcher_of, pick
 from dynctl.cli.render import json_data, prose
+from dynctl.deploy.audit import actor, note
 from dynctl.deploy.home import LOCK_S
-from dynctl.deploy.state import drain_of, readable_state
+from dynctl.deploy.state import ENDED, drain_of, readable_state
+from dynctl.deploy.status import lock_words
 from dynctl.deploy.stop import Stopper, stop_run
+from dynctl.errors import UsageError
 
 Timeout = Annotated[
     float | None,
@@ -24,7 +27,12 @@ Timeout = Annotated[
 ]
 
 
-def down(name: options.Name = None, timeout: Timeout = None, as_json: options.Json = False) -> None:
+Force = Annotated[bool, typer.Option("--force", help="Also when it is locked.")]
+
+
+def down(
+    name: options.Name = None, timeout: Timeout = None, force: Force = False, as_json: options.Json = False
+) -> None:
     """Drain and end a deployment.
 
     Frontends stop accepting and finish what they have, then workers do, then whatever is left is killed. Its
@@ -34,8 +42,14 @@ def down(name: options.Name = None, timeout: Timeout = None, as_json: options.Js
     state = readable_state(run.state)
     drain_s = drain_of(state) if timeout is None else timeout
     called = state.name if state is not None else (name or run.run_id)
+    who = actor("down", force=force)
+    if state is not None and state.locked is not None and not force and state.phase not in ENDED:
+        refused = f"'{called}' is locked by {lock_words(state.locked)}"
+        note(run, who, f"refused: {refused}")
+        raise UsageError(refused, where=str(run.path), hint="dynctl unlock, or --force")
     with home().locked(called, deadline_s=LOCK_S):
         ended = stop_run(run, Stopper(launcher_of(run)), drain_s)
+    note(run, who, "done")
     if as_json:
         json_data({"name": called, "run_dir": str(run.path), "processes_ended": ended})
     elif ended:

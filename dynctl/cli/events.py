@@ -20,8 +20,13 @@ _HEAD = ("ts", "event", "id")
 Follow = Annotated[bool, typer.Option("--follow", "-f", help="Stay and print new ones; Ctrl-C leaves.")]
 
 
-def events(name: options.Name = None, follow: Follow = False, as_json: options.Json = False) -> None:
-    """What happened to a deployment, in order.
+Audit = Annotated[bool, typer.Option("--audit", help="Who changed it instead: user, verb, outcome.")]
+
+
+def events(
+    name: options.Name = None, follow: Follow = False, audit: Audit = False, as_json: options.Json = False
+) -> None:
+    """What happened to a deployment, in order; with --audit who changed it.
 
     With --json one object a line: ts (Unix time in seconds), event (noun.verb), and what it is about.
     """
@@ -29,7 +34,7 @@ def events(name: options.Name = None, follow: Follow = False, as_json: options.J
     offset = 0
     while True:
         over = view(run).phase in ENDED
-        found, offset = read_events(run.events, offset)
+        found, offset = read_events(run.audit if audit else run.events, offset)
         for event in found:
             data(json.dumps(event) if as_json else line(event))
         if not follow or over:

@@ -20,6 +20,16 @@ VERBS: dict[str, tuple[str, str]] = {
     "status": ("dynctl.cli.status:status", "Is it ready, and if not, why"),
     "logs": ("dynctl.cli.logs:logs", "Logs of its processes, also after it has ended"),
     "events": ("dynctl.cli.events:events", "What happened to it, in order"),
+    "wait": ("dynctl.cli.wait:wait", "Return when it is ready, settled, degraded or down"),
+    "top": ("dynctl.cli.top:top", "Live: roles, GPUs, requests, KV use, hit rate, latencies"),
+    "scale": ("dynctl.cli.scale:scale", "Add or remove replicas while it serves"),
+    "restart": ("dynctl.cli.restart:restart", "Replace processes one by one, without losing a request"),
+    "drain": ("dynctl.cli.drain:drain", "Take workers or a node out of service, and keep them out"),
+    "undrain": ("dynctl.cli.drain:undrain", "Bring drained workers back"),
+    "rollback": ("dynctl.cli.amend:rollback", "Go back to the recipe before the last change"),
+    "lock": ("dynctl.cli.lock:lock", "Let nobody change it, and say why"),
+    "unlock": ("dynctl.cli.lock:unlock", "Let it be changed again"),
+    "exec": ("dynctl.cli.execute:execute", "Run a command beside a worker, with its environment"),
     "chat": ("dynctl.cli.chat:chat", "Send one prompt, stream the answer"),
     "ls": ("dynctl.cli.ls:ls", "All deployments of this user"),
     "plan": ("dynctl.cli.plan:plan", "Show nodes, GPUs, ports and every command, start nothing"),
@@ -34,7 +44,8 @@ INTERNAL = ("attend",)
 """Called by dynctl itself on another machine: in no help."""
 GROUPS = (
     ("Run", ("up", "down")),
-    ("Look", ("ps", "status", "logs", "events", "chat", "ls")),
+    ("Change", ("scale", "restart", "drain", "undrain", "rollback", "lock", "unlock")),
+    ("Look", ("ps", "status", "top", "logs", "events", "wait", "chat", "exec", "ls")),
     ("Prepare", ("doctor", "plan", "validate", "schema", "recipes")),
     ("Tool", ("completion", "version")),
 )

@@ -109,6 +109,8 @@ def as_object(seen: DeploymentView, found: Diagnosis, doubts: Sequence[str]) -> 
         "process": found.seat,
         "error": found.error,
         "doubts": list(doubts),
+        "changing": seen.changing,
+        "locked": seen.locked,
     }
 
 
@@ -119,6 +121,8 @@ def text(run: RunDir, seen: DeploymentView, found: Diagnosis) -> list[str]:
         f"{seen.name}  {phase}  {ready_counts(seen)}  {seen.url}",
         f"run: {seen.run_dir}",
     ]
+    lines += [f"locked by {seen.locked}"] if seen.locked else []
+    lines += [f"changing: {seen.changing}"] if seen.changing else []
     if not found.layer:
         return [*lines, "all layers are well: controller, workers, frontends, health"]
     lines.append(f"{paint(found.layer, 'error')}: {found.reason}")

@@ -16,6 +16,7 @@ from dynctl.cli.exits import INTERRUPTED
 from dynctl.cli.live import follow, screen, ways_back
 from dynctl.cli.pick import home, launcher_of, running_names, state
 from dynctl.cli.render import data, json_data, program, prose
+from dynctl.deploy.audit import actor, note
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.plan import build_plan
 from dynctl.deploy.run import Checked, Site, Up, UpRequest, check, start
@@ -38,6 +39,7 @@ InJob = Annotated[
 Bootstrap = Annotated[
     bool, typer.Option("--bootstrap", help="Target ssh: install this dynctl on hosts that lack it.")
 ]
+ShareGpus = Annotated[bool, typer.Option("--share-gpus", help="Also take GPUs that others use.")]
 Wheelhouse = Annotated[
     Path | None,
     typer.Option(
@@ -47,6 +49,7 @@ Wheelhouse = Annotated[
         show_default=False,
     ),
 ]
+Force = Annotated[bool, typer.Option("--force", help="Change it also when it is locked.")]
 Timeout = Annotated[
     float | None,
     typer.Option(
@@ -69,14 +72,17 @@ def up(  # noqa: PLR0913 - one parameter for each option of the verb
     in_job: InJob = False,
     bootstrap: Bootstrap = False,
     wheelhouse: Wheelhouse = None,
+    share_gpus: ShareGpus = False,
     sets: options.Set = None,
     unsets: options.Unset = None,
+    force: Force = False,
     as_json: options.Json = False,
 ) -> int:
     """Start what a recipe says and serve it.
 
     Stays and shows the deployment; Ctrl-C leaves it running. If it cannot become ready, nothing is left
-    running. On the name of a deployment whose controller has died: a new one takes over what still lives.
+    running. On the name of a deployment that runs: shows what would change, asks, and changes it one replica
+    at a time. On one whose controller has died: a new controller takes over what still lives.
     On Slurm: submits the job and waits for it; Ctrl-C leaves it in the queue.
     """
     target = "slurm" if in_job else target
@@ -92,7 +98,7 @@ def up(  # noqa: PLR0913 - one parameter for each option of the verb
     if checked.loaded.recipe.target == "ssh":
         from dynctl.cli.up_ssh import How, up_over_ssh
 
-        return up_over_ssh(checked, How(detach, timeout, as_json, bootstrap, wheelhouse))
+        return up_over_ssh(checked, How(detach, timeout, as_json, bootstrap, wheelhouse, share_gpus))
     launcher = LocalLauncher()
     if in_job:
         return stay_in_job(begin_in_job(checked, site(launcher)))
@@ -100,7 +106,14 @@ def up(  # noqa: PLR0913 - one parameter for each option of the verb
         submitted = submit(checked, site(launcher), SlurmClient())
         stopper = Stopper(launcher_of(submitted.run))
         return attended(submitted, stopper, timeout, detach=detach, as_json=as_json)
-    started = start(checked, site(launcher))
+    from dynctl.cli.amend import Asked, supervised, up_again
+
+    who = actor("up", [str(recipe), *(sets or ())], force=force)
+    run = supervised(checked.loaded.recipe.name, launcher)
+    if run is not None:
+        return up_again(checked, run, who, Asked(timeout, yes, as_json))
+    started = start(checked, site(launcher), share_gpus=share_gpus)
+    note(started.run, who, "done")
     if started.adopted:
         prose(f"{started.name}: a new controller takes over what lives")
     try:

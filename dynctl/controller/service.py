@@ -18,6 +18,7 @@ from pathlib import Path
 
 import msgspec
 
+from dynctl.controller.day2 import OPS, Day2, Desk
 from dynctl.controller.moves import (
     Begin,
     Event,
@@ -80,9 +81,12 @@ class Controller:
     def __init__(self, parts: Parts, state: RunState) -> None:
         self._parts = parts
         self._state = state
+        self._nodes: dict[str, str] = {}
+        self._day2 = Day2(Desk(parts.run, state, parts.fleet, self._changed), parts.plan)
         self._supervisor = Supervisor(state)
         self._publisher = Publisher(parts.keys, parts.plan.membership)
         self._registry = Registry(self._publisher, on_change=self._members_changed)
+        self._registry.want(state.roles)
         self._adapters = Adapters(_content(parts.run.adapters), partial(write_atomic, parts.run.adapters))
         self._server = ControlServer(parts.keys, parts.plan.registry, self._answer)
         self._lanes: dict[str, deque[Instruction]] = {}
@@ -153,8 +157,17 @@ class Controller:
         self._wake.set()
 
     def _node_of(self, seat_id: str) -> str:
+        """Where a seat is, or was before it left."""
         seat = self._state.seat(seat_id)
-        return seat.node if seat is not None else ""
+        if seat is not None:
+            self._nodes[seat_id] = seat.node
+        return self._nodes.get(seat_id, "")
+
+    def _changed(self) -> None:
+        """The state has been changed by a verb: act on it."""
+        self._registry.want(self._state.roles)
+        self._feed(Tick())
+        self._save(again=False)
 
     def _members_changed(self, changes: Changes) -> None:
         for seat_id in changes.removed:
@@ -179,7 +192,9 @@ class Controller:
             drain_s = read_body(body, DownCall).drain_s
             self._feed(Stop(max(0.0, drain_s)))
             return DownReply(controller_pid=self._state.controller.pid)
-        hint = "registry.*, adapters.*, controller.ps, .status or .down"
+        if op in OPS:
+            return await self._day2.handle(op, body)
+        hint = "registry.*, adapters.*, controller.ps, .status, .down, .apply, .drain, .lock or .exec"
         raise DiscoveryError(f"unknown op {op!r}", hint=hint)
 
     def _poll(self) -> None:
@@ -208,6 +223,7 @@ class Controller:
             self._hear()
             self._poll()
             self._feed(Tick())
+            self._day2.prune()
             self._save(again=False)
             if not (self._finished() or self._left):
                 await self._pause(POLL_STOPPING_S if self._supervisor.stopping else POLL_S)
@@ -264,7 +280,7 @@ class Controller:
             self._feed(StartFailed(seat_id, incarnation, message, permanent=False))
             return
         self._registry.set_current(seat_id, incarnation)
-        process = self._parts.plan.process(seat_id)
+        process = self._day2.plan.process(seat_id)
         launch = Launch(seat_id, incarnation, process.command, process.node)
         try:
             handle = await self._parts.fleet.start(launch)

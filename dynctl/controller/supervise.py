@@ -6,6 +6,7 @@ after the state is on disk. `now` is monotonic, in seconds.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,9 +30,13 @@ from dynctl.controller.moves import (
     Terminate,
     Tick,
 )
+from dynctl.controller.rolling import Drop, Halt, Open, Part, changing, moves
 from dynctl.controller.verdict import Failure, describe_exit, gives_up, signature
 from dynctl.deploy.state import RunState, SeatKind, SeatRecord, stop_margin_of
 from dynctl.protocol.deployment import Phase
+
+HURRY_S = 2.0
+"""Beyond the time that a process has for its requests by its own clock, which should come first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +63,10 @@ class _Watch:
     ready_since: float = 0.0
     failures: int = 0
     verdict: str = ""
+    hurry_at: float = 0.0
+    """When one that drains is told to leave its requests to others; 0 = it has been."""
+    unsure: bool = False
+    """Whether it has ever been asked to end: the controller before may have died on the point of it."""
 
 
 @dataclass(slots=True)
@@ -76,7 +85,7 @@ class Supervisor:
     def __init__(self, state: RunState, times: Times | None = None) -> None:
         self.state = state
         self._times = times or Times()
-        self._watch = {seat.id: _Watch() for seat in state.seats}
+        self._watch: dict[str, _Watch] = defaultdict(_Watch)
         self._stopping: _Stopping | None = None
         self._finished = False
         self._lost_nodes: dict[str, str] = {}
@@ -103,6 +112,7 @@ class Supervisor:
         """Take one event; what is to be done, in order."""
         self._handlers[type(event)](event, now)
         if self._stopping is None:
+            self._roll(now)
             self._judge_phase()
         else:
             self._go_down(self._stopping, now)
@@ -115,10 +125,17 @@ class Supervisor:
         self.state.phase = "degraded" if self.state.ready_once else "starting"
         for seat in self.state.seats:
             if seat.id in event.alive:
+                self._note("process.adopted", seat, pid=seat.pid)
+                if seat.state == "stopping":
+                    self._give_time(seat, now)
+                    self._watch[seat.id].unsure = True
+                    continue
                 wait = self._times.renew_s if seat.was_ready else self._start_wait(seat)
                 self._watch[seat.id].deadline = now + wait
                 seat.state = "ready" if seat.follower else "starting"
-                self._note("process.adopted", seat, pid=seat.pid)
+            elif seat.asked in ("drain", "leave") or (self.state.ready_once and seat.state == "waiting"):
+                seat.state = "waiting"
+                seat.pid = seat.start_ticks = seat.pgid = seat.engine_pid = 0
             else:
                 seat.failed_starts, seat.failure = 0, ""
                 self._start(seat, now)
@@ -129,6 +146,8 @@ class Supervisor:
             self._out.append(Kill(seat.id, seat.incarnation))
         seat.incarnation += 1
         seat.state, seat.was_ready = "starting", False
+        seat.built, seat.drain_limit_s = seat.digest, 0.0
+        seat.asked = "" if seat.asked == "restart" else seat.asked
         seat.pid = seat.start_ticks = seat.pgid = seat.engine_pid = 0
         seat.url = ""
         watch = self._watch[seat.id]
@@ -160,7 +179,9 @@ class Supervisor:
 
     def _seen(self, event: Seen, now: float) -> None:
         seat = self._current(event.id, event.incarnation)
-        if seat is None or seat.state in ("stopping", "stopped", "failed"):
+        if seat is not None and seat.state == "stopping" and event.state == "ready":
+            self._ask_again(seat)
+        if seat is None or seat.state in ("stopping", "stopped", "drained", "failed"):
             return
         seat.url, seat.engine_pid = event.url, event.engine_pid
         if event.state != "ready":
@@ -173,7 +194,7 @@ class Supervisor:
     def _mark_ready(self, seat: SeatRecord, now: float) -> None:
         seat.state = "ready"
         seat.was_ready = seat.ever_ready = True
-        seat.failed_starts, seat.failure = 0, ""
+        seat.failed_starts, seat.failure, seat.rolled = 0, "", False
         self._watch[seat.id].ready_since = now
         self._note("process.ready", seat, url=seat.url)
 
@@ -265,6 +286,78 @@ class Supervisor:
                 self._note("process.hung", seat, message=watch.verdict)
                 self._out.append(Kill(seat.id, seat.incarnation))
 
+    # One by one, while it serves
+
+    def _roll(self, now: float) -> None:
+        """Replace, drain, add and remove as `rolling` has it."""
+        for move in moves(self.state, self._lost_nodes):
+            seat = self.state.seat(move.id)
+            if seat is None:
+                continue
+            match move:
+                case Halt():
+                    self._halt(seat, now)
+                case Open():
+                    self._replace(seat, now)
+                case Part():
+                    seat.asked = "leave"
+                case Drop():
+                    self._note("process.removed", seat)
+                    self.state.seats.remove(seat)
+                    self.state.retired[seat.id] = seat.incarnation
+        self._hurry(now)
+        said, self.state.changing = self.state.changing, changing(self.state)
+        if said and not self.state.changing:
+            self._out.append(Note("deployment.changed", {}))
+
+    def _halt(self, seat: SeatRecord, now: float) -> None:
+        if not seat.pid:
+            seat.state = "drained" if seat.asked == "drain" else "stopped"
+            if seat.state == "drained":
+                self._note("process.drained", seat)
+            return
+        seat.state = "stopping"
+        self._give_time(seat, now)
+        self._note("process.stopping", seat, why=seat.asked or "its plan has changed")
+        self._out.append(Terminate(seat.id))
+
+    def _give_time(self, seat: SeatRecord, now: float) -> None:
+        """How long its requests may take to end, then be taken over by others, then its engine to exit."""
+        drain_s = seat.drain_limit_s or seat.drain_timeout_s
+        watch = self._watch[seat.id]
+        watch.hurry_at, watch.verdict = now + drain_s + HURRY_S, ""
+        watch.deadline = watch.hurry_at + stop_margin_of(self.state)
+
+    def _hurry(self, now: float) -> None:
+        for seat in self.state.seats:
+            watch = self._watch[seat.id]
+            if seat.state != "stopping" or seat.node in self._lost_nodes:
+                continue
+            if watch.hurry_at and now >= watch.hurry_at:
+                watch.hurry_at = 0.0
+                self._out.append(Terminate(seat.id))
+            if now >= watch.deadline and not watch.verdict:
+                watch.verdict = "it did not end in time"
+                self._note("process.hung", seat, message=watch.verdict)
+                self._out.append(Kill(seat.id, seat.incarnation))
+
+    def _ask_again(self, seat: SeatRecord) -> None:
+        """It serves on: the controller before had not come to ask it to end."""
+        if self._watch[seat.id].unsure:
+            self._watch[seat.id].unsure = False
+            self._out.append(Terminate(seat.id))
+
+    def _replace(self, seat: SeatRecord, now: float) -> None:
+        if seat.built != seat.digest:
+            # What it is started with is new: whether that works is not known from what was.
+            seat.ever_ready = False
+        seat.failed_starts, seat.failure, seat.rolled = 0, "", True
+        self._watch[seat.id].failures = 0
+        planned = bool(seat.incarnation)
+        self._start(seat, now)
+        seat.restarts -= planned
+        seat.last_exit, seat.last_error = "", []
+
     # The way down
 
     def _stop(self, event: Stop, now: float) -> None:
@@ -324,7 +417,7 @@ class Supervisor:
 
     def _judge_phase(self) -> None:
         state = self.state
-        waiting = [seat for seat in state.seats if seat.state != "ready"]
+        waiting = [s for s in state.seats if s.state != "ready" and s.asked != "leave" and not s.surge]
         before = state.phase
         if not waiting:
             state.phase, state.ready_once, state.reason = "ready", True, ""
@@ -364,6 +457,8 @@ def _reason(seat: SeatRecord) -> str:
         return f"{seat.id} will be restarted: {seat.last_exit}"
     if seat.state == "starting" and seat.was_ready:
         return f"{seat.id} has not registered with the new controller yet"
+    if seat.state == "drained":
+        return f"{seat.id} is drained; dynctl undrain {seat.id} brings it back"
     if seat.state == "starting" and seat.last_exit:
         return f"{seat.id} is starting again: {seat.last_exit}"
     return f"{seat.id} is {seat.state}"

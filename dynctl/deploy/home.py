@@ -79,6 +79,11 @@ class RunDir:
         return self.path / "events.jsonl"
 
     @property
+    def audit(self) -> Path:
+        """Who changed it, one JSON object a line."""
+        return self.path / "audit.jsonl"
+
+    @property
     def logs(self) -> Path:
         """One file for each process."""
         return self.path / "logs"

@@ -79,6 +79,14 @@ class PlannedProcess:
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """What a plan takes over from the one before: where replicas are, ports by owner ("decode-0:events")."""
+
+    placement: Placement
+    ports: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """A whole deployment. `registry` is the controller's control endpoint, `membership` its publisher.
 
@@ -165,9 +173,13 @@ def _shown_process(process: PlannedProcess) -> dict[str, Any]:
 
 
 def build_plan(
-    loaded: LoadedRecipe, inventory: Inventory, taken_ports: Iterable[tuple[str, int]], run: RunContext
+    loaded: LoadedRecipe,
+    inventory: Inventory,
+    taken_ports: Iterable[tuple[str, int]],
+    run: RunContext,
+    kept: Kept | None = None,
 ) -> Plan:
-    """Place roles on nodes and GPUs, allocate ports, write every command.
+    """Place roles on nodes and GPUs, allocate ports, write every command. What is `kept` stays where it is.
 
     `taken_ports` are (node name, port) that others hold. The recipe must have passed `check_recipe`. Raises
     PlacementError when it does not fit, PortInUse when the frontend's own port is taken.
@@ -175,14 +187,16 @@ def build_plan(
     recipe = loaded.recipe
     engine = catalog.get(recipe.backend)
     try:
-        placement = place(needs(recipe, engine, inventory), inventory)
+        placement = place(needs(recipe, engine, inventory), inventory, kept.placement if kept else None)
     except PlacementError as error:
         raise PlacementError(error.message, where=loaded.where(error.where), hint=error.hint) from error
-    ports = PortAllocator(taken_ports, run.first_port)
+    ports = PortAllocator(taken_ports, run.first_port, kept.ports if kept else None)
     head = inventory.hosts[0]
     doors = _frontend_hosts(loaded, inventory)
     public = _public_port(loaded, doors, ports)
-    registry, membership = (ports.allocate([head.name]) for _ in range(2))
+    registry, membership = (
+        ports.allocate([head.name], owner=f"controller:{what}") for what in ("registry", "membership")
+    )
     endpoints = Endpoints(_tcp(head.address, registry), _tcp(head.address, membership))
     site = Site(recipe, engine, run, endpoints)
     processes = [
@@ -265,7 +279,8 @@ def _replica(
     transfer = site.recipe.engine.kv_transfer
     needs = engine.port_needs(role, parallel_of(section), disaggregated=apart, transfer=transfer)
     nodes = [rank.node for rank in ranks]
-    ports = {name: allocator.allocate(nodes, count) for name, count in needs.items()}
+    owner = f"{role}-{index}/engine"
+    ports = {name: allocator.allocate(nodes, count, f"{owner}:{name}") for name, count in needs.items()}
     launch = engine_launch(site.recipe, role, index, ranks, ports)
     commands: Sequence[Command | None] = engine.commands(launch) or [None]
     made: list[PlannedProcess] = []
@@ -281,10 +296,11 @@ def _part(
     suffix = f".{number}" if number else ""
     replica = f"{launch.role}-{launch.index}"
     rank = launch.ranks[number]
-    own = {name: allocator.allocate([rank.node]) for name in ("events", "control")}
-    marked = engine_command(site, rank.node, replica + suffix, command) if command else None
+    seat_id = replica + suffix
+    own = {name: allocator.allocate([rank.node], owner=f"{seat_id}:{name}") for name in ("events", "control")}
+    marked = engine_command(site, rank.node, seat_id, command) if command else None
     url = _engine_url(site.recipe, launch)
-    seat = Seat(replica + suffix, launch, number, own, marked, url)
+    seat = Seat(seat_id, launch, number, own, marked, url)
     sidecar = PlannedProcess(
         id=seat.id,
         kind="worker",
@@ -341,9 +357,9 @@ def _public_port(loaded: LoadedRecipe, doors: Sequence[Host], ports: PortAllocat
     """The port of all frontends, the same on each of their hosts."""
     port, nodes = loaded.recipe.frontend.port, list(dict.fromkeys(host.name for host in doors))
     if port == 0:
-        return ports.allocate(nodes)
+        return ports.allocate(nodes, owner="frontend-0:http")
     for node in nodes:
-        if not ports.take(node, port):
+        if not ports.take(node, port, "frontend-0:http"):
             raise PortInUse(
                 f"port {port} of {node} is taken",
                 where=loaded.where("frontend.port"),
@@ -360,9 +376,9 @@ def _frontends(
     for index, host in enumerate(doors):
         ports = {"http": public}
         if doors.count(host) > 1:
-            ports["own"] = allocator.allocate([host.name])
+            ports["own"] = allocator.allocate([host.name], owner=f"frontend-{index}:own")
         if len(doors) > 1:
-            ports["events"] = allocator.allocate([host.name])
+            ports["events"] = allocator.allocate([host.name], owner=f"frontend-{index}:events")
         made.append(
             PlannedProcess(
                 id=f"frontend-{index}",
@@ -387,7 +403,7 @@ def _agents(site: Site, inventory: Inventory, ports: PortAllocator) -> dict[str,
     """An agent on each host that has anything else to do, by host."""
     made = {}
     for index, host in enumerate(host for host in inventory.hosts if ports.given(host.name)):
-        port = ports.allocate([host.name])
+        port = ports.allocate([host.name], owner=f"agent-{host.name}:control")
         made[host.name] = PlannedProcess(
             id=f"agent-{host.name}",
             kind="agent",

@@ -13,6 +13,9 @@ from pathlib import Path
 import msgspec
 
 from dynctl import procfs
+from dynctl.deploy.digest import digest_of
+from dynctl.deploy.gpus import FILE as GPUS_FILE
+from dynctl.deploy.gpus import claim_of, require_free
 from dynctl.deploy.home import LOCK_S, Home, RunDir, new_run_id
 from dynctl.deploy.plan import Plan, PlannedProcess, build_plan
 from dynctl.deploy.ports import holder, listen_error, listening
@@ -45,6 +48,10 @@ _YOUNG_S = 30.0
 _START_S = 60.0
 """For a process without an engine to register, unless its spec says otherwise."""
 _PORTS = ".ports"
+INVENTORY = "inventory.json"
+"""In a run's directory: the hosts it was planned on, to plan on them again."""
+SEAT_KINDS: dict[str, SeatKind] = {"worker": "worker", "frontend": "frontend"}
+"""Kinds of planned processes that the controller looks after."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +104,7 @@ def check(request: UpRequest) -> Checked:
     return Checked(loaded, inventory, tuple(str(w) for w in warnings))
 
 
-def start(checked: Checked, site: Site) -> Up:
+def start(checked: Checked, site: Site, *, share_gpus: bool = False) -> Up:
     """Write the run and start its controller, or start a new controller for what still lives of it.
 
     Raises UsageError when the name is taken, PortInUse, PlacementError, RecipeError, LaunchError.
@@ -108,7 +115,7 @@ def start(checked: Checked, site: Site) -> Up:
         living = claim(checked, site)
         if living is not None:
             return adopt(living, checked, site)
-        return begin(checked, site)
+        return begin(checked, site, share_gpus=share_gpus)
 
 
 def claim(checked: Checked, site: Site) -> RunDir | None:
@@ -131,8 +138,11 @@ def may_adopt(home: Home, launcher: Launcher, name: str, lock: str) -> RunDir | 
         raise UsageError(f"'{name}' is running already", where=str(run.path), hint=ways)
     state = readable_state(run.state)
     if state is None or state.phase in ENDED or not same_recipe(run, lock):
+        again = f"{ways}, dynctl up {run.lock} looks after it again"
         raise UsageError(
-            f"processes of an earlier '{name}' still run, from another recipe", where=str(run.path), hint=ways
+            f"processes of an earlier '{name}' still run, from another recipe",
+            where=str(run.path),
+            hint=again,
         )
     return run
 
@@ -171,7 +181,7 @@ def adopt(run: RunDir, checked: Checked, site: Site) -> Up:
     return Up(state.name, run, state.url, handle, adopted=True)
 
 
-def begin(checked: Checked, site: Site) -> Up:
+def begin(checked: Checked, site: Site, *, share_gpus: bool = False) -> Up:
     """Plan and write a new run, and start its controller."""
     name = checked.loaded.recipe.name
     run_id = new_run_id(name, time.gmtime())
@@ -181,7 +191,9 @@ def begin(checked: Checked, site: Site) -> Up:
         plan = plan_run(checked, site, context)
         require_programs(plan, checked.loaded, site.environ)
         require_certificate(checked.loaded)
-        run = write_run(plan, lock_text(checked.loaded, site.version), site.home)
+        if not share_gpus:
+            require_free(site.home, site.launcher, [gpu for node in plan.nodes for gpu in node.gpus])
+        run = write_run(plan, lock_text(checked.loaded, site.version), checked.inventory, site.home)
     handle = site.launcher.start(controller_of(plan, 1, checked), RunRef(run.run_id, run.path))
     return Up(name, run, plan.url, handle, adopted=False)
 
@@ -255,9 +267,9 @@ def _may_live(state: RunState, now: float) -> bool:
     return any(procfs.alive(pid, ticks) for pid, ticks in pids) or 0 <= now - state.created_at < _YOUNG_S
 
 
-def write_run(plan: Plan, lock: str, home: Home) -> RunDir:
+def write_run(plan: Plan, lock: str, inventory: Inventory, home: Home) -> RunDir:
     """Make the run directory, whole, and let the name mean it. Raises LaunchError."""
-    run = home.create_run(plan.run_id, run_files(plan, lock))
+    run = home.create_run(plan.run_id, run_files(plan, lock, inventory))
     with _disk_of(run):
         Keys.generate().save(run.keys)
         save_engine_key(run.engine_key)
@@ -265,19 +277,21 @@ def write_run(plan: Plan, lock: str, home: Home) -> RunDir:
     return run
 
 
-def run_files(plan: Plan, lock: str) -> dict[str, str]:
+def run_files(plan: Plan, lock: str, inventory: Inventory | None = None) -> dict[str, str]:
     """What a run's directory begins with, but for its keys."""
     state = initial_state(plan, time.time())
+    gpus = [gpu for node in plan.nodes if node.name == state.head for gpu in node.gpus]
     return {
+        **({INVENTORY: msgspec.json.encode(inventory).decode()} if inventory else {}),
         "plan.json": plan.to_json(),
         "recipe.lock.yaml": lock,
         "state.json": encode_state(state).decode(),
+        GPUS_FILE: claim_of(plan.name, plan.run_id, gpus),
     }
 
 
 def initial_state(plan: Plan, now: float) -> RunState:
     """The state of a run of which nothing has been started."""
-    kinds: dict[str, SeatKind] = {"worker": "worker", "frontend": "frontend"}
     return RunState(
         name=plan.name,
         run_id=plan.run_id,
@@ -288,7 +302,7 @@ def initial_state(plan: Plan, now: float) -> RunState:
         roles=dict(plan.roles),
         created_at=now,
         head=plan.process(CONTROLLER).node,
-        seats=[_seat(p, kinds[p.kind]) for p in plan.processes if p.kind in kinds],
+        seats=[seat_record(p, SEAT_KINDS[p.kind]) for p in plan.processes if p.kind in SEAT_KINDS],
     )
 
 
@@ -302,7 +316,8 @@ class _SpecHead(msgspec.Struct):
     follower: bool = False
 
 
-def _seat(process: PlannedProcess, kind: SeatKind) -> SeatRecord:
+def seat_record(process: PlannedProcess, kind: SeatKind) -> SeatRecord:
+    """A seat of which nothing has been started."""
     text = process.command.files.get(f"specs/{process.id}.json", "{}")
     spec = msgspec.json.decode(text, type=_SpecHead)
     return SeatRecord(
@@ -315,6 +330,8 @@ def _seat(process: PlannedProcess, kind: SeatKind) -> SeatRecord:
         drain_timeout_s=spec.drain_timeout_s,
         stop_timeout_s=spec.stop_timeout_s,
         follower=spec.follower,
+        gpus=list(process.gpus),
+        digest=digest_of(process),
     )
 
 

@@ -34,6 +34,11 @@ class SeatRecord(msgspec.Struct, kw_only=True):
     node of a replica, which registers nothing. `started_at` is Unix time in seconds. `ever_ready`: some
     incarnation of it has been ready; `was_ready`: this one has. `last_kind` is the kind of its last error.
     `drain_timeout_s` is the time its spec gives requests to end, `stop_timeout_s` then its engine to exit.
+
+    `digest` is what it is to be started with (`deploy.reseat`), `built` what its incarnation was; one whose
+    two differ is replaced. `asked`: replaced all the same; drained, and kept so; or to leave for good.
+    `drain_limit_s` is the time a user gave it for that (0: the spec's). `surge`: it only stands in while
+    others of its role are replaced. `rolled`: its incarnation took the place of one that was well.
     """
 
     id: str
@@ -61,6 +66,22 @@ class SeatRecord(msgspec.Struct, kw_only=True):
     last_exit: str = ""
     last_kind: str = ""
     last_error: list[str] = []
+    gpus: list[int] = []
+    digest: str = ""
+    built: str = ""
+    asked: Literal["", "restart", "drain", "leave"] = ""
+    drain_limit_s: float = 0.0
+    surge: bool = False
+    rolled: bool = False
+
+
+class LockRecord(msgspec.Struct, kw_only=True, frozen=True):
+    """Why nobody is to change the deployment, who says so, and since when (Unix time)."""
+
+    message: str
+    user: str
+    host: str
+    at: float
 
 
 class ControllerRecord(msgspec.Struct, kw_only=True):
@@ -75,7 +96,9 @@ class RunState(msgspec.Struct, kw_only=True):
     """A whole run. `ready_once` tells "degraded" from "starting"; `reason` why it is not ready.
 
     `registry` is the endpoint of the controller's control socket, `head` the node that it runs on: pids of
-    seats on other nodes mean nothing there.
+    seats on other nodes mean nothing there. `changing` is what is being replaced, added or removed now, for
+    people ("" = nothing). `retired` is the last incarnation of seats that have left: should one of them come
+    back, it goes on from there.
     """
 
     name: str
@@ -92,6 +115,9 @@ class RunState(msgspec.Struct, kw_only=True):
     ready_once: bool = False
     head: str = ""
     controller: ControllerRecord = msgspec.field(default_factory=ControllerRecord)
+    changing: str = ""
+    retired: dict[str, int] = {}
+    locked: LockRecord | None = None
     version: int = STATE_VERSION
 
     def seat(self, seat_id: str) -> SeatRecord | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from dynctl.deploy.state import ENDED, RunState, SeatRecord
+from dynctl.deploy.state import ENDED, LockRecord, RunState, SeatRecord
 from dynctl.launchers.last_lines import first_error
 from dynctl.protocol.deployment import DeploymentView, ProcessView, SeatState
 
@@ -51,6 +52,8 @@ def view_of(state: RunState, run_dir: str, is_alive: IsAlive) -> DeploymentView:
         controller_pid=controller.pid if supervised else 0,
         wanted=dict(state.roles),
         processes=rows,
+        changing=state.changing,
+        locked=lock_words(state.locked) if state.locked else "",
     )
 
 
@@ -80,7 +83,15 @@ def _row(seat: SeatRecord, is_alive: IsAlive, *, supervised: bool) -> ProcessVie
         started_at=seat.started_at,
         last_exit=seat.last_exit,
         last_error=list(seat.last_error),
+        gpus=list(seat.gpus),
+        surge=seat.surge,
     )
+
+
+def lock_words(lock: LockRecord) -> str:
+    """Who locked a deployment, when and why."""
+    at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(lock.at))
+    return f"{lock.user}@{lock.host}, {at}: {lock.message}"
 
 
 def ready_counts(view: DeploymentView) -> str:
@@ -115,7 +126,7 @@ def diagnose(view: DeploymentView, health: Mapping[str, str]) -> Diagnosis:
     if not view.controller_pid:
         return Diagnosis("controller", "the controller is not running; traffic goes on", "controller")
     for layer, wanted in (("worker", False), ("frontend", True)):
-        rows = [r for r in view.processes if not r.ready and (r.role == "frontend") == wanted]
+        rows = [r for r in view.processes if not r.ready and (r.role == "frontend") == wanted and not r.surge]
         if rows:
             worst = min(rows, key=lambda r: _ORDER.get(r.state, 9))
             return Diagnosis(layer, _sentence(worst), worst.id, first_error(worst.last_error))
@@ -134,4 +145,6 @@ def _sentence(row: ProcessView) -> str:
     if row.state in ("failed", "backoff") or (row.state == "starting" and row.last_exit):
         doing = {"failed": "gave up", "backoff": "waits to be restarted", "starting": "is starting again"}
         return f"{row.id} {doing[row.state]}: {row.last_exit}"
+    if row.state == "drained":
+        return f"{row.id} is drained; dynctl undrain {row.id} brings it back"
     return f"{row.id} is {row.state}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import msgspec
 
@@ -155,7 +155,8 @@ class Registrar:
 
 
 class Watcher:
-    """Follows the membership. `on_change(upserts, removed)`: `removed` is to be applied first.
+    """Follows the membership. `on_change(upserts, removed)`: `removed` is to be applied first. `on_wanted` is
+    told how many replicas of each role there should be.
 
     `client` is a control client of the registry and stays the caller's to close; `endpoint` is where the
     registry publishes. Make it inside a running loop.
@@ -168,9 +169,11 @@ class Watcher:
         endpoint: str,
         *,
         on_change: Callable[[list[Member], list[str]], None],
+        on_wanted: Callable[[Mapping[str, int]], None] | None = None,
     ) -> None:
         self._client = client
         self._on_change = on_change
+        self._on_wanted = on_wanted
         self._view = MembershipView()
         self._decoder = msgspec.msgpack.Decoder(MembershipChange)
         self._wanted = asyncio.Event()
@@ -235,6 +238,8 @@ class Watcher:
                 self._complete.set()
             logger.info("membership.synced members=%d complete=%s", len(self._view.members), whole.complete)
             self._tell(changes)
+            if self._on_wanted is not None and whole.wanted:
+                self._on_wanted(whole.wanted)
             if not self._view.stale:
                 self._wanted.clear()
             await self._sleep_until_wanted(None if whole.complete else _SYNC_PERIOD_S)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import msgspec
 
@@ -53,6 +53,7 @@ class Registry:
         self._table = LeaseTable(ttl_s, clock())
         self._epoch = time.time_ns()
         self._seq = 0
+        self._wanted: dict[str, int] = {}
         self._ticker: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -78,6 +79,12 @@ class Registry:
         """From now on only this incarnation of `seat`, or a newer one, may hold its lease."""
         self._publish(self._table.set_current(seat, incarnation))
 
+    def want(self, roles: Mapping[str, int]) -> None:
+        """So many replicas of each role there should be. Readers see that they missed a number, and ask."""
+        if roles != self._wanted:
+            self._wanted = dict(roles)
+            self._seq += 1
+
     def gone(self, seat: str, incarnation: int) -> None:
         """That process has ended: its lease ends now."""
         _, changes = self._table.leave(seat, incarnation)
@@ -98,7 +105,11 @@ class Registry:
                     logger.info("lease.left id=%s reason=%s", leave.id, leave.reason)
             case "registry.members":
                 return Membership(
-                    epoch=self._epoch, seq=self._seq, complete=self.complete(), members=self.members()
+                    epoch=self._epoch,
+                    seq=self._seq,
+                    complete=self.complete(),
+                    members=self.members(),
+                    wanted=self._wanted,
                 )
             case _:
                 raise DiscoveryError(f"unknown op {op!r}", hint="registry.register, renew, leave or members")

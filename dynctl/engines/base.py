@@ -374,12 +374,14 @@ class Inquiry:
 
     `program` must be there. What `version` prints ends with the version. `help` prints all flags, in lines
     that the regular expression `flag_lines` finds (its group begins with a flag), "" = those of argparse.
+    `abbreviates`: its parser takes the beginning of a flag for the flag.
     """
 
     program: str
     version: tuple[str, ...] = ()
     help: tuple[str, ...] = ()
     flag_lines: str = ""
+    abbreviates: bool = False
 
 
 class Engine(Protocol):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any
 
@@ -45,6 +45,7 @@ class Core:
         self._spec = spec
         self._engine = catalog.get(spec.backend)
         self._members: dict[str, Member] = {}
+        self._wanted = dict(spec.roles)
         self._draining = False
         rng = rng or Random()
         self.metrics = Metrics(prefix=spec.metrics_prefix, own={"router_id": spec.id})
@@ -108,6 +109,10 @@ class Core:
         self._upstream.circuits.members_changed({one.id: one.role for one in instances})
         self.models.members_changed(instances)
 
+    def wanted_changed(self, wanted: Mapping[str, int]) -> None:
+        """So many replicas there should be from now on. The roles themselves stay those of the start."""
+        self._wanted.update({role: count for role, count in wanted.items() if role in self._wanted})
+
     def http_refused(self, code: str) -> None:
         """Count a request that the HTTP server refused before it came here."""
         self.metrics.counter("http_refusals_total", code=code).inc()
@@ -128,7 +133,7 @@ class Core:
     def health(self) -> dict[str, Any]:
         """Per role what is wanted and what is there, and why requests cannot be served ([] = they can)."""
         ready = ready_by_role(self._members)
-        reasons = self.router.ready(self._spec.roles)
+        reasons = self.router.ready(self._wanted)
         if self._draining:
             reasons.insert(0, "this frontend is stopping")
         return {
@@ -137,7 +142,7 @@ class Core:
             "model": self._spec.model.name,
             "reasons": reasons,
             "roles": {
-                role: {"ready": ready[role], "wanted": wanted} for role, wanted in self._spec.roles.items()
+                role: {"ready": ready[role], "wanted": wanted} for role, wanted in self._wanted.items()
             },
             "doubts": [*self.router.doubts(), *self.router.peers.doubts()],
         }

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from dynctl.frontend.admission import Models
 from dynctl.frontend.circuit import STATES, Circuits
 from dynctl.observability.metrics import Metrics
+from dynctl.protocol.kv_events import LoadReport
 from dynctl.protocol.registry import Member
 from dynctl.protocol.specs import FrontendSpec
 from dynctl.router.service import Router
@@ -21,6 +22,11 @@ _WORKER_SERIES = (
     "router_kv_blocks",
     "router_kv_synced",
     "router_worker_requests",
+    "router_worker_running",
+    "router_worker_waiting",
+    "router_worker_kv_usage",
+    "router_worker_prefix_queries_total",
+    "router_worker_prefix_hits_total",
 )
 _WORKER_ID_SERIES = (
     "worker_active_decode_blocks",
@@ -85,7 +91,18 @@ class Gauges:
             metrics.gauge("worker_active_prefill_tokens", **labels).set(load.prefill_tokens)
             metrics.gauge("component_router_worker_registered", worker_id=worker, worker_type=role).set(1)
             capacity = max(capacity, load.capacity)
+            if load.last is not None:
+                self._told(load.last)
         metrics.gauge("model_total_kv_blocks", model=self.spec.model.name).set(capacity)
+
+    def _told(self, report: LoadReport) -> None:
+        """What an engine said of itself last."""
+        metrics, labels = self.metrics, {"worker": report.worker, "rank": str(report.rank)}
+        metrics.gauge("router_worker_running", **labels).set(report.running)
+        metrics.gauge("router_worker_waiting", **labels).set(report.waiting)
+        metrics.gauge("router_worker_kv_usage", **labels).set(report.kv_usage)
+        metrics.counter("router_worker_prefix_queries_total", **labels).set(report.prefix_queries)
+        metrics.counter("router_worker_prefix_hits_total", **labels).set(report.prefix_hits)
 
     def _circuits(self) -> None:
         for worker, state in self.circuits.states(time.monotonic()).items():

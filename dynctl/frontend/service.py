@@ -73,7 +73,13 @@ class Frontend:
         peers, subscriber = self.core.router.peers, self._links.subscriber
         self._talk = PeerTalk(keys, spec, incarnation, peers, subscriber) if several else None
         self._registry = ControlClient(keys, spec.registry)
-        self._watcher = Watcher(keys, self._registry, spec.membership, on_change=self._members_changed)
+        self._watcher = Watcher(
+            keys,
+            self._registry,
+            spec.membership,
+            on_change=self._members_changed,
+            on_wanted=self.core.wanted_changed,
+        )
         self._serve_adapters()
         self._ending = ending
         self._registrar: Registrar | None = None

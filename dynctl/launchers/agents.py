@@ -24,10 +24,12 @@ from dynctl.protocol.agent import (
     LogReply,
     LookCall,
     LookReply,
+    NodeExec,
     Proc,
     SignalCall,
     StartCall,
 )
+from dynctl.protocol.day2 import ExecReply
 from dynctl.transport.control import ControlClient
 from dynctl.transport.keys import Keys
 
@@ -139,6 +141,19 @@ class AgentFleet:
             logger.warning("node.silent seat=%s node=%s error=%s", seated.seat, seated.node, error)
             return True
         return answer.found
+
+    async def exec(self, launch: Launch, timeout_s: float) -> ExecReply:
+        """As `Fleet`."""
+        command = launch.command
+        call = NodeExec(
+            seat=launch.process_id,
+            argv=list(command.argv),
+            env=dict(command.env),
+            cwd=command.cwd or "",
+            timeout_s=timeout_s,
+        )
+        deadline_s = timeout_s + CALL_DEADLINE_S
+        return await self._node(launch.node).client.call("agent.exec", call, ExecReply, deadline_s)
 
     async def dismiss(self) -> None:
         """As `Fleet`: the agents leave too."""

@@ -14,7 +14,9 @@ from typing import Protocol
 
 from dynctl import procfs
 from dynctl.launchers.base import Launch, Launcher, Owned, ProcessHandle, RunRef
+from dynctl.launchers.execute import execute
 from dynctl.launchers.last_lines import tail, telling_lines
+from dynctl.protocol.day2 import ExecReply
 from dynctl.protocol.exits import LastWords, read_last_words
 
 _SEARCHED_LINES = 200
@@ -83,6 +85,13 @@ class Fleet(Protocol):
         """Whether this very process lives. True when its node cannot be asked: nothing is started twice."""
         ...
 
+    async def exec(self, launch: Launch, timeout_s: float) -> ExecReply:
+        """Run a command on `launch.node` to its end, as if it were started in that seat; what it said.
+
+        Raises LaunchError when it cannot be started, or does not end in time.
+        """
+        ...
+
     async def dismiss(self) -> None:
         """The run has ended: nothing is needed on the nodes any more. Called before `close`, if at all."""
         ...
@@ -143,6 +152,10 @@ class LocalFleet:
             and one.incarnation == seated.incarnation
             for one in self._launcher.owned(self._run.run_id)
         )
+
+    async def exec(self, launch: Launch, timeout_s: float) -> ExecReply:
+        """As `Fleet`."""
+        return await execute(launch, self._run.run_id, timeout_s)
 
     async def dismiss(self) -> None:
         """Nothing was needed."""

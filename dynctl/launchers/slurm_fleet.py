@@ -25,6 +25,7 @@ from dynctl.launchers.fleet import Ended, LocalFleet, NodeNews, Seated
 from dynctl.launchers.last_lines import tail, telling_lines
 from dynctl.launchers.local import LocalLauncher
 from dynctl.launchers.slurm_client import SlurmClient, StepRow
+from dynctl.protocol.day2 import ExecReply
 
 logger = logging.getLogger(__name__)
 
@@ -117,12 +118,20 @@ class SlurmFleet:
 
     async def start(self, launch: Launch) -> ProcessHandle:
         """As `Fleet`; the handle is that of `srun`, on the controller's node."""
+        return await self._here.start(self._step(launch))
+
+    async def exec(self, launch: Launch, timeout_s: float) -> ExecReply:
+        """As `Fleet`: a step beside the seat's."""
+        return await self._here.exec(self._step(launch), timeout_s)
+
+    def _step(self, launch: Launch) -> Launch:
+        """The start of its `srun` here."""
         argv = step_argv(self._site, launch, self._run)
         group = self._site.groups.get(launch.node)
         marks = {ENV_STEP: "1"} | ({} if group is None else {ENV_GROUP: str(group)})
         command = Command(argv, {**launch.command.env, **marks}, str(self._run.run_dir), launch.command.files)
         batch = frozenset(name for name in os.environ if name.startswith(_OF_THE_BATCH))
-        return await self._here.start(replace(launch, command=command, withheld=launch.withheld | batch))
+        return replace(launch, command=command, withheld=launch.withheld | batch)
 
     def ended(self, seats: Sequence[Seated]) -> list[Ended]:
         """As `Fleet`: those whose `srun` has ended."""

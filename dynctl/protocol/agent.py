@@ -86,6 +86,16 @@ class ClearReply(msgspec.Struct, frozen=True, kw_only=True):
     left: list[int]
 
 
+class NodeExec(msgspec.Struct, frozen=True, kw_only=True):
+    """Run a command to its end, with this added to the environment. Answer: `protocol.day2.ExecReply`."""
+
+    seat: str
+    argv: list[str]
+    env: dict[str, str]
+    cwd: str = ""
+    timeout_s: float = 5.0
+
+
 class LogCall(msgspec.Struct, frozen=True, kw_only=True):
     """What has been written to the logs of this node since these places (source → bytes). Answer: `LogReply`.
 

@@ -12,9 +12,21 @@ failed = it could not start, or was ended for that.
 """
 
 SeatState = Literal[
-    "waiting", "starting", "ready", "draining", "silent", "lost", "backoff", "stopping", "stopped", "failed"
+    "waiting",
+    "starting",
+    "ready",
+    "draining",
+    "silent",
+    "lost",
+    "backoff",
+    "stopping",
+    "stopped",
+    "drained",
+    "failed",
 ]
-"""Of one process. `lost`: alive, but its lease ran out; `failed`: given up, it would fail the same again."""
+"""Of one process. `lost`: alive, but its lease ran out; `failed`: given up, it would fail the same again;
+`drained`: ended on demand, and kept so.
+"""
 
 
 class ProcessView(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,10 +51,15 @@ class ProcessView(msgspec.Struct, frozen=True, kw_only=True):
     started_at: float = 0.0
     last_exit: str = ""
     last_error: list[str] = []
+    gpus: list[int] = []
+    surge: bool = False
 
 
 class DeploymentView(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole. `reason` says why it is not ready, `controller_pid` 0 that no controller is alive."""
+    """The whole. `reason` says why it is not ready, `controller_pid` 0 that no controller is alive.
+
+    `changing` says what is being replaced, added or removed; `locked` why nobody may change it.
+    """
 
     name: str
     run_id: str
@@ -53,6 +70,8 @@ class DeploymentView(msgspec.Struct, frozen=True, kw_only=True):
     controller_pid: int
     wanted: dict[str, int]
     processes: list[ProcessView]
+    changing: str = ""
+    locked: str = ""
 
 
 class DownCall(msgspec.Struct, frozen=True, kw_only=True):

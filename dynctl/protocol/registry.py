@@ -62,6 +62,8 @@ class GetMembers(msgspec.Struct, frozen=True, kw_only=True, tag="members"):
 class Membership(msgspec.Struct, frozen=True, kw_only=True):
     """All members as of change `seq` of the registry that started as `epoch`.
 
+    `wanted` is the replicas there should be by role; empty = it does not say.
+
     `complete` is false while a restarted registry still waits for the living to renew: a reader then adds
     what it is told but drops nothing.
     """
@@ -70,6 +72,7 @@ class Membership(msgspec.Struct, frozen=True, kw_only=True):
     seq: int
     complete: bool
     members: list[Member]
+    wanted: dict[str, int] = {}
 
 
 class MembershipChange(msgspec.Struct, frozen=True, kw_only=True):

@@ -57,7 +57,7 @@ class RankLoad:
     counted once, those shared with a peer's twice. `on_change` is called when the own part has changed,
     `on_freed` when there may be less to do, `on_computed` at the end of a request whose prompt was computed,
     with its hashes and when it was added. `capacity` in blocks, and `batch_tokens` that a step computes: 0 =
-    not known. `reported_waiting`: requests that wait in the engine, -1 = it has not said.
+    not known. `reported_waiting`: those that wait in the engine, -1 = it has not said. `last`: all it said.
     """
 
     __slots__ = (
@@ -68,6 +68,7 @@ class RankLoad:
         "batch_tokens",
         "blocks",
         "capacity",
+        "last",
         "on_change",
         "on_computed",
         "on_freed",
@@ -93,6 +94,7 @@ class RankLoad:
         self.on_computed: Callable[[Sequence[int], float], None] | None = None
         self.capacity = self.batch_tokens = 0
         self.reported_waiting = -1
+        self.last: LoadReport | None = None
         self.peers = NOTHING
         self.prefill_tokens = 0
         self.requests = self.own_requests = self.others_requests = 0
@@ -143,7 +145,7 @@ class RankLoad:
         self._before = now
         self._peak = _Peak()
         self._note_peak()
-        self.capacity, self.reported_waiting = report.kv_blocks, report.waiting
+        self.capacity, self.reported_waiting, self.last = report.kv_blocks, report.waiting, report
         self._freed()
 
     def retire(self) -> None:

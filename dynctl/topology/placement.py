@@ -35,12 +35,17 @@ Placement = Mapping[tuple[str, int], tuple[Rank, ...]]
 """(role, index) → the replica's parts, the head first."""
 
 
-def place(needs: Sequence[Need], inventory: Inventory) -> Placement:
-    """A place for every replica. Raises PlacementError that names need and have, in total and per node."""
+def place(needs: Sequence[Need], inventory: Inventory, kept: Placement | None = None) -> Placement:
+    """A place for every replica: the one it has by `kept`, else a free one.
+
+    Raises PlacementError that names need and have, in total and per node.
+    """
     _require_known(needs, inventory)
-    free = {host.name: list(range(host.gpus)) for host in inventory.hosts}
-    placed: dict[tuple[str, int], tuple[Rank, ...]] = {}
+    placed = _stay(needs, kept or {})
+    used = {(rank.node, gpu) for ranks in placed.values() for rank in ranks for gpu in rank.gpus}
+    free = {h.name: [gpu for gpu in range(h.gpus) if (h.name, gpu) not in used] for h in inventory.hosts}
     wanted = [(need, index) for need in needs if need.gpus for index in range(need.replicas)]
+    wanted = [(need, index) for need, index in wanted if (need.role, index) not in placed]
     for need, index in sorted(wanted, key=lambda item: _order(item[0], inventory)):
         ranks = _one_node(need, inventory, free) or _many_nodes(need, inventory, free)
         if not ranks:
@@ -52,9 +57,15 @@ def place(needs: Sequence[Need], inventory: Inventory) -> Placement:
         for index in range(need.replicas if not need.gpus else 0):
             turn = turns.get(need.hosts, 0)
             host = hosts[turn % len(hosts)]
-            placed[need.role, index] = (Rank(host.name, host.address),)
+            placed.setdefault((need.role, index), (Rank(host.name, host.address),))
             turns[need.hosts] = turn + 1
     return placed
+
+
+def _stay(needs: Sequence[Need], kept: Placement) -> dict[tuple[str, int], tuple[Rank, ...]]:
+    """Those of `kept` that are wanted still."""
+    wanted = [(need.role, index) for need in needs for index in range(need.replicas)]
+    return {replica: kept[replica] for replica in wanted if replica in kept}
 
 
 def _require_known(needs: Sequence[Need], inventory: Inventory) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from zlib import crc32
 
 from dynctl.errors import PlacementError
@@ -22,22 +22,30 @@ class PortAllocator:
 
     The same questions get the same answers. Deployments that do not know of each other (two users of one
     machine) should start at different places: an engine may bind its port a minute after it was found free.
+    `kept`: what owners ("decode-0:events") have already and are given again, taken as it looks.
     """
 
-    def __init__(self, taken: Iterable[tuple[str, int]] = (), first: int = FIRST_PORT) -> None:
+    def __init__(
+        self,
+        taken: Iterable[tuple[str, int]] = (),
+        first: int = FIRST_PORT,
+        kept: Mapping[str, int] | None = None,
+    ) -> None:
         self._first = first
+        self._kept = kept or {}
         self._taken = set(taken)
         self._given: set[tuple[str, int]] = set()
         self._passed: dict[tuple[tuple[str, ...], int, int], int] = {}
         """Where the last search with these arguments ended: ports are never given back."""
 
-    def allocate(self, nodes: Iterable[str], count: int = 1) -> int:
+    def allocate(self, nodes: Iterable[str], count: int = 1, owner: str = "") -> int:
         """The first of `count` consecutive ports free on all of `nodes`, taken from now on.
 
         Raises PlacementError when there is no such block.
         """
         wanted = tuple(nodes)
-        found = self._find(wanted, count, self._first) or self._find(wanted, count, FIRST_PORT)
+        found = self._kept.get(owner, 0)
+        found = found or self._find(wanted, count, self._first) or self._find(wanted, count, FIRST_PORT)
         if not found:
             raise PlacementError(
                 f"no {count} consecutive ports are free on {', '.join(wanted)}",
@@ -59,9 +67,9 @@ class PortAllocator:
         self._passed[search] = at
         return at if at + count - 1 <= LAST_PORT else 0
 
-    def take(self, node: str, port: int) -> bool:
-        """Take one port; False when it was taken already."""
-        if (node, port) in self._taken:
+    def take(self, node: str, port: int, owner: str = "") -> bool:
+        """Take one port; False when another has it already."""
+        if (node, port) in self._taken and self._kept.get(owner) != port:
             return False
         self._give([(node, port)])
         return True

@@ -175,10 +175,10 @@ def test_a_controller_told_to_end_leaves_the_rest_running(served: Deployment) ->
 
 
 def test_a_name_and_a_port_are_given_once(served: Deployment, tmp_path: Path) -> None:
-    second = served.cli.run("up", str(QUICKSTART), "-d", "--json", *FREE_PORT)
-    assert second.returncode == 2
-    assert "is running already" in error_of(second)["message"]
-    assert f"dynctl down {served.name}" in error_of(second)["message"]
+    pids = {r["id"]: r["pid"] for r in served.ps()}
+    again = served.cli.json("up", str(QUICKSTART), "-d", *FREE_PORT)
+    assert (again["url"], again["changed"]) == (served.url, [])
+    assert {r["id"]: r["pid"] for r in served.ps()} == pids
 
     port = served.url.rpartition(":")[2]
     other = tmp_path / "other.yaml"
@@ -346,6 +346,7 @@ def test_a_home_that_cannot_be_used_is_one_message(tmp_path: Path) -> None:
         ("engine.python=/nonexistent/python", 3, "/nonexistent/python"),
         ("model.path=/nonexistent", 3, "model directory missing: /nonexistent"),
         ("frontend.host=192.0.2.1", 3, "an address of this machine"),
+        ("target=ssh", 3, "target ssh needs hosts"),
         ("rolls=1", 3, "did you mean 'roles'"),
     ],
 )

@@ -68,7 +68,7 @@ def checked(tmp_path: Path, sets: Sequence[str] = ()) -> Checked:
 def written(made: Checked, where: Site) -> tuple[RunDir, Plan]:
     context = RunContext("d-1", str(where.home.runs / "d-1"), sys.executable)
     plan = build_plan(made.loaded, made.inventory, (), context)
-    return write_run(plan, lock_text(made.loaded, "0"), where.home), plan
+    return write_run(plan, lock_text(made.loaded, "0"), made.inventory, where.home), plan
 
 
 def test_only_what_can_run_here_is_accepted(tmp_path: Path) -> None:

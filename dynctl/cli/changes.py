@@ -1,0 +1,124 @@
+"""What verbs that change a running deployment share: their options, who asks, and seeing it through."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from dynctl.cli import options
+from dynctl.cli.exits import INTERRUPTED
+from dynctl.cli.pick import ask, pick, state
+from dynctl.cli.render import json_data, program, prose
+from dynctl.deploy.home import RunDir
+from dynctl.deploy.status import ready_counts
+from dynctl.errors import NotReady, PeerLost, ProcessExited, UsageError
+from dynctl.protocol.deployment import DeploymentView
+
+POLL_S = 0.2
+SILENT_S = 15.0
+ANSWER_S = 10.0
+
+Force = Annotated[bool, typer.Option("--force", help="Also when the deployment is locked.")]
+Timeout = Annotated[
+    float,
+    typer.Option(
+        "--timeout",
+        metavar="TIME",
+        parser=options.duration,
+        help="Stop waiting then, exit 6; what was begun goes on.",
+        show_default="30m",
+    ),
+]
+NoWait = Annotated[bool, typer.Option("--no-wait", help="Return when it has begun.")]
+
+
+def running(name: str | None) -> RunDir:
+    """The run a change is for. Raises UsageError when no controller looks after it."""
+    run = pick(name)
+    seen, _ = ask(run)
+    if not seen.controller_pid:
+        raise UsageError(
+            f"'{seen.name}' has no controller to change it",
+            where=str(run.path),
+            hint=f"{program()} up {run.lock} starts a new one",
+        )
+    return run
+
+
+def see_through(run: RunDir, timeout_s: float, *, as_json: bool, no_wait: bool = False) -> int:
+    """Tell what goes on until all is as it is to be; the exit code.
+
+    Raises NotReady at the deadline, ProcessExited when something new does not live, PeerLost without a
+    controller.
+    """
+    began = time.monotonic()
+    name = state(run).name
+    told = ""
+
+    def show(seen: DeploymentView) -> None:
+        nonlocal told
+        line = f"{seen.name}: ready {ready_counts(seen)}: {seen.changing}"
+        if seen.changing and line != told:
+            prose(line)
+        told = line
+
+    try:
+        seen = ask(run)[0] if no_wait else until_settled(run, timeout_s, show)
+    except KeyboardInterrupt:
+        prose(f"\nleft; it goes on: {program()} wait {name} --for settled")
+        return INTERRUPTED
+    seconds = round(time.monotonic() - began, 1)
+    if as_json:
+        json_data(
+            {"name": name, "phase": seen.phase, "ready": ready_counts(seen), "changing": seen.changing}
+            | {"seconds": seconds}
+        )
+    else:
+        prose(f"{name}: {'begun' if no_wait else 'done'}, ready {ready_counts(seen)}", style="good")
+    return 0
+
+
+def until_settled(
+    run: RunDir, timeout_s: float, show: Callable[[DeploymentView], None] = lambda seen: None
+) -> DeploymentView:
+    """The deployment once nothing of it is being replaced, added or removed. Raises as `see_through`."""
+    ends = time.monotonic() + timeout_s
+    heard = time.monotonic()
+    while True:
+        seen, silent = ask(run)
+        if seen.controller_pid and not silent:
+            heard = time.monotonic()
+            show(seen)
+            if not seen.changing:
+                return seen
+            raise_failed(seen, run)
+        elif time.monotonic() - heard > SILENT_S:
+            raise PeerLost(f"the controller of '{seen.name}' is gone", where=str(run.path), hint=silent)
+        if time.monotonic() > ends:
+            raise NotReady(f"'{seen.name}' is not done: {seen.changing}", where=str(run.path))
+        time.sleep(POLL_S)
+
+
+def raise_failed(seen: DeploymentView, run: RunDir) -> None:
+    """Raise ProcessExited when a process that was to be new has been given up."""
+    for row in seen.processes:
+        if row.state == "failed" and f"{row.id} is failed" in seen.changing:
+            lines = "".join(f"\n  {line}" for line in row.last_error)
+            raise ProcessExited(
+                f"{row.id} gave up: {row.last_exit}{lines}",
+                where=str(run.path),
+                hint=f"the others serve on as before; {program()} rollback {seen.name} goes back",
+            )
+
+
+def confirmed(question: str, *, yes: bool) -> bool:
+    """Ask a person, unless told not to. Raises UsageError where there is nobody to ask."""
+    if yes:
+        return True
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise UsageError("not done: there is nobody to ask", hint="--yes does it")
+    return typer.confirm(question, default=True, err=True)

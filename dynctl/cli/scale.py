@@ -1,0 +1,71 @@
+"""`dynctl scale`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from dynctl.cli import options
+from dynctl.cli.changes import Force, NoWait, Timeout, running, see_through
+from dynctl.cli.render import json_data, prose
+from dynctl.cli.up import site
+from dynctl.deploy.amend import amend, apply, with_replicas
+from dynctl.deploy.audit import actor
+from dynctl.deploy.replan import compare
+from dynctl.errors import UsageError
+from dynctl.launchers.local import LocalLauncher
+
+_WORD = re.compile(r"([a-z]+)=(\d+)")
+
+Roles = Annotated[
+    list[str],
+    typer.Argument(metavar="ROLE=N...", help="How many replicas of which roles.", show_default=False),
+]
+
+
+def scale(
+    roles: Roles,
+    name: options.NameOption = None,
+    timeout: Timeout = 1800.0,
+    no_wait: NoWait = False,
+    force: Force = False,
+    as_json: options.Json = False,
+) -> int:
+    """Add or remove replicas while it serves.
+
+    What is there stays where it is; new replicas get GPUs that are free on the deployment's hosts. The
+    highest numbers are removed: they leave routing, end their requests (what is left at drain_timeout goes
+    on elsewhere), then stop. Exit 4 when it does not fit.
+
+    dynctl scale prefill=3 decode=2; dynctl scale aggregated=4 --name chat
+    """
+    wanted = counts(roles)
+    run = running(name)
+    here = site(LocalLauncher())
+    amended = amend(run, with_replicas(run, wanted), here)
+    found = compare(amended.old, amended.new)
+    if not (found.added or found.removed):
+        if as_json:
+            json_data({"name": amended.old.name, "added": [], "removed": []})
+        else:
+            prose(f"{amended.old.name}: nothing to do")
+        return 0
+    for sign, seats in (("+", found.added), ("-", found.removed)):
+        for seat in seats:
+            prose(f"{sign} {seat}")
+    apply(amended, here, actor("scale", roles, force=force), ())
+    return see_through(run, timeout, as_json=as_json, no_wait=no_wait)
+
+
+def counts(words: Sequence[str]) -> dict[str, int]:
+    """Replicas by role. Raises UsageError."""
+    found = {}
+    for word in words:
+        match = _WORD.fullmatch(word)
+        if match is None:
+            raise UsageError(f"'{word}' is not ROLE=N", hint="such as decode=3")
+        found[match[1]] = int(match[2])
+    return found

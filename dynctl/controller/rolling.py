@@ -1,0 +1,216 @@
+"""Which process is to be ended, started or forgotten next, so that a deployment becomes what its plan says
+while it serves. Pure: only the state is looked at, so it can be gone on with from wherever it stopped.
+
+What is added starts at once. What leaves or is drained is asked to end: the worker leaves routing, its
+requests end, what is left of them goes on elsewhere. What is to be replaced is so one replica at a time, a
+well one only while all others of its role are ready; where there was room for one more, that stands in for
+it and leaves last. Frontends share a port: first those leave that are to, then they are replaced, then more
+are started.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from dynctl.deploy.state import RunState, SeatRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Halt:
+    """Ask the process of a seat to end; a seat without one is to stay so."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Start the next incarnation of a seat."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A seat that stood in for others is to leave."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """A seat that has left is to be forgotten."""
+
+    id: str
+
+
+Move = Halt | Open | Part | Drop
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """All seats of one replica: the head, and those of its further nodes."""
+
+    seats: tuple[SeatRecord, ...]
+
+    @property
+    def role(self) -> str:
+        """The role of all of them."""
+        return self.seats[0].role
+
+    @property
+    def leaving(self) -> bool:
+        """It is to be removed."""
+        return any(seat.asked == "leave" for seat in self.seats)
+
+    @property
+    def held(self) -> bool:
+        """It is drained, or to be."""
+        return not self.leaving and any(seat.asked == "drain" for seat in self.seats)
+
+    @property
+    def stale(self) -> bool:
+        """It is to be replaced."""
+        return not (self.leaving or self.held) and any(map(_stale, self.seats))
+
+    @property
+    def fresh(self) -> bool:
+        """It has never been started."""
+        return all(seat.state == "waiting" for seat in self.seats)
+
+    @property
+    def running(self) -> bool:
+        """Something of it lives, or is being started."""
+        return any(map(_running, self.seats))
+
+    @property
+    def halting(self) -> bool:
+        """It has been asked to end, and not been started again since."""
+        return any(seat.state in ("stopping", "stopped") for seat in self.seats)
+
+    @property
+    def ready(self) -> bool:
+        """It serves."""
+        return all(seat.state == "ready" for seat in self.seats)
+
+    @property
+    def surge(self) -> bool:
+        """It stands in for others."""
+        return self.seats[0].surge
+
+    @property
+    def spots(self) -> set[tuple[str, int]]:
+        """The GPUs it has."""
+        return {(seat.node, gpu) for seat in self.seats for gpu in seat.gpus}
+
+
+def moves(state: RunState, frozen: Collection[str] = ()) -> list[Move]:
+    """What to do now. `frozen` are nodes that cannot be reached: what is there is left alone."""
+    units = units_of(state)
+    able = [unit for unit in units if not any(seat.node in frozen for seat in unit.seats)]
+    made: list[Move] = []
+    for unit in able:
+        if unit.leaving:
+            made += _halt(unit) if unit.running else [Drop(seat.id) for seat in unit.seats]
+        elif unit.held:
+            made += _halt(unit)
+        elif unit.surge and _stood_in(unit, units):
+            made += [Part(seat.id) for seat in unit.seats]
+        elif _may_open(unit, units):
+            made += [Open(seat.id) for seat in unit.seats]
+        elif unit.stale and unit.halting:
+            made += _halt(unit)
+    return made or _next_halt(able, units)
+
+
+def units_of(state: RunState) -> list[Unit]:
+    """The replicas, workers before frontends."""
+    found: dict[tuple[bool, str, int], list[SeatRecord]] = {}
+    for seat in state.seats:
+        found.setdefault((seat.kind == "frontend", seat.role, seat.index), []).append(seat)
+    ordered = sorted(found.items(), key=lambda item: item[0][0])
+    return [Unit(tuple(sorted(seats, key=lambda s: s.follower))) for _, seats in ordered]
+
+
+def changing(state: RunState) -> str:
+    """What is not as it is to be yet, for people; "" when all is done."""
+    said = []
+    for unit in units_of(state):
+        head = unit.seats[0]
+        if unit.leaving:
+            said.append(f"{head.id} leaves")
+        elif unit.held:
+            if any(seat.state != "drained" for seat in unit.seats):
+                said.append(f"{head.id} drains")
+        elif unit.surge:
+            said.append(f"{head.id} stands in")
+        elif unit.stale:
+            said.append(f"{head.id} is to be replaced")
+        elif unit.fresh or any(seat.rolled and seat.state != "ready" for seat in unit.seats):
+            said.append(f"{head.id} is {head.state}")
+    return ", ".join(said)
+
+
+def _stale(seat: SeatRecord) -> bool:
+    return seat.asked == "restart" or bool(seat.built and seat.built != seat.digest)
+
+
+def _running(seat: SeatRecord) -> bool:
+    return bool(seat.pid) or seat.state == "starting"
+
+
+def _ailing(seat: SeatRecord) -> bool:
+    """It does not serve, and not only because its controller is new."""
+    return seat.state in ("silent", "backoff", "failed") or (seat.state == "starting" and not seat.was_ready)
+
+
+def _halt(unit: Unit) -> list[Move]:
+    """The head first; what else there is of the replica once that has ended."""
+    heads = [seat for seat in unit.seats if not seat.follower]
+    wave = heads if any(map(_running, heads)) else unit.seats
+    return [Halt(seat.id) for seat in wave if _to_halt(seat)]
+
+
+def _to_halt(seat: SeatRecord) -> bool:
+    if _running(seat):
+        return bool(seat.pid) and seat.state != "stopping"
+    return seat.state not in (("drained",) if seat.asked == "drain" else ("stopped", "drained"))
+
+
+def _stood_in(surge: Unit, units: Sequence[Unit]) -> bool:
+    """Whether a stand-in is needed no more, or is none."""
+    if any(seat.state == "failed" for seat in surge.seats):
+        return True
+    others = [u for u in units if u.role == surge.role and not (u.surge or u.leaving or u.held)]
+    return all(unit.ready and not unit.stale for unit in others)
+
+
+def _may_open(unit: Unit, units: Sequence[Unit]) -> bool:
+    """Whether a replica that is new, or has ended to be replaced, can start now."""
+    if unit.running or not (unit.fresh or unit.stale):
+        return False
+    others = [other for other in units if other is not unit]
+    if any(other.running and other.spots & unit.spots for other in others):
+        return False
+    if unit.role != "frontend" or not unit.fresh:
+        return True
+    return not any(other.role == "frontend" and (other.leaving or other.stale) for other in others)
+
+
+def _next_halt(able: Sequence[Unit], units: Sequence[Unit]) -> list[Move]:
+    """The one replica to be ended next in order to be replaced."""
+    stale = [unit for unit in able if unit.stale and unit.running and not unit.halting]
+    ailing = [unit for unit in stale if any(map(_ailing, unit.seats))]
+    if ailing:
+        # It serves nobody: nothing is lost by ending it now.
+        return _halt(ailing[0])
+    if any(unit.stale and unit.halting for unit in units):
+        return []
+    staying = [unit for unit in units if not (unit.leaving or unit.held or unit.fresh)]
+    if any(seat.state == "starting" for unit in staying for seat in unit.seats):
+        return []
+    settled = [unit for unit in staying if not unit.stale]
+    for unit in stale:
+        if all(other.ready for other in settled if other.role == unit.role):
+            return _halt(unit)
+    return []

@@ -1,0 +1,133 @@
+"""What a change to a deployment that runs is made from: its recipe, plan and hosts, ports in use here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from dynctl.deploy.ask import ask_controller
+from dynctl.deploy.home import RunDir
+from dynctl.deploy.plan import Plan
+from dynctl.deploy.ports import listening
+from dynctl.deploy.replan import plan_digest, replan, with_stand_ins
+from dynctl.deploy.run import INVENTORY, Site, reserved_ports
+from dynctl.errors import CodecError, LaunchError, UsageError
+from dynctl.protocol.day2 import Actor, ApplyCall, Done
+from dynctl.recipe.check import check_recipe
+from dynctl.recipe.load import LoadedRecipe, load_recipe
+from dynctl.recipe.lock import lock_text
+from dynctl.topology.inventory import Host, Inventory
+
+ANSWER_S = 10.0
+FORMER = "recipe.lock.*.yaml"
+
+
+@dataclass(frozen=True, slots=True)
+class Amended:
+    """A deployment that runs, and what it is to become."""
+
+    run: RunDir
+    old: Plan
+    new: Plan
+    loaded: LoadedRecipe
+    lock: str
+
+
+def read_plan(run: RunDir) -> Plan:
+    """The plan of a run. Raises LaunchError, CodecError."""
+    try:
+        return Plan.from_json(run.plan.read_bytes())
+    except OSError as error:
+        raise LaunchError(f"it cannot be read: {error.strerror}", where=str(run.plan)) from error
+
+
+def with_replicas(run: RunDir, roles: dict[str, int]) -> LoadedRecipe:
+    """The run's recipe with other numbers of replicas. Raises RecipeError, and UsageError for a role that is
+    not there or is needed.
+    """
+    there = read_plan(run).roles
+    for role, count in roles.items():
+        if role == "frontend":
+            raise UsageError(
+                "frontends are not scaled while they serve",
+                hint="change frontend.replicas in the recipe, then dynctl up RECIPE",
+            )
+        if role not in there:
+            raise UsageError(f"no role '{role}'", hint=f"there are: {', '.join(there)}")
+        if count < 1:
+            raise UsageError(f"{role}={count}: the model cannot be served without {role}")
+    sets = [f"roles.{role}.replicas={count}" for role, count in roles.items()]
+    loaded = load_recipe(run.lock, sets, environ={})
+    check_recipe(loaded)
+    return loaded
+
+
+def former_recipe(run: RunDir) -> LoadedRecipe:
+    """The recipe before this one. Raises UsageError when there is none."""
+    found = sorted(run.path.glob(FORMER), key=lambda path: int(path.name.split(".")[2]))
+    if not found:
+        raise UsageError(
+            "there is no former recipe", where=str(run.path), hint="nothing has been changed yet"
+        )
+    return load_recipe(found[-1], environ={})
+
+
+def amend(run: RunDir, loaded: LoadedRecipe, site: Site, inventory: Inventory | None = None) -> Amended:
+    """What the run becomes with this recipe. Raises PlacementError, PortInUse, RecipeError."""
+    old = read_plan(run)
+    new = replan(loaded, inventory or hosts_of(run, old), old, _taken(old, site))
+    return Amended(run, old, new, loaded, lock_text(loaded, site.version))
+
+
+def apply(
+    amended: Amended, site: Site, who: Actor, roles: Sequence[str], restart: Sequence[str] = ()
+) -> Done:
+    """Have the controller do it, with one more replica of each of `roles` meanwhile where there is room.
+
+    Raises TransportError, and what the controller refuses it with.
+    """
+    run, old = amended.run, amended.old
+    plan = with_stand_ins(amended.loaded, hosts_of(run, old), amended.new, _taken(old, site), roles)
+    call = ApplyCall(
+        actor=who, base=plan_digest(old), plan=plan.to_json(), lock=amended.lock, restart=list(restart)
+    )
+    return ask_controller(run, old.registry, "controller.apply", call, Done, deadline_s=ANSWER_S)
+
+
+def current_recipe(run: RunDir) -> LoadedRecipe:
+    """The recipe as it is in force. Raises RecipeError when something it names is no longer there."""
+    return load_recipe(run.lock, environ={})
+
+
+def hosts_of(run: RunDir, plan: Plan) -> Inventory:
+    """The hosts the run was planned on; those in use, with their GPUs in use, where it did not keep them."""
+    try:
+        return msgspec.json.decode(Path(run.path / INVENTORY).read_bytes(), type=Inventory)
+    except FileNotFoundError:
+        hosts = (Host(n.name, n.address, max(n.gpus, default=-1) + 1) for n in plan.nodes)
+        return Inventory(tuple(hosts), "the plan")
+    except OSError as error:
+        raise LaunchError(f"it cannot be read: {error.strerror}", where=str(run.path / INVENTORY)) from error
+    except msgspec.MsgspecError as error:
+        raise CodecError(f"not an inventory: {error}", where=str(run.path / INVENTORY)) from error
+
+
+def same_recipe_as_now(amended: Amended) -> bool:
+    """Whether nothing but comments differs between the recipe in force and the one to be."""
+    try:
+        now = amended.run.lock.read_text()
+    except OSError:
+        return False
+
+    def body(text: str) -> list[str]:
+        return [line for line in text.splitlines() if not line.startswith("#")]
+
+    return body(now) == body(amended.lock)
+
+
+def _taken(plan: Plan, site: Site) -> set[tuple[str, int]]:
+    head = plan.process("controller").node
+    return {(head, port) for port in (*listening(), *reserved_ports(site))}

@@ -1,0 +1,180 @@
+"""The plan of a deployment that runs, made anew: what stays keeps its place and its ports. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from dynctl.deploy.digest import digest_of, reasons
+from dynctl.deploy.plan import Kept, Plan, PlannedProcess, build_plan
+from dynctl.deploy.run import SEAT_KINDS
+from dynctl.deploy.seats import NodeContext, RunContext
+from dynctl.engines.base import Rank
+from dynctl.errors import PlacementError, RecipeError
+from dynctl.recipe.check import parallel_of
+from dynctl.recipe.load import LoadedRecipe
+from dynctl.topology.inventory import Inventory
+from dynctl.topology.ports import first_port_of
+
+Taken = Iterable[tuple[str, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Seats of the new plan that the old has not, those it has no more, and why those in both differ."""
+
+    added: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    changed: Mapping[str, tuple[str, ...]] | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.added or self.removed or self.changed)
+
+
+def plan_digest(plan: Plan) -> str:
+    """A short name for a plan."""
+    return hashlib.sha256(plan.to_json().encode()).hexdigest()[:16]
+
+
+def replan(loaded: LoadedRecipe, inventory: Inventory, old: Plan, taken: Taken) -> Plan:
+    """The plan of `loaded` for the run of `old`. Raises PlacementError, PortInUse, and RecipeError for what
+    cannot be changed while it serves.
+    """
+    recipe = loaded.recipe
+    fixed = {
+        "name": (old.name, recipe.name),
+        "target": (old.target, recipe.target),
+        "backend": (old.backend, recipe.backend),
+        "model.served_name": (old.model, recipe.model.name),
+        "roles": (sorted(old.roles), sorted(recipe.roles.present())),
+    }
+    for field, (was, now) in fixed.items():
+        if was != now:
+            raise _unrollable(f"{field} changes from {_words(was)} to {_words(now)}", loaded.where(field))
+    plan = build_plan(loaded, _used(inventory, old), _taken(old, taken), context_of(old), kept_of(old))
+    _require_places(old, plan, loaded)
+    return plan
+
+
+def with_stand_ins(
+    loaded: LoadedRecipe, inventory: Inventory, plan: Plan, taken: Taken, roles: Sequence[str]
+) -> Plan:
+    """`plan` with one replica more of each of these roles, as far as there is room."""
+    listed, processes, sections = list(taken), plan.processes, loaded.recipe.roles
+    for role in roles:
+        section = sections.present().get(role)  # type: ignore[call-overload]
+        if section is None or section.urls:
+            continue
+        more = section.model_copy(update={"replicas": section.replicas + 1})
+        wider = sections.model_copy(update={role: more})
+        base = replace(plan, processes=processes)
+        try:
+            grown = build_plan(
+                replace(loaded, recipe=loaded.recipe.model_copy(update={"roles": wider})),
+                _used(inventory, plan),
+                _taken(base, listed),
+                context_of(plan),
+                kept_of(base),
+            )
+        except PlacementError:
+            continue
+        extra = [p for p in grown.processes if p.role == role and p.index == section.replicas]
+        if not {gpu for p in extra for gpu in _gpus(p)} & {gpu for p in processes for gpu in _gpus(p)}:
+            processes, sections = (*processes, *extra), wider
+    return replace(plan, processes=processes)
+
+
+def compare(old: Plan, new: Plan) -> Difference:
+    """What becomes of the seats."""
+    was, now = _seats(old), _seats(new)
+    return Difference(
+        added=tuple(seat for seat in now if seat not in was),
+        removed=tuple(seat for seat in was if seat not in now),
+        changed={
+            seat: tuple(reasons(was[seat], now[seat]))
+            for seat in now
+            if seat in was and digest_of(was[seat]) != digest_of(now[seat])
+        },
+    )
+
+
+def context_of(plan: Plan) -> RunContext:
+    """The run that a plan was made for."""
+    head = plan.process("controller")
+    nodes = {
+        p.node: NodeContext(p.command.cwd or "", p.command.argv[0])
+        for p in plan.processes
+        if p.kind != "engine"
+    }
+    first = first_port_of(plan.run_id)
+    return RunContext(plan.run_id, head.command.cwd or "", head.command.argv[0], first, nodes)
+
+
+def kept_of(plan: Plan) -> Kept:
+    """Where everything is."""
+    addresses = {node.name: node.address for node in plan.nodes}
+    placement: dict[tuple[str, int], tuple[Rank, ...]] = {}
+    for process in plan.processes:
+        if process.kind == "worker":
+            rank = Rank(process.node, addresses[process.node], process.gpus)
+            replica = process.role, process.index
+            placement[replica] = (*placement.get(replica, ()), rank)
+    ports = {f"{p.id}:{name}": port for p in plan.processes for name, port in p.ports.items()}
+    return Kept(placement, ports)
+
+
+def _require_places(old: Plan, new: Plan, loaded: LoadedRecipe) -> None:
+    """What is in both plans is where it was, with as many GPUs as it needs."""
+    was = _seats(old)
+    for seat, process in _seats(new).items():
+        before = was.get(seat)
+        if before is not None and before.node != process.node:
+            message = f"{seat} would move from {before.node} to {process.node}"
+            raise _unrollable(message, loaded.where(f"roles.{process.role}"))
+    sizes: dict[str, int] = {
+        role: parallel_of(section).gpus for role, section in loaded.recipe.roles.present().items()
+    }
+    for process in was.values():
+        wanted = sizes.get(process.role)
+        parts = [p for p in was.values() if (p.role, p.index) == (process.role, process.index)]
+        have = sum(len(p.gpus) for p in parts)
+        if wanted is not None and have and have != wanted:
+            message = f"a replica of {process.role} would have {wanted} GPUs instead of {have}"
+            raise _unrollable(message, loaded.where(f"roles.{process.role}"))
+
+
+def _seats(plan: Plan) -> dict[str, PlannedProcess]:
+    return {p.id: p for p in plan.processes if p.kind in SEAT_KINDS and not _stands_in(p, plan)}
+
+
+def _stands_in(process: PlannedProcess, plan: Plan) -> bool:
+    return process.kind == "worker" and process.index >= plan.roles.get(process.role, 0)
+
+
+def _used(inventory: Inventory, plan: Plan) -> Inventory:
+    """The hosts that the run is on: nothing is set up on others."""
+    names = {node.name for node in plan.nodes}
+    hosts = tuple(host for host in inventory.hosts if host.name in names)
+    return replace(inventory, hosts=hosts or inventory.hosts)
+
+
+def _taken(plan: Plan, taken: Taken) -> set[tuple[str, int]]:
+    """Ports that new processes cannot have: also those of what is about to leave."""
+    own = {(node.name, port) for node in plan.nodes for port in node.ports}
+    own |= {(p.node, port) for p in plan.processes for port in p.ports.values()}
+    return {*taken, *own}
+
+
+def _gpus(process: PlannedProcess) -> list[tuple[str, int]]:
+    return [(process.node, gpu) for gpu in process.gpus]
+
+
+def _unrollable(message: str, where: str) -> RecipeError:
+    return RecipeError(
+        f"{message}: that cannot be changed while it serves", where=where, hint="dynctl down, then up"
+    )
+
+
+def _words(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
