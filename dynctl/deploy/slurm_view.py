@@ -72,7 +72,12 @@ def job_view(state: RunState, run: RunDir, launcher: JobLauncher) -> DeploymentV
     how = ended_text(row, launcher.record.job_id)
     words = read_last_words(run.path, CONTROLLER, max(state.controller.incarnation, 1))
     how += f": {words.message}" if words is not None else ""
-    if state.phase == "failed" or (state.phase == "stopped" and row is not None and row.state == "COMPLETED"):
+    told = state.phase in ENDED and row is None  # Slurm forgets jobs; the state says how it ended
+    if (
+        told
+        or state.phase == "failed"
+        or (state.phase == "stopped" and row is not None and row.state == "COMPLETED")
+    ):
         return seen
     phase = "failed" if not state.ready_once and state.phase not in ENDED else "stopped"
     return msgspec.structs.replace(seen, phase=phase, reason=how)
