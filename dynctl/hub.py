@@ -1,9 +1,17 @@
-"""Where downloaded Hugging Face models lie on this machine."""
+"""Where models lie on this machine: those that come with dynctl, and downloaded Hugging Face ones."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+
+BUILTIN = "builtin:"
+ASSETS = Path(__file__).resolve().parent / "mocker" / "assets"
+
+
+def builtin_dir(path: str) -> str:
+    """A model's path; for "builtin:NAME" the directory that comes with the dynctl that runs here."""
+    return str(ASSETS / path.removeprefix(BUILTIN)) if path.startswith(BUILTIN) else path
 
 
 def snapshot(model_id: str, revision: str, environ: Mapping[str, str]) -> str:

@@ -95,7 +95,9 @@ async def _down(run: RunDir, remote: Remote, hosts: SshHosts, code: int) -> int:
     save_remote(run, msgspec.structs.replace(remote, ended=not failed, left=sorted(failed)))
     if failed:
         raise _left_behind(remote, failed)
-    return code
+    if code:
+        prose(f"{remote.name} is down: what its head could not end was ended from here", style="good")
+    return 0
 
 
 def _left_behind(remote: Remote, failed: dict[str, DynctlError]) -> LaunchError:

@@ -281,7 +281,7 @@ def _replica(
     nodes = [rank.node for rank in ranks]
     owner = f"{role}-{index}/engine"
     ports = {name: allocator.allocate(nodes, count, f"{owner}:{name}") for name, count in needs.items()}
-    launch = engine_launch(site.recipe, role, index, ranks, ports)
+    launch = engine_launch(site, role, index, ranks, ports)
     commands: Sequence[Command | None] = engine.commands(launch) or [None]
     made: list[PlannedProcess] = []
     for number, command in enumerate(commands):

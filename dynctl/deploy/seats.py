@@ -207,9 +207,10 @@ def _kv_fields(source: KvSource | KvPoll | None) -> dict[str, Any]:
 
 
 def engine_launch(
-    recipe: Recipe, role: Role, index: int, ranks: tuple[Rank, ...], ports: Mapping[str, int]
+    site: Site, role: Role, index: int, ranks: tuple[Rank, ...], ports: Mapping[str, int]
 ) -> EngineLaunch:
     """What the engine's command line is made from."""
+    recipe = site.recipe
     section = recipe.roles.present()[role]
     return EngineLaunch(
         model=ModelRef(
@@ -230,6 +231,7 @@ def engine_launch(
             container=recipe.engine.container or "",
             runtime=recipe.engine.runtime,
             mounts=tuple(recipe.engine.mounts),
+            own=site.run.on(ranks[0].node).python if ranks else "",
             mpi=(recipe.slurm or Slurm()).mpi if recipe.target == "slurm" else "",
         ),
         args={**recipe.engine.args, **section.args},

@@ -59,6 +59,7 @@ class EngineEnvironment:
 
     `runtime`: what opens the container: apptainer in the command itself, or pyxis around the whole of it.
     `mounts` are "SRC:DST[:ro]". `mpi`: what starts ranks on several nodes; `srun` with this value for --mpi.
+    `own` is the Python that runs dynctl on its node.
     """
 
     venv: str = ""
@@ -67,6 +68,7 @@ class EngineEnvironment:
     runtime: Literal["apptainer", "pyxis"] = "apptainer"
     mounts: tuple[str, ...] = ()
     mpi: str = ""
+    own: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,10 +42,10 @@ from dynctl.engines.checks import Setting, argument, check_names, check_pair, er
 from dynctl.engines.inquiry import version_of
 from dynctl.engines.requests import one_token
 from dynctl.engines.vllm_disagg import NixlPull
+from dynctl.hub import ASSETS
 from dynctl.protocol.instances import Role
 
 TOPIC = "kv-events"
-BUILTIN = "builtin:"
 DRAIN_S = 5
 """`--shutdown-timeout` unless the recipe gives one: the sidecar has drained before, this is the rest."""
 
@@ -97,7 +97,7 @@ _BLOCKS, _SIZE, _CONTEXT = ("num-gpu-blocks-override",), ("block-size",), ("max-
 
 def assets_dir(name: str = "tiny") -> Path:
     """The model directory that comes with dynctl under that name (tokenizer, chat template, config)."""
-    return Path(__file__).resolve().parent.parent / "mocker" / "assets" / name
+    return ASSETS / name
 
 
 class Mocker:
@@ -131,10 +131,10 @@ class Mocker:
     def commands(self, launch: EngineLaunch) -> tuple[Command, ...]:
         """The one process of a replica."""
         sizes, head, model = launch.parallel, launch.ranks[0], launch.model
-        argv = [*_python(launch.environment), "-m", "dynctl.mocker", "--model", _directory(model.path)]
+        argv = [*_python(launch.environment), "-m", "dynctl.mocker", "--model", model.path]
         argv += ["--served-model-name", model.served_name]
         for flag, value in (("--tokenizer", model.tokenizer), ("--chat-template", model.chat_template)):
-            argv += [flag, _directory(value)] if value else []
+            argv += [flag, value] if value else []
         argv += ["--host", head.address, "--port", str(launch.ports["http"])]
         for flag, size in (
             ("--tensor-parallel-size", sizes.tensor),
@@ -199,19 +199,14 @@ class Mocker:
 
 
 def _python(environment: EngineEnvironment) -> tuple[str, ...]:
-    """The Python that has dynctl: this one, unless the recipe names another."""
+    """The Python that has dynctl: that of its node, unless the recipe names another."""
     if environment.python:
         inner: tuple[str, ...] = (environment.python,)
     elif environment.venv:
         inner = (f"{environment.venv.rstrip('/')}/bin/python",)
     else:
-        inner = ("python3",) if environment.container else (sys.executable,)
+        inner = ("python3",) if environment.container else (environment.own or sys.executable,)
     return (*container(environment), *inner)
-
-
-def _directory(path: str) -> str:
-    """A model's directory; "builtin:NAME" is one that comes with dynctl."""
-    return str(assets_dir(path.removeprefix(BUILTIN))) if path.startswith(BUILTIN) else path
 
 
 def _kv_flags(launch: EngineLaunch) -> list[str]:

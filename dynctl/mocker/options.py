@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dynctl.errors import UsageError
+from dynctl.hub import builtin_dir
 
 
 def _flag(default: Any, help_text: str) -> Any:
@@ -107,6 +108,8 @@ def parse_options(argv: Sequence[str]) -> Options:
     values = vars(parser.parse_args(argv))
     tag = values.pop("model_tag")
     values["model"] = values["model"] or tag
+    for name in ("model", "tokenizer"):
+        values[name] = builtin_dir(values[name])
     try:
         return Options(**values)
     except UsageError as error:

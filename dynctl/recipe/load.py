@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dynctl.errors import RecipeError
-from dynctl.hub import snapshot
+from dynctl.hub import ASSETS, builtin_dir, snapshot
 from dynctl.recipe import override
 from dynctl.recipe.hosts import Host
 from dynctl.recipe.model_files import ModelFiles, is_hub_id, is_path, read_facts, tokenizer_in
@@ -21,7 +21,6 @@ from dynctl.recipe.shipped import find_recipe, shipped_recipes
 from dynctl.recipe.source import Document, Keys, read_document
 from dynctl.recipe.validate import validate, where_of
 
-_BUILTIN = Path(__file__).resolve().parent.parent / "mocker" / "assets"
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 _ROLE_OPTION = re.compile(r"^roles\.[a-z]+\.(args|env)(?=\.|$)")
 _SHORTEST_KEY = 8
@@ -115,6 +114,7 @@ class _Resolver:
     def __init__(self, file: Path, document: Document, environ: Mapping[str, str], *, look: bool) -> None:
         self.problems: list[Problem] = []
         self._look = look
+        self._elsewhere = False
         self._folder = file.resolve().parent
         self._wheres = document.wheres
         self._environ = environ
@@ -122,7 +122,7 @@ class _Resolver:
     def resolve(self, recipe: Recipe) -> tuple[Recipe, ModelFiles]:
         """The resolved recipe and what is at hand of its model."""
         here = recipe.target == "local" and recipe.engine.container is None
-        model = recipe.model
+        model, self._elsewhere = recipe.model, recipe.target == "ssh"
         path = self._model_path(model.path, must_exist=here)
         tokenizer = self._path(("model", "tokenizer"), model.tokenizer, must_exist=here)
         template = self._path(("model", "chat_template"), model.chat_template, must_exist=here, always=True)
@@ -134,7 +134,7 @@ class _Resolver:
                 "chat_template": template,
             }
         )
-        files = self._files(path, tokenizer, template, model.revision)
+        files = self._files(builtin_dir(path), tokenizer, template, model.revision)
         engine = recipe.engine.model_copy(update=self._engine_paths(recipe))
         frontend = recipe.frontend.model_copy(
             update={"api_key": self._digests(recipe.frontend.api_key), "tls": self._tls(recipe)}
@@ -152,12 +152,13 @@ class _Resolver:
     def _model_path(self, value: str, *, must_exist: bool) -> str:
         keys: Keys = ("model", "path")
         if value.startswith("builtin:"):
-            directory = _BUILTIN / value.removeprefix("builtin:")
-            known = sorted(p.name for p in _BUILTIN.iterdir() if p.is_dir())
+            directory = ASSETS / value.removeprefix("builtin:")
+            known = sorted(p.name for p in ASSETS.iterdir() if p.is_dir())
             if directory.name not in known or value != f"builtin:{directory.name}":
                 valid = ", ".join(f"builtin:{name}" for name in known)
                 self._problem(keys, f"there is no {value}", f"valid: {valid}")
-            return str(directory)
+            # Other machines have their own dynctl elsewhere.
+            return value if self._elsewhere else str(directory)
         if not is_path(value, self._base(keys)) and not is_hub_id(value):
             self._problem(
                 keys, f"'{value}' is no model", "a directory, or a Hugging Face id such as org/name"

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from dynctl.hub import snapshot
+from dynctl.hub import builtin_dir, snapshot
 from dynctl.protocol.instances import ModelCard
 
 
@@ -46,6 +46,7 @@ def find_model_files(card: ModelCard) -> ModelFiles:
 
 def local_model_dir(name: str, revision: str) -> Path | None:
     """Where model `name` is: the directory itself, or its snapshot in the Hugging Face cache, or None."""
+    name = builtin_dir(name)
     found = name if os.path.isdir(name) else snapshot(name, revision, os.environ)
     return Path(found) if found else None
 
