@@ -101,9 +101,11 @@ class Controller:
         """Until the deployment is ended or this process is told to leave. Raises PortInUse, LaunchError."""
         self._publisher.start()
         try:
+            # Asked before anybody can register: what is seen must not be overtaken by what was found.
+            alive = await self._living()
             self._server.start()
             self._registry.start()
-            await self._take_over()
+            self._take_over(alive)
             await self._work()
         finally:
             await self._end_lanes()
@@ -124,14 +126,17 @@ class Controller:
         self._note("deployment.told_to_end", {"by": why, "drain_s": drain_s})
         self._feed(Stop(drain_s))
 
-    async def _take_over(self) -> None:
-        """Tell the registry and the supervisor what lives already."""
-        seats = [seat for seat in self._state.seats if seat.incarnation]
-        for seat in seats:
-            self._registry.set_current(seat.id, seat.incarnation)
-        recorded = [seat for seat in seats if seat.pid]
+    async def _living(self) -> set[str]:
+        """The seats whose recorded process lives already."""
+        recorded = [seat for seat in self._state.seats if seat.incarnation and seat.pid]
         lives = await asyncio.gather(*(self._parts.fleet.lives(_seated(seat)) for seat in recorded))
-        alive = {seat.id for seat, living in zip(recorded, lives, strict=True) if living}
+        return {seat.id for seat, living in zip(recorded, lives, strict=True) if living}
+
+    def _take_over(self, alive: set[str]) -> None:
+        """Tell the registry and the supervisor what lives already."""
+        for seat in self._state.seats:
+            if seat.incarnation:
+                self._registry.set_current(seat.id, seat.incarnation)
         self._note("controller.started", {"pid": self._state.controller.pid, "adopted": len(alive)})
         self._feed(Begin(frozenset(alive)))
 
