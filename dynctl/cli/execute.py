@@ -22,6 +22,7 @@ from dynctl.deploy.home import RunDir
 from dynctl.deploy.plan import Plan
 from dynctl.deploy.status import lock_words
 from dynctl.errors import LaunchError, UsageError
+from dynctl.launchers.base import ENV_PROCESS, ENV_RUN
 from dynctl.launchers.local import LocalLauncher, environment_for
 from dynctl.protocol.day2 import ExecCall, ExecReply
 from dynctl.protocol.deployment import ProcessView
@@ -76,7 +77,8 @@ def execute(
 def is_here(run: RunDir, plan: Plan, row: ProcessView) -> bool:
     """Whether that process is on this machine and needs nobody to reach it."""
     reached = any(node.agent for node in plan.nodes) or not isinstance(launcher_of(run), LocalLauncher)
-    return not reached or bool(row.pid and procfs.environment(row.pid).get("DYNCTL_PROCESS") == row.id)
+    marks = procfs.environment(row.pid) if row.pid else {}
+    return not reached or (marks.get(ENV_RUN), marks.get(ENV_PROCESS)) == (plan.run_id, row.id)
 
 
 def run_here(

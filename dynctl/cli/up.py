@@ -91,8 +91,10 @@ def up(  # noqa: PLR0913 - one parameter for each option of the verb
         return INTERRUPTED
     if checked.loaded.recipe.target == "ssh":
         from dynctl.cli.up_ssh import How, up_over_ssh
+        from dynctl.cli.up_ssh_again import Change
 
-        return up_over_ssh(checked, How(detach, timeout, as_json, bootstrap, wheelhouse))
+        change = Change(yes, force, timeout, as_json)
+        return up_over_ssh(checked, How(detach, timeout, as_json, bootstrap, wheelhouse, change))
     launcher = LocalLauncher()
     if in_job:
         return stay_in_job(begin_in_job(checked, site(launcher)))

@@ -21,7 +21,7 @@ from dynctl.deploy.home import RunDir
 from dynctl.deploy.plan import Plan
 from dynctl.deploy.replan import plan_digest
 from dynctl.deploy.reseat import reseat
-from dynctl.deploy.run import SEAT_KINDS
+from dynctl.deploy.run import SEAT_KINDS, same_text
 from dynctl.deploy.state import LockRecord, RunState
 from dynctl.deploy.status import lock_words
 from dynctl.errors import DynctlError, LaunchError, UsageError
@@ -123,7 +123,7 @@ class Day2:
             raise UsageError("that is the plan of another run", where=plan.run_id)
         try:
             former = run.lock.read_text()
-            if _body(former) != _body(call.lock):
+            if not same_text(former, call.lock):
                 write_atomic(run.path / next_former(run), former)
             write_atomic(run.plan, plan.to_json())
             write_atomic(run.lock, call.lock)
@@ -171,10 +171,6 @@ def next_former(run: RunDir) -> str:
     """The name that the recipe of now gets when another takes its place: the highest number is the latest."""
     found = (_FORMER.fullmatch(path.name) for path in run.path.iterdir())
     return f"recipe.lock.{max((int(m[1]) for m in found if m), default=0) + 1}.yaml"
-
-
-def _body(text: str) -> list[str]:
-    return [line for line in text.splitlines() if not line.startswith("#")]
 
 
 def _sidecar(process_id: str) -> str:

@@ -115,19 +115,6 @@ def hosts_of(run: RunDir, plan: Plan) -> Inventory:
         raise CodecError(f"not an inventory: {error}", where=str(run.path / INVENTORY)) from error
 
 
-def same_recipe_as_now(amended: Amended) -> bool:
-    """Whether nothing but comments differs between the recipe in force and the one to be."""
-    try:
-        now = amended.run.lock.read_text()
-    except OSError:
-        return False
-
-    def body(text: str) -> list[str]:
-        return [line for line in text.splitlines() if not line.startswith("#")]
-
-    return body(now) == body(amended.lock)
-
-
 def _taken(plan: Plan, site: Site) -> set[tuple[str, int]]:
     head = plan.process("controller").node
     return {(head, port) for port in (*listening(), *reserved_ports(site))}

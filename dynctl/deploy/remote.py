@@ -175,7 +175,7 @@ async def start(
     started = Started(plan, _remote(plan, used, checked), bool(living.run_id), living.running)
     note(started.remote)
     try:
-        await _hand_out(started, lock, used)
+        await _hand_out(started, lock, checked.inventory, used)
     except BaseException:
         if not started.adopted:
             await sweep(used, plan.run_id, 0.0)
@@ -183,14 +183,14 @@ async def start(
     return started
 
 
-async def _hand_out(started: Started, lock: str, sites: Sequence[HostSite]) -> None:
+async def _hand_out(started: Started, lock: str, inventory: Inventory, sites: Sequence[HostSite]) -> None:
     """All at once: whether the name is free has been asked for, and is once more when the head takes it."""
     plan, head = started.plan, sites[0]
     secret = await _secrets_of(head, plan.run_id) if started.adopted else _secrets()
     claim = Claim(
         name=plan.name,
         run_id=plan.run_id,
-        files={**run_files(plan, lock), **secret},
+        files={**run_files(plan, lock, inventory), **secret},
         spawn=[_spawn(plan.process(seat)) for seat in (f"agent-{head.name}", CONTROLLER)],
         adopt=started.adopted,
     )
