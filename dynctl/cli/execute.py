@@ -66,7 +66,9 @@ def execute(
     plan = read_plan(run)
     if is_here(run, plan, row):
         return run_here(run, plan, row, command, force=force, as_json=as_json)
-    call = ExecCall(actor=actor("exec", [where], force=force), seat=row.id, argv=command, timeout_s=timeout)
+    call = ExecCall(
+        actor=actor("exec", [row.id, command[0]], force=force), seat=row.id, argv=command, timeout_s=timeout
+    )
     reply = ask_controller(
         run, plan.registry, "controller.exec", call, ExecReply, deadline_s=EXEC_MOST_S + 10.0
     )
@@ -85,7 +87,7 @@ def run_here(
     run: RunDir, plan: Plan, row: ProcessView, command: list[str], *, force: bool, as_json: bool
 ) -> int:
     """Run it with this terminal. Raises UsageError when the deployment is locked, LaunchError."""
-    who = actor("exec", [row.id, *command], force=force)
+    who = actor("exec", [row.id, command[0]], force=force)
     locked = state(run).locked
     if locked is not None and not force:
         note(run, who, "refused: locked")

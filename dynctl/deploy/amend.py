@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -12,7 +12,7 @@ from dynctl.deploy.ask import ask_controller
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.plan import Plan
 from dynctl.deploy.ports import listening
-from dynctl.deploy.replan import plan_digest, replan, with_stand_ins
+from dynctl.deploy.replan import as_before, plan_digest, replan, with_stand_ins, without_stand_ins
 from dynctl.deploy.run import INVENTORY, Site, reserved_ports
 from dynctl.errors import CodecError, LaunchError, UsageError
 from dynctl.protocol.day2 import Actor, ApplyCall, Done
@@ -82,6 +82,22 @@ def amend(run: RunDir, loaded: LoadedRecipe, site: Site, inventory: Inventory | 
     return Amended(run, old, new, loaded, lock_text(loaded, site.version))
 
 
+def unchanged(run: RunDir) -> Amended:
+    """The run as it is. Raises RecipeError when something that its recipe names is no longer there."""
+    plan = read_plan(run)
+    try:
+        lock = run.lock.read_text()
+    except OSError as error:
+        raise LaunchError(f"it cannot be read: {error.strerror}", where=str(run.lock)) from error
+    return Amended(run, plan, without_stand_ins(plan), load_recipe(run.lock, environ={}), lock)
+
+
+def rescaled(run: RunDir, roles: dict[str, int], site: Site) -> Amended:
+    """What the run becomes with so many replicas, and nothing else. Raises as `amend` and `with_replicas`."""
+    amended = amend(run, with_replicas(run, roles), site)
+    return replace(amended, new=as_before(amended.old, amended.new))
+
+
 def apply(
     amended: Amended, site: Site, who: Actor, roles: Sequence[str], restart: Sequence[str] = ()
 ) -> Done:
@@ -95,11 +111,6 @@ def apply(
         actor=who, base=plan_digest(old), plan=plan.to_json(), lock=amended.lock, restart=list(restart)
     )
     return ask_controller(run, old.registry, "controller.apply", call, Done, deadline_s=ANSWER_S)
-
-
-def current_recipe(run: RunDir) -> LoadedRecipe:
-    """The recipe as it is in force. Raises RecipeError when something it names is no longer there."""
-    return load_recipe(run.lock, environ={})
 
 
 def hosts_of(run: RunDir, plan: Plan) -> Inventory:
