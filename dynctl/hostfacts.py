@@ -28,17 +28,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # A subscript that is evaluated would need Python 3.9.
     Json = dict[str, Any]
+    Probe = Callable[[], Any]
 
 VERSION = 1
 PROBE_S = 5.0
 ENGINE_S = 60.0
-MOST_FILES = 50_000
+FINGERPRINT_S = 3.0
 MOST_LEFTOVERS = 40
 PREFIXES = ("UCX_", "NIXL_", "NCCL_")
 NAMES = ("CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "LD_LIBRARY_PATH", "SLURM_CONF")
 JOB = ("SLURM_JOB_ID", "SLURM_JOB_PARTITION", "SLURMD_NODENAME", "SLURM_JOB_NODELIST", "SLURM_GPUS_ON_NODE")
 FLAGS = r"(?m)^ {1,8}(-[\w-]+.*)$"
 """Lines of a help text that define flags, unless the engine's are other ones."""
+GPU_COLUMNS = "index,name,memory.total,memory.used,driver_version,uuid"
 EXPECTED = (OSError, ValueError, LookupError, TypeError, AttributeError, subprocess.SubprocessError)
 """What a probe may end with: told in a note."""
 
@@ -60,6 +62,9 @@ def run(argv: Sequence[str], time_s: float = PROBE_S, env: Json | None = None) -
         os.killpg(child.pid, signal.SIGKILL)
         child.wait(1)
         raise
+    finally:
+        for pipe in filter(None, (child.stdout, child.stderr)):
+            pipe.close()
     return child.returncode, out.decode("utf-8", "replace"), err.decode("utf-8", "replace")
 
 
@@ -107,7 +112,7 @@ def _answer(argv: Sequence[str], env: Json) -> tuple[str, str]:
     try:
         code, out, err = run(argv, ENGINE_S, env)
     except subprocess.TimeoutExpired:
-        return "", f"{called}: no end after {ENGINE_S:.0f} s"
+        return "", f"{called}: no end after {ENGINE_S:g} s"
     except OSError as error:
         return "", f"{called}: {error.strerror or error}"
     if code:
@@ -139,7 +144,7 @@ def dynctl_of(python: str) -> list[Json]:
     """Which dynctl a Python would run; version "" = none."""
     code = "import importlib.metadata as m; print(m.version('dynctl'))"
     try:
-        done, out, _ = run([python, "-c", code])
+        done, out, _ = run([os.path.expanduser(python), "-c", code])
     except (OSError, subprocess.SubprocessError):
         done, out = 1, ""
     return [{"python": python, "version": "" if done else out.strip()}]
@@ -171,11 +176,6 @@ def slurm() -> Json | None:
     if program is None:
         return {"sinfo": "", "version": "", **job} if job else None
     return {"sinfo": program, "version": version_in(run([program, "--version"], 3.0)[1]), **job}
-
-
-# Devices
-
-GPU_COLUMNS = "index,name,memory.total,memory.used,driver_version,uuid"
 
 
 def gpus() -> Json:
@@ -281,10 +281,13 @@ def path_facts(path: str) -> Json:
     full = os.path.expanduser(path)
     facts: Json = {"exists": os.path.lexists(full), "readable": False, "is_dir": os.path.isdir(full)}
     facts.update(dev=0, fstype="", fingerprint="")
-    if not os.path.exists(full):
-        return facts  # not there, a link to nothing, or below a directory that may not be entered
+    try:
+        facts["dev"] = os.stat(full).st_dev
+    except (FileNotFoundError, NotADirectoryError):
+        return facts
+    except PermissionError:
+        return {**facts, "exists": True}  # below a directory that may not be entered
     facts["readable"] = os.access(full, os.R_OK | (os.X_OK if facts["is_dir"] else 0))
-    facts["dev"] = os.stat(full).st_dev
     facts["fstype"] = fstype_of(os.path.realpath(full), lines_of("/proc/self/mounts"))
     facts["fingerprint"] = fingerprint(full) if facts["readable"] else ""
     return facts
@@ -304,16 +307,16 @@ def fstype_of(path: str, mounts: Sequence[str]) -> str:
 def fingerprint(path: str) -> str:
     """The same for the same content: a file's digest, or one of a directory's file names and sizes.
 
-    In a directory config.json counts by its content too. "" for a directory of too many files.
+    In a directory config.json counts by its content too. "" for one that takes longer than it may.
     """
     if not os.path.isdir(path):
         return _digest(path)
-    entries = []
+    entries, ends = [], time.monotonic() + FINGERPRINT_S
     for folder, _, names in os.walk(path):
         for full in (os.path.join(folder, name) for name in names):
             size = os.path.getsize(full) if os.path.exists(full) else -1
             entries.append(f"{os.path.relpath(full, path)} {size}")
-        if len(entries) > MOST_FILES:
+        if time.monotonic() > ends:
             return ""
     config = os.path.join(path, "config.json")
     entries = [*sorted(entries), _digest(config) if os.path.isfile(config) else ""]
@@ -347,12 +350,14 @@ def model_path(model: str) -> str:
 
 
 def disk(path: str) -> Json:
-    """Bytes free to this user and in all, where `path` is or would be made."""
+    """Bytes free to this user and in all, and the file system's type, where `path` is or would be made."""
     at = os.path.abspath(os.path.expanduser(path))
     while not os.path.exists(at):
         at = os.path.dirname(at)
     found = os.statvfs(at)
-    return {"free": found.f_bavail * found.f_frsize, "total": found.f_blocks * found.f_frsize}
+    kind = fstype_of(os.path.realpath(at), lines_of("/proc/self/mounts"))
+    size = found.f_frsize
+    return {"free": found.f_bavail * size, "total": found.f_blocks * size, "fstype": kind}
 
 
 def shared_memory(root: str = "/dev/shm") -> Json:
@@ -414,9 +419,6 @@ def base() -> Json:
     }
 
 
-Probe = Callable[[], Any]
-
-
 def probes(asked: Json) -> Iterator[tuple[str, float, Probe]]:
     """(name, seconds, what gives fields of the facts)."""
     yield "gpus", 2 * PROBE_S, gpus
@@ -424,7 +426,7 @@ def probes(asked: Json) -> Iterator[tuple[str, float, Probe]]:
     yield "containers", 2 * PROBE_S, partial(_field, "containers", containers)
     for name in ("limits", "infiniband", "modules", "slurm", "shared_memory", "interfaces", "ephemeral"):
         field = {"infiniband": "ib", "shared_memory": "shm"}.get(name, name)
-        yield name, PROBE_S, partial(_field, field, globals()[name])
+        yield field, PROBE_S, partial(_field, field, globals()[name])
     for python in pythons(asked.get("dynctl") or []):
         yield f"dynctl {python}", PROBE_S + 1, partial(_field, "dynctl", dynctl_of, python)
     for path in dict.fromkeys(asked.get("paths") or []):
@@ -456,7 +458,7 @@ def collect(asked: Json) -> Json:
     for name, time_s, thread, answer in started:
         thread.join(max(0.0, begun + time_s - time.monotonic()))
         if not answer:
-            facts["notes"].append(f"{name}: no answer after {time_s:.0f} s")
+            facts["notes"].append(f"{name}: no answer after {time_s:g} s")
         elif isinstance(answer[0], str):
             facts["notes"].append(f"{name}: {answer[0]}")
         else:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import metadata
 
 from dynctl.cli.doctor_view import lines
@@ -18,14 +19,14 @@ from dynctl.deploy.status import Diagnosis
 from dynctl.doctor.checks import REACH
 from dynctl.doctor.findings import Finding
 from dynctl.doctor.hints import topics_of
-from dynctl.doctor.runners import LocalRunner, runner_for
+from dynctl.doctor.runners import LocalRunner, is_here
 from dynctl.doctor.service import Way, examine
 from dynctl.doctor.subject import Wanted
 from dynctl.errors import CodecError, DynctlError, UsageError
 from dynctl.protocol.deployment import DeploymentView
 from dynctl.recipe.load import load_recipe
 from dynctl.recipe.override import VARIABLE
-from dynctl.topology.inventory import LOCAL, Host
+from dynctl.topology.inventory import Host
 
 DEADLINE_S = 3.0
 _STARTING = ("failed", "backoff", "starting", "lost")
@@ -34,7 +35,8 @@ _STARTING = ("failed", "backoff", "starting", "lost")
 def causes(run: RunDir, seen: DeploymentView, found: Diagnosis) -> list[Finding]:
     """What may explain a start that failed, on the host of the process that did; [] = nothing to look for.
 
-    Takes 3 s at most. A run whose plan or recipe cannot be read any more gives [] too.
+    Takes 3 s at most. Only this machine is looked at; a run whose plan or recipe cannot be read any more, or
+    that failed elsewhere, gives [] too.
     """
     row = next((row for row in seen.processes if row.id == found.seat), None)
     if not found.layer or (row is not None and row.state not in _STARTING):
@@ -50,23 +52,26 @@ def causes(run: RunDir, seen: DeploymentView, found: Diagnosis) -> list[Finding]
     except (OSError, CodecError, DynctlError):
         return []
     hosts = [Host(n.name, n.address) for n in plan.nodes if row is None or n.name == row.node]
-    runner = runner_for(hosts)
-    if runner is None or not hosts:
+    if not is_here(hosts):
         return []
     wanted = Wanted(
         version=metadata.version("dynctl"),
         home=str(home().root),
         loaded=loaded,
         plan=plan,
-        here=all(host.name == LOCAL for host in hosts),
         tried=tried(plan, seen, found.seat),
     )
-    python = sys.executable if isinstance(runner, LocalRunner) else "python3"
-    way = Way(runner, python, sys.executable, DEADLINE_S)
+    way = Way(LocalRunner(), sys.executable, (sys.executable,), DEADLINE_S)
     report = asyncio.run(examine(hosts, wanted, way, (*topics, REACH)))
     order = {topic: rank for rank, topic in enumerate((REACH, *topics))}
-    told = [f for f in report.findings if f.level != "note" and (f.check != REACH or f.level != "ok")]
+    told = [_late(f) if f.check == REACH else f for f in report.findings if f.level != "note"]
+    told = [f for f in told if f.check != REACH or f.level != "ok"]
     return sorted(told, key=lambda finding: order.get(finding.check, len(order)))
+
+
+def _late(finding: Finding) -> Finding:
+    """A host that did not answer in so short a time is not why the start failed."""
+    return finding if finding.level == "ok" else replace(finding, level="unknown")
 
 
 def kind_of(run: RunDir, seat: str) -> str:

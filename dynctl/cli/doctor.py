@@ -6,6 +6,7 @@ import asyncio
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,18 +20,20 @@ from dynctl.cli.exits import UNFIT_FOR, UNFIT_HOST
 from dynctl.cli.plan import PREVIEW
 from dynctl.cli.render import data, json_data, prose
 from dynctl.deploy.home import Home
-from dynctl.deploy.plan import build_plan
+from dynctl.deploy.plan import Plan, build_plan
 from dynctl.doctor.checks import CHECKS, LOGIN, PLACEMENT, REACH
 from dynctl.doctor.findings import ALL_HOSTS, Finding, counts
-from dynctl.doctor.runners import LocalRunner, runner_for
-from dynctl.doctor.service import Report, Way, cannot_be_asked, examine, examine_slurm, try_shared
+from dynctl.doctor.runners import LocalRunner, is_here, way_to
+from dynctl.doctor.service import Report, Way, cannot_be_asked, examine, examine_slurm, gpus_of, try_shared
 from dynctl.doctor.subject import Wanted
 from dynctl.errors import PlacementError, PortInUse
+from dynctl.launchers.wheel import own_wheel
 from dynctl.recipe.check import check_recipe
 from dynctl.recipe.load import LoadedRecipe, load_recipe
-from dynctl.topology.inventory import LOCAL, Host, Inventory, inventory_for, load_inventory
+from dynctl.recipe.schema import Slurm
+from dynctl.topology.inventory import LOCAL, Host, Inventory, inventory_for, load_inventory, with_gpus
 
-THIS = Host(LOCAL, "127.0.0.1")
+HERE = Inventory((Host(LOCAL, "127.0.0.1"),), "this machine")
 
 Shared = Annotated[
     str | None,
@@ -60,12 +63,12 @@ def doctor(
     loaded = load_recipe(recipe, set_ or (), unset or (), files_here=False) if recipe else None
     if loaded:
         check_recipe(loaded)
-    hosts, wanted, found = want(loaded, inventory)
+    there = machines(loaded, inventory)
     if sys.stderr.isatty():
+        count = len(there.hosts)
         slow = "; an engine may take a minute to print its help" if loaded else ""
-        prose(f"asking {len(hosts)} host{'s' if len(hosts) > 1 else ''} ...{slow}", style="dim")
-    report = asyncio.run(look(hosts, wanted, shared or ""))
-    report = Report((*found, *report.findings), report.facts)
+        prose(f"asking {count} host{'s' if count > 1 else ''} ...{slow}", style="dim")
+    hosts, report = asyncio.run(look(loaded, there, shared or ""))
     if as_json:
         json_data(as_object(report, loaded))
     else:
@@ -73,61 +76,92 @@ def doctor(
     return exit_code(report.findings)
 
 
-def want(loaded: LoadedRecipe | None, inventory: Path | None) -> tuple[Sequence[Host], Wanted, list[Finding]]:
-    """Which hosts to ask, what for, and what is wrong before any is asked."""
-    version, home = metadata.version("dynctl"), run_home()
+def machines(loaded: LoadedRecipe | None, inventory: Path | None) -> Inventory:
+    """The hosts to ask; this machine for a recipe whose hosts are still to be chosen by Slurm."""
     if loaded is None:
-        hosts = load_inventory(inventory).hosts if inventory else (THIS,)
-        return hosts, Wanted(version, home, here=hosts == (THIS,)), []
-    if behind_slurm(loaded, inventory):
-        return (THIS,), Wanted(version, home, loaded), []
-    there = inventory_for(loaded.recipe, loaded.file, inventory)
-    here = [host.name for host in there.hosts] == [LOCAL]
-    plan, found = None, []
+        return load_inventory(inventory) if inventory else HERE
+    if loaded.recipe.target == "slurm" and inventory is None and not loaded.recipe.hosts:
+        return HERE
+    return inventory_for(loaded.recipe, loaded.file, inventory)
+
+
+async def look(loaded: LoadedRecipe | None, there: Inventory, shared: str) -> tuple[Sequence[Host], Report]:
+    """Ask the hosts and, for a recipe that names it, Slurm: who was asked, and what was found."""
+    target = loaded.recipe.target if loaded else "ssh"
+    async with way_to(there.hosts, target) as runner:
+        if runner is None:
+            hosts, wanted, found = want(loaded, there)
+            why = f"dynctl has no way to hosts of target {target} yet"
+            found += cannot_be_asked(hosts, why)
+            return hosts, Report((*found, *await slurm_says(wanted)))
+        if is_here(there.hosts):
+            way = Way(runner, sys.executable, (sys.executable,))
+        else:
+            # Like SSH itself not loaded where it is not used.
+            from dynctl.launchers.bootstrap import environment_of
+
+            made = await asyncio.to_thread(own_wheel)
+            way = Way(runner, dynctl_pythons=(f"~/{environment_of(made)}/bin/python",))
+        there = with_gpus(there, await gpus_of(there.hosts, way))
+        hosts, wanted, found = want(loaded, there)
+        report = await examine(hosts, wanted, way, LOGIN if is_behind(wanted) else CHECKS)
+        found += report.findings
+        if shared:
+            found += await try_shared(shared, hosts, way)
+        return hosts, Report((*found, *await slurm_says(wanted)), report.facts)
+
+
+def want(loaded: LoadedRecipe | None, there: Inventory) -> tuple[Sequence[Host], Wanted, list[Finding]]:
+    """Which hosts to ask, what for, and what is wrong before any is asked."""
+    wanted = Wanted(metadata.version("dynctl"), run_home(), loaded, here=is_here(there.hosts))
+    if loaded is None:
+        return there.hosts, wanted, []
+    if is_behind(wanted):
+        granted = granted_by(loaded.recipe.slurm)
+        return there.hosts, wanted, placed(loaded, granted)[1] if granted else []
+    if silent := there.undiscovered():
+        told = f"not placed: how many GPUs there are was not told by {' and '.join(silent)}"
+        return there.hosts, wanted, [Finding(ALL_HOSTS, PLACEMENT, "unknown", told)]
+    plan, found = placed(loaded, there)
+    names = [node.name for node in plan.nodes] if plan else []
+    # All of them when there is no plan: why it does not fit may show on any.
+    hosts = tuple(host for host in there.hosts if host.name in names or not names)
+    return hosts, replace(wanted, plan=plan), found
+
+
+def is_behind(wanted: Wanted) -> bool:
+    """Whether this machine is asked for what the nodes behind it share with it."""
+    return wanted.recipe is not None and wanted.recipe.target == "slurm" and wanted.here
+
+
+async def slurm_says(wanted: Wanted) -> list[Finding]:
+    """What Slurm tells of a recipe that is to run there; [] for others."""
+    recipe = wanted.recipe
+    if recipe is None or recipe.target != "slurm":
+        return []
+    return await examine_slurm(recipe.slurm or Slurm(), LocalRunner(), HERE.hosts[0])
+
+
+def placed(loaded: LoadedRecipe, there: Inventory) -> tuple[Plan | None, list[Finding]]:
+    """The plan on these hosts, or None and why there is none."""
     try:
-        plan = build_plan(loaded, there, (), PREVIEW)
+        return build_plan(loaded, there, (), PREVIEW), []
     except (PlacementError, PortInUse) as error:
-        found = [Finding(ALL_HOSTS, PLACEMENT, "fail", error.message, f"{error.hint} ({error.where})")]
-    hosts = used(there, [node.name for node in plan.nodes] if plan else [])
-    return hosts, Wanted(version, home, loaded, plan, here=here), found
+        remedy = f"{error.hint} ({error.where})"
+        return None, [Finding(ALL_HOSTS, PLACEMENT, "fail", error.message, remedy)]
 
 
-def behind_slurm(loaded: LoadedRecipe, inventory: Path | None) -> bool:
-    """Whether the hosts are still to be chosen by Slurm: this machine is not one of them."""
-    return loaded.recipe.target == "slurm" and inventory is None and not loaded.recipe.hosts
-
-
-def used(inventory: Inventory, names: Sequence[str]) -> tuple[Host, ...]:
-    """The hosts of the plan, all when there is none: why it does not fit may show on any."""
-    return tuple(host for host in inventory.hosts if host.name in names or not names)
+def granted_by(slurm: Slurm | None) -> Inventory | None:
+    """The nodes that a job will get, by made-up names; None when the recipe does not say what they are."""
+    if slurm is None or not slurm.nodes or slurm.gpus_per_node is None:
+        return None
+    nodes = tuple(Host(f"node-{i}", f"node-{i}", slurm.gpus_per_node) for i in range(slurm.nodes))
+    return Inventory(nodes, f"slurm.nodes {slurm.nodes} x gpus_per_node {slurm.gpus_per_node}")
 
 
 def run_home() -> str:
     """The directory of runs, by the name it has on all hosts."""
     return str(Home.find(os.environ).root) if os.environ.get("DYNCTL_HOME") else "~/.dynctl"
-
-
-async def look(hosts: Sequence[Host], wanted: Wanted, shared: str) -> Report:
-    """Ask the hosts and, for a recipe that names it, Slurm."""
-    recipe = wanted.recipe
-    runner = runner_for(hosts)
-    behind = recipe is not None and recipe.target == "slurm" and wanted.plan is None and wanted.here
-    topics = LOGIN if behind else CHECKS
-    if runner is None:
-        target = recipe.target if recipe else "ssh"
-        why = f"dynctl has no way to hosts of target {target} yet"
-        report = Report(tuple(cannot_be_asked(hosts, why)))
-    else:
-        python = sys.executable if isinstance(runner, LocalRunner) else "python3"
-        way = Way(runner, python, sys.executable)
-        report = await examine(hosts, wanted, way, topics)
-        if shared:
-            tried = await try_shared(shared, hosts, way)
-            report = Report((*report.findings, *tried), report.facts)
-    if recipe is not None and recipe.slurm is not None and recipe.target == "slurm":
-        said = await examine_slurm(recipe.slurm, LocalRunner(), THIS)
-        report = Report((*report.findings, *said), report.facts)
-    return report
 
 
 def as_object(report: Report, loaded: LoadedRecipe | None) -> dict[str, Any]:

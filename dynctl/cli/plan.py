@@ -12,7 +12,8 @@ from dynctl.cli.pick import home
 from dynctl.cli.plan_view import plan_text
 from dynctl.cli.render import data, json_data, prose
 from dynctl.deploy.plan import RunContext, build_plan
-from dynctl.deploy.slurm_script import JobContext, assumed, script_text
+from dynctl.deploy.slurm_script import JobContext, script_text
+from dynctl.deploy.slurm_size import assumed, on_its_parts
 from dynctl.recipe.check import check_recipe
 from dynctl.recipe.load import load_recipe
 from dynctl.topology.inventory import inventory_for
@@ -44,7 +45,7 @@ def plan(  # noqa: PLR0913 - one parameter for each option of the verb
         return
     on_slurm = loaded.recipe.target == "slurm" and inventory is None
     there = assumed(loaded) if on_slurm else inventory_for(loaded.recipe, loaded.file, inventory)
-    made = build_plan(loaded, there, (), PREVIEW)
+    made = build_plan(on_its_parts(loaded) if on_slurm else loaded, there, (), PREVIEW)
     for warning in warnings:
         prose(str(warning), style="warning")
     if json_:

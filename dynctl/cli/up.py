@@ -37,6 +37,7 @@ InJob = Annotated[
 Bootstrap = Annotated[
     bool, typer.Option("--bootstrap", help="Target ssh: install this dynctl on hosts that lack it.")
 ]
+ShareGpus = Annotated[bool, typer.Option("--share-gpus", help="Also take GPUs that others use.")]
 Wheelhouse = Annotated[
     Path | None,
     typer.Option(
@@ -69,6 +70,7 @@ def up(  # noqa: PLR0913 - one parameter for each option of the verb
     in_job: InJob = False,
     bootstrap: Bootstrap = False,
     wheelhouse: Wheelhouse = None,
+    share_gpus: ShareGpus = False,
     sets: options.Set = None,
     unsets: options.Unset = None,
     force: Force = False,
@@ -94,7 +96,8 @@ def up(  # noqa: PLR0913 - one parameter for each option of the verb
         from dynctl.cli.up_ssh_again import Change
 
         change = Change(yes, force, timeout, as_json)
-        return up_over_ssh(checked, How(detach, timeout, as_json, bootstrap, wheelhouse, change))
+        how = How(detach, timeout, as_json, bootstrap, wheelhouse, share_gpus, change)
+        return up_over_ssh(checked, how)
     launcher = LocalLauncher()
     if in_job:
         return stay_in_job(begin_in_job(checked, site(launcher)))
@@ -108,7 +111,7 @@ def up(  # noqa: PLR0913 - one parameter for each option of the verb
     run = supervised(checked.loaded.recipe.name, launcher)
     if run is not None:
         return up_again(checked, run, who, Asked(timeout, yes, as_json))
-    started = start(checked, site(launcher))
+    started = start(checked, site(launcher), share_gpus=share_gpus)
     note(started.run, who, "done")
     if started.adopted:
         prose(f"{started.name}: a new controller takes over what lives")
@@ -127,7 +130,7 @@ def judged(request: UpRequest) -> Checked:
 def stay_in_job(run: RunDir) -> int:
     """Become the controller of this run."""
     prose(f"run: {run.path}")
-    argv = [sys.executable, "-u", "-m", "dynctl.controller.slurm_job", "--run-dir", str(run.path)]
+    argv = [sys.executable, "-u", "-m", "dynctl.controller.slurm_keeper", "--run-dir", str(run.path)]
     os.execv(sys.executable, argv)
 
 

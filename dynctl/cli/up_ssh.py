@@ -15,7 +15,17 @@ from dynctl.cli.pick import home
 from dynctl.cli.render import prose
 from dynctl.cli.up_ssh_again import Change, change_there
 from dynctl.deploy.home import new_run_id
-from dynctl.deploy.remote import HostSite, Remote, Started, is_ip, raise_first, start, sweep, with_addresses
+from dynctl.deploy.remote import (
+    HostSite,
+    Remote,
+    Started,
+    Wanted,
+    is_ip,
+    raise_first,
+    start,
+    sweep,
+    with_addresses,
+)
 from dynctl.deploy.run import Checked
 from dynctl.errors import SshError
 from dynctl.launchers.bootstrap import Bootstrap, bootstrap, find_dynctl, read_wheelhouse
@@ -41,6 +51,7 @@ class How:
     as_json: bool
     bootstrap: bool
     wheelhouse: Path | None
+    share_gpus: bool
     change: Change = field(default_factory=Change)
 
 
@@ -60,7 +71,7 @@ async def _up(checked: Checked, how: How) -> int:
         checked, sites = await _look(checked, reached, how)
         run_id = new_run_id(checked.loaded.recipe.name, time.gmtime())
         lock = lock_text(checked.loaded, metadata.version("dynctl"))
-        started = await start(checked, lock, sites, run_id, note)
+        started = await start(checked, Wanted(run_id, lock, how.share_gpus), sites, note)
         return await _attend(started, sites, reached, how)
 
 
@@ -88,14 +99,24 @@ async def _look_at(host: Host, shell: SshHost, wheel: Wheel, how: How) -> tuple[
         probe(shell, HostQuestion(), python=host.python), _dynctl(host, shell, wheel, how), reached_at(shell)
     )
     there = host.directory.replace("~", told.home, 1) if host.directory else f"{told.home}/.dynctl"
-    return HostSite(host.name, shell, python, there, frozenset(told.listening), host.ssh), told, address
+    taken, busy = frozenset(told.listening), busy_gpus(told)
+    return HostSite(host.name, shell, python, there, taken, host.ssh, busy), told, address
+
+
+def busy_gpus(told: HostFacts) -> dict[int, str]:
+    """Who uses which GPU there."""
+    return {
+        gpu.index: ", ".join(f"{one.name or 'a process'} (pid {one.pid})" for one in gpu.processes)
+        for gpu in told.gpus
+        if gpu.processes
+    }
 
 
 async def _dynctl(host: Host, shell: SshHost, wheel: Wheel, how: How) -> str:
     """The interpreter there that has this dynctl, brought there if that was asked for."""
     if not how.bootstrap:
         return await find_dynctl(shell, host, wheel)
-    wheels = read_wheelhouse(how.wheelhouse) if how.wheelhouse is not None else {}
+    wheels = read_wheelhouse(how.wheelhouse, wheel) if how.wheelhouse is not None else {}
     return await bootstrap(shell, host, Bootstrap(wheel, wheels), _progress)
 
 

@@ -12,7 +12,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 from dynctl.controller.__main__ import leave_word, only_one, serve
 from dynctl.controller.service import run_dir_of
@@ -24,11 +25,14 @@ from dynctl.errors import DynctlError, LaunchError
 from dynctl.http.runtime import run as run_loop
 from dynctl.launchers.base import RunRef
 from dynctl.launchers.slurm_client import SlurmClient
-from dynctl.launchers.slurm_fleet import SlurmFleet
+from dynctl.launchers.slurm_fleet import JobSite, SlurmFleet, run_on
 from dynctl.launchers.slurm_job import ABANDONED, JobRecord
 from dynctl.observability.logs import setup
 
 logger = logging.getLogger("dynctl.controller")
+
+STAGE_S = 7200.0
+"""For the largest model over a slow network."""
 
 
 def main() -> int:
@@ -72,11 +76,19 @@ def begin(run: RunDir, environ: Mapping[str, str]) -> int:
     remember(run, given)
     incarnation = state.controller.incarnation + 1
     if not state.registry:
-        state = plan_in_job(run, given.inventory, environ)
+        stager = partial(stage_on, given.site, run)
+        state = plan_in_job(run, given, environ, stager)
     fleet = SlurmFleet(client, given.site, RunRef(run.run_id, run.path))
     run_loop(serve(run, incarnation, fleet, endings(state)))
     after = load_state(run.state)
     return 1 if after is not None and after.phase == "failed" else 0
+
+
+def stage_on(site: JobSite, run: RunDir, source: str, target: str, nodes: Sequence[str]) -> None:
+    """Copy a model to the disks of these nodes, all at the same time. Raises LaunchError."""
+    logger.info("model.staging from=%s to=%s nodes=%s", source, target, " ".join(nodes))
+    argv = [sys.executable, "-m", "dynctl.deploy.stage", "--from", source, "--to", target]
+    run_on(site, nodes, argv, run.logs / "stage.log", STAGE_S)
 
 
 def remember(run: RunDir, given: Allocation) -> None:

@@ -12,6 +12,8 @@ import sys
 import msgspec
 
 from dynctl.command import Command
+from dynctl.deploy.gpus import FILE as GPUS_FILE
+from dynctl.deploy.gpus import claim_of, require_free
 from dynctl.deploy.home import LOCK_S, Home, RunDir
 from dynctl.deploy.run import may_adopt, new_controller, same_recipe
 from dynctl.deploy.state import load_state, save_state
@@ -51,15 +53,20 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True, tag="claim"):
     files: dict[str, str]
     spawn: list[Spawn]
     adopt: bool = False
+    gpus: list[int] = []
+    share_gpus: bool = False
 
 
 class Join(msgspec.Struct, frozen=True, kw_only=True, tag="join"):
     """On a further node: make its directory in the run, and start its agent. Answer: `run_dir`."""
 
+    name: str
     run_id: str
     node: str
     files: dict[str, str]
     spawn: list[Spawn]
+    gpus: list[int] = []
+    share_gpus: bool = False
 
 
 class Sweep(msgspec.Struct, frozen=True, kw_only=True, tag="sweep"):
@@ -125,7 +132,7 @@ def _claim(call: Claim, home: Home, launcher: Launcher) -> Answer:
             before = home.run_of(call.name)
             if before is not None and launcher.owned(before.run_id):
                 raise UsageError(f"'{call.name}' has just been started by another", where=str(before.path))
-            run = home.create_run(call.run_id, call.files)
+            run = home.create_run(call.run_id, _with_gpus(call, home, launcher))
             home.point(call.name, run)
         _spawn(call.spawn, launcher, RunRef(call.run_id, run.path))
     return Answer(run_dir=str(run.path))
@@ -133,9 +140,16 @@ def _claim(call: Claim, home: Home, launcher: Launcher) -> Answer:
 
 def _join(call: Join, home: Home, launcher: Launcher) -> Answer:
     home.prepare()
-    there = home.create_node(call.run_id, call.node, call.files)
+    there = home.create_node(call.run_id, call.node, _with_gpus(call, home, launcher))
     _spawn(call.spawn, launcher, RunRef(call.run_id, there.path))
     return Answer(run_dir=str(there.path))
+
+
+def _with_gpus(call: Claim | Join, home: Home, launcher: Launcher) -> dict[str, str]:
+    """The files of the directory, and the GPUs taken. Raises PlacementError when another has them."""
+    if not call.share_gpus:
+        require_free(home, launcher, call.gpus, call.run_id)
+    return {**call.files, GPUS_FILE: claim_of(call.name, call.run_id, call.gpus)}
 
 
 def _sweep(call: Sweep, home: Home, launcher: Launcher) -> Answer:

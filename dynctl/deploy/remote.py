@@ -16,19 +16,28 @@ from typing import Protocol
 
 import msgspec
 
+from dynctl.deploy.gpus import SHARE_HINT
 from dynctl.deploy.plan import Plan, PlannedProcess, build_plan
 from dynctl.deploy.receive import Answer, Call, Claim, Join, Look, Spawn, Sweep
 from dynctl.deploy.run import Checked, run_files
 from dynctl.deploy.seats import ENGINE_KEY_FILE, KEYS_FILE, NodeContext, RunContext
 from dynctl.deploy.stop import CONTROLLER
-from dynctl.errors import CodecError, DynctlError, LaunchError, NotReady, PortInUse, UsageError
+from dynctl.errors import (
+    CodecError,
+    DynctlError,
+    LaunchError,
+    NotReady,
+    PlacementError,
+    PortInUse,
+    UsageError,
+)
 from dynctl.topology.inventory import Host, Inventory, Ssh
 from dynctl.topology.ports import first_port_of
 from dynctl.transport.keys import Keys, save_engine_key
 
 ANSWER_S = 30.0
 _KINDS: dict[str, type[DynctlError]] = {
-    kind.kind: kind for kind in (UsageError, LaunchError, PortInUse, NotReady, CodecError)
+    kind.kind: kind for kind in (UsageError, PlacementError, LaunchError, PortInUse, NotReady, CodecError)
 }
 
 
@@ -59,7 +68,7 @@ class Shell(Protocol):
 @dataclass(frozen=True, slots=True)
 class HostSite:
     """What `up` needs of one host: `python` runs dynctl, `home` is its directory, `taken` are ports in use,
-    `ssh` how it is reached.
+    `ssh` how it is reached, `busy` who uses which GPU.
     """
 
     name: str
@@ -68,6 +77,7 @@ class HostSite:
     home: str
     taken: frozenset[int] = frozenset()
     ssh: Ssh = field(default_factory=Ssh)
+    busy: Mapping[int, str] = field(default_factory=dict)
 
     async def ask(self, call: Call, timeout_s: float = ANSWER_S) -> Answer:
         """Have dynctl on the host do something. Raises what it raised there, with the host's name."""
@@ -144,6 +154,15 @@ def is_ip(text: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
+class Wanted:
+    """A run that is to be made: its id, its recipe resolved, whether it may have GPUs that others use."""
+
+    run_id: str
+    lock: str
+    share_gpus: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Started:
     """A deployment whose controller has been started on its head. `adopted`: processes of it lived already,
     `running`: its controller too.
@@ -153,10 +172,11 @@ class Started:
     remote: Remote
     adopted: bool
     running: bool
+    inventory: Inventory
 
 
 async def start(
-    checked: Checked, lock: str, sites: Sequence[HostSite], run_id: str, note: Callable[[Remote], None]
+    checked: Checked, wanted: Wanted, sites: Sequence[HostSite], note: Callable[[Remote], None]
 ) -> Started:
     """Plan, hand out, start. `sites` has a host for each of the inventory, in its order. `note` is told where
     the run will be before anything of it is anywhere: whatever becomes of this process, it can be ended.
@@ -164,18 +184,22 @@ async def start(
     When a host fails, nothing is left on any. What lives of the same recipe is given what it lacks: agents, a
     controller. Raises UsageError when the name is taken on the head, PlacementError, PortInUse, LaunchError.
     """
-    name, head = checked.loaded.recipe.name, sites[0]
+    name, head, lock = checked.loaded.recipe.name, sites[0], wanted.lock
     living = await head.ask(Look(name=name, lock=lock))
     if living.run_id:
         plan = Plan.from_json(living.plan)
     else:
         taken = {(site.name, port) for site in sites for port in site.taken}
-        plan = build_plan(checked.loaded, checked.inventory, taken, contexts(sites, run_id))
+        plan = build_plan(checked.loaded, checked.inventory, taken, contexts(sites, wanted.run_id))
+        if not wanted.share_gpus:
+            require_idle(plan, sites)
     used = [site for site in sites if any(node.name == site.name for node in plan.nodes)]
-    started = Started(plan, _remote(plan, used, checked), bool(living.run_id), living.running)
+    started = Started(
+        plan, _remote(plan, used, checked), bool(living.run_id), living.running, checked.inventory
+    )
     note(started.remote)
     try:
-        await _hand_out(started, lock, checked.inventory, used)
+        await _hand_out(started, wanted, used)
     except BaseException:
         if not started.adopted:
             await sweep(used, plan.run_id, 0.0)
@@ -183,23 +207,28 @@ async def start(
     return started
 
 
-async def _hand_out(started: Started, lock: str, inventory: Inventory, sites: Sequence[HostSite]) -> None:
+async def _hand_out(started: Started, wanted: Wanted, sites: Sequence[HostSite]) -> None:
     """All at once: whether the name is free has been asked for, and is once more when the head takes it."""
     plan, head = started.plan, sites[0]
     secret = await _secrets_of(head, plan.run_id) if started.adopted else _secrets()
     claim = Claim(
         name=plan.name,
         run_id=plan.run_id,
-        files={**run_files(plan, lock, inventory), **secret},
+        files={**run_files(plan, wanted.lock, started.inventory), **secret},
         spawn=[_spawn(plan.process(seat)) for seat in (f"agent-{head.name}", CONTROLLER)],
         adopt=started.adopted,
+        gpus=_gpus(plan, head),
+        share_gpus=wanted.share_gpus,
     )
     joins = [
         Join(
+            name=plan.name,
             run_id=plan.run_id,
             node=site.name,
             files=secret,
             spawn=[_spawn(plan.process(f"agent-{site.name}"))],
+            gpus=_gpus(plan, site),
+            share_gpus=wanted.share_gpus,
         )
         for site in sites[1:]
     ]
@@ -211,6 +240,19 @@ async def _hand_out(started: Started, lock: str, inventory: Inventory, sites: Se
     ]
     answers = await asyncio.gather(*(site.ask(call) for site, call in asked), return_exceptions=True)
     raise_first(answers)
+
+
+def _gpus(plan: Plan, site: HostSite) -> list[int]:
+    return [gpu for node in plan.nodes if node.name == site.name for gpu in node.gpus]
+
+
+def require_idle(plan: Plan, sites: Iterable[HostSite]) -> None:
+    """See that nobody uses the GPUs of the plan. Raises PlacementError that says who does."""
+    for site in sites:
+        taken = set(_gpus(plan, site))
+        users = [f"GPU {gpu} by {site.busy[gpu]}" for gpu in sorted(taken.intersection(site.busy))]
+        if users:
+            raise PlacementError(f"in use already: {', '.join(users)}", where=site.name, hint=SHARE_HINT)
 
 
 def raise_first(answers: Iterable[object]) -> None:

@@ -14,6 +14,8 @@ import msgspec
 
 from dynctl import procfs
 from dynctl.deploy.digest import digest_of
+from dynctl.deploy.gpus import FILE as GPUS_FILE
+from dynctl.deploy.gpus import claim_of, require_free
 from dynctl.deploy.home import LOCK_S, Home, RunDir, new_run_id
 from dynctl.deploy.plan import Plan, PlannedProcess, build_plan
 from dynctl.deploy.ports import holder, listen_error, listening
@@ -102,7 +104,7 @@ def check(request: UpRequest) -> Checked:
     return Checked(loaded, inventory, tuple(str(w) for w in warnings))
 
 
-def start(checked: Checked, site: Site) -> Up:
+def start(checked: Checked, site: Site, *, share_gpus: bool = False) -> Up:
     """Write the run and start its controller, or start a new controller for what still lives of it.
 
     Raises UsageError when the name is taken, PortInUse, PlacementError, RecipeError, LaunchError.
@@ -113,7 +115,7 @@ def start(checked: Checked, site: Site) -> Up:
         living = claim(checked, site)
         if living is not None:
             return adopt(living, checked, site)
-        return begin(checked, site)
+        return begin(checked, site, share_gpus=share_gpus)
 
 
 def claim(checked: Checked, site: Site) -> RunDir | None:
@@ -184,7 +186,7 @@ def adopt(run: RunDir, checked: Checked, site: Site) -> Up:
     return Up(state.name, run, state.url, handle, adopted=True)
 
 
-def begin(checked: Checked, site: Site) -> Up:
+def begin(checked: Checked, site: Site, *, share_gpus: bool = False) -> Up:
     """Plan and write a new run, and start its controller."""
     name = checked.loaded.recipe.name
     run_id = new_run_id(name, time.gmtime())
@@ -194,6 +196,8 @@ def begin(checked: Checked, site: Site) -> Up:
         plan = plan_run(checked, site, context)
         require_programs(plan, checked.loaded, site.environ)
         require_certificate(checked.loaded)
+        if not share_gpus:
+            require_free(site.home, site.launcher, [gpu for node in plan.nodes for gpu in node.gpus])
         run = write_run(plan, lock_text(checked.loaded, site.version), checked.inventory, site.home)
     handle = site.launcher.start(controller_of(plan, 1, checked), RunRef(run.run_id, run.path))
     return Up(name, run, plan.url, handle, adopted=False)
@@ -281,11 +285,13 @@ def write_run(plan: Plan, lock: str, inventory: Inventory, home: Home) -> RunDir
 def run_files(plan: Plan, lock: str, inventory: Inventory | None = None) -> dict[str, str]:
     """What a run's directory begins with, but for its keys."""
     state = initial_state(plan, time.time())
+    gpus = [gpu for node in plan.nodes if node.name == state.head for gpu in node.gpus]
     return {
         **({INVENTORY: msgspec.json.encode(inventory).decode()} if inventory else {}),
         "plan.json": plan.to_json(),
         "recipe.lock.yaml": lock,
         "state.json": encode_state(state).decode(),
+        GPUS_FILE: claim_of(plan.name, plan.run_id, gpus),
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from dynctl.command import Command
+from dynctl.deploy.slurm_steps import as_step, box_for
 from dynctl.engines.arguments import step_tokens
 from dynctl.engines.base import (
     Engine,
@@ -33,7 +34,7 @@ from dynctl.protocol.specs import (
     WorkerSpec,
 )
 from dynctl.recipe.check import parallel_of
-from dynctl.recipe.schema import Recipe, RoleSection
+from dynctl.recipe.schema import Recipe, RoleSection, Slurm
 from dynctl.topology.inventory import Host
 from dynctl.topology.ports import FIRST_PORT
 
@@ -226,6 +227,9 @@ def engine_launch(
             venv=recipe.engine.venv or "",
             python=recipe.engine.python or "",
             container=recipe.engine.container or "",
+            runtime=recipe.engine.runtime,
+            mounts=tuple(recipe.engine.mounts),
+            mpi=(recipe.slurm or Slurm()).mpi if recipe.target == "slurm" else "",
         ),
         args={**recipe.engine.args, **section.args},
         env={**recipe.engine.env, **section.env},
@@ -239,7 +243,15 @@ def engine_launch(
 def engine_command(site: Site, node: str, seat_id: str, command: Command) -> Command:
     """The engine's command as its sidecar runs it: marked as part of the run."""
     env = {**command.env, **_marks(site, seat_id)}
-    return Command(command.argv, env, command.cwd or site.run.on(node).run_dir, command.files)
+    cwd = command.cwd or site.run.on(node).run_dir
+    marked = Command(command.argv, env, cwd, command.files)
+    engine = site.recipe.engine
+    boxed = bool(engine.container) and engine.runtime == "pyxis"
+    if site.recipe.target != "slurm" or not (boxed or command.argv[0] == "srun"):
+        return marked
+    paths = (site.recipe.model.path, site.recipe.model.tokenizer, site.recipe.model.chat_template)
+    box = box_for(engine.container or "", engine.mounts, cwd, paths, marked.env) if boxed else None
+    return as_step(marked, seat_id, node, box)
 
 
 def model_card(recipe: Recipe) -> ModelCard:

@@ -31,14 +31,21 @@ def allocation(environ: Mapping[str, str], client: SlurmClient) -> Allocation:
     if not job_id:
         raise SlurmError("this does not run in a Slurm job", hint="submit it with sbatch")
     lists = _node_lists(environ)
-    groups = {name: group for group, text in lists for name in client.hostnames(text)}
+    groups: dict[str, int] = {}
+    for group, text in lists:
+        for name in client.hostnames(text):
+            if name in groups:
+                hint = "slurm.exclusive: true keeps the parts apart"
+                raise SlurmError("two parts of the job have this node", where=name, hint=hint)
+            groups[name] = group
     names = list(groups)
     gpus = gpus_by_node(client.job_detail(job_id), client.hostnames)
     addresses = {row.name: row.address for row in client.nodes(names)}
     first = environ.get("SLURMD_NODENAME", "")
     names.sort(key=lambda name: name != first)  # stable: the others keep Slurm's order
     hosts = tuple(Host(name, address_of(addresses.get(name) or name), gpus.get(name, 0)) for name in names)
-    site = JobSite(job_id, groups if len(lists) > 1 else {})
+    ids = tuple(environ.get(f"SLURM_JOB_ID_HET_GROUP_{group}", job_id) for group, _ in lists)
+    site = JobSite(job_id, groups, ids) if len(lists) > 1 else JobSite(job_id)
     return Allocation(site, environ.get("SLURM_JOB_NAME", ""), Inventory(hosts, f"job {job_id}"))
 
 

@@ -8,20 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
 
-from dynctl.deploy.plan import needs
-from dynctl.engines import catalog
-from dynctl.errors import PlacementError, RecipeError
+from dynctl.deploy.slurm_size import Part, parts_of
+from dynctl.errors import RecipeError
 from dynctl.recipe.load import LoadedRecipe
-from dynctl.recipe.schema import Recipe, SbatchValue, Slurm
-from dynctl.topology.inventory import Host, Inventory
-from dynctl.topology.placement import place
+from dynctl.recipe.schema import Recipe
+from dynctl.recipe.slurm import SbatchValue, Slurm
 
-MOST_GPUS = 8
-"""On a node, when neither the recipe nor its roles tell how many there are."""
 DRAIN_SIGNAL = "USR1"
 """What the batch script is sent ahead of the time limit."""
 _PLAIN = re.compile(r"[\w@%+=:,./\[\]&|*()-]*", re.ASCII)
-_GRES_GPUS = re.compile(r"(?:^|,)(?:gres[:/])?gpu(?::[A-Za-z_][\w.-]*)?(?::(\d+))?(?=,|$)")
 _OWNED = {
     "job-name": "nothing: jobs are found by it",
     "output": "nothing: it goes to the run directory",
@@ -46,18 +41,12 @@ _OWNED = {
     "exclusive": "slurm.exclusive",
     "reservation": "slurm.reservation",
     "comment": "slurm.comment",
+    "no-kill": "slurm.no_kill",
+    "hetjob": "slurm.het",
     "signal": "slurm.warning",
 }
 _LEAST_WARNING_S = 60.0
 """Slurm counts in minutes, and may warn so much earlier than asked."""
-
-
-@dataclass(frozen=True, slots=True)
-class Size:
-    """What a job asks for: so many nodes, with so many GPUs on each."""
-
-    nodes: int
-    gpus: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,100 +59,51 @@ class JobContext:
     home: str
 
 
-def size_of(loaded: LoadedRecipe) -> Size:
-    """The nodes and GPUs that the roles need, as far as the recipe does not say itself.
-
-    Raises PlacementError when they do not fit on what it says.
-    """
-    recipe = loaded.recipe
-    options = recipe.slurm or Slurm()
-    wanted = needs(recipe, catalog.get(recipe.backend), _nodes(Size(1, 0)))
-    total = sum(need.replicas * need.parallel.gpus for need in wanted if need.gpus)
-    gpus = options.gpus_per_node if options.gpus_per_node is not None else _gres_gpus(options.gres)
-    if gpus is None:
-        gpus = min(total, MOST_GPUS) if options.nodes is None else min(ceil(total / options.nodes), MOST_GPUS)
-    if options.nodes is not None:
-        _try(loaded, Size(options.nodes, gpus))
-        return Size(options.nodes, gpus)
-    least = max(1, ceil(total / gpus) if gpus else 1)
-    most = max(least, total)
-    for nodes in range(least, most):
-        try:
-            _try(loaded, Size(nodes, gpus))
-        except PlacementError:
-            continue
-        return Size(nodes, gpus)
-    _try(loaded, Size(most, gpus))
-    return Size(most, gpus)
-
-
-def assumed(loaded: LoadedRecipe) -> Inventory:
-    """The nodes as they will be, before Slurm has chosen them. Raises PlacementError."""
-    return _nodes(size_of(loaded))
-
-
-def _nodes(size: Size) -> Inventory:
-    hosts = tuple(Host(f"node-{i}", f"node-{i}", size.gpus) for i in range(size.nodes))
-    return Inventory(hosts, f"a job of {size.nodes} nodes with {size.gpus} GPUs each")
-
-
-def _try(loaded: LoadedRecipe, size: Size) -> None:
-    try:
-        there = _nodes(size)
-        place(needs(loaded.recipe, catalog.get(loaded.recipe.backend), there), there)
-    except PlacementError as error:
-        hint = "more slurm.nodes or slurm.gpus_per_node, fewer replicas, or smaller parallel sizes"
-        raise PlacementError(error.message, where=loaded.where(error.where), hint=hint) from error
-
-
-def _gres_gpus(gres: str) -> int | None:
-    counts = [int(found[1] or 1) for found in _GRES_GPUS.finditer(gres)]
-    return sum(counts) if counts else None
-
-
 def script_text(loaded: LoadedRecipe, context: JobContext) -> str:
     """The whole script. Raises PlacementError, RecipeError."""
-    size = size_of(loaded)
-    lines = ["#!/bin/bash", *(f"#SBATCH {line}" for line in directives(loaded, size, context))]
+    lines = ["#!/bin/bash"]
+    for number, part in enumerate(parts_of(loaded)):
+        lines += ["#SBATCH hetjob"] if number else []
+        lines += [f"#SBATCH {line}" for line in directives(loaded, part, context, first=not number)]
     run = shlex.quote(context.run_dir)
     return "\n".join(
         [
             *lines,
             f"export DYNCTL_HOME={shlex.quote(context.home)}",
             f"cd {run} || exit 1",
-            f"exec {shlex.quote(context.python)} -u -m dynctl.controller.slurm_job --run-dir {run}",
+            f"exec {shlex.quote(context.python)} -u -m dynctl.controller.slurm_keeper --run-dir {run}",
             "",
         ]
     )
 
 
-def directives(loaded: LoadedRecipe, size: Size, context: JobContext) -> list[str]:
-    """What follows `#SBATCH ` on each line."""
-    recipe = loaded.recipe
-    options = recipe.slurm or Slurm()
+def directives(loaded: LoadedRecipe, part: Part, context: JobContext, *, first: bool) -> list[str]:
+    """What follows `#SBATCH ` on each line of a part. What is about the batch script is said in the first."""
+    options, own, size = loaded.recipe.slurm or Slurm(), part.options, part.size
     refuse_owned(loaded, options.sbatch_args)
     _refuse_short(loaded, options)
     given: dict[str, SbatchValue | int | None] = {
         "job-name": context.name,
-        "partition": options.partition,
+        "partition": own.partition,
         "account": options.account,
         "qos": options.qos,
         "nodes": size.nodes,
         "ntasks-per-node": 1,
-        "gres": options.gres,
-        "gpus-per-node": size.gpus if size.gpus and not options.gres else None,
-        "cpus-per-task": options.cpus_per_task,
-        "mem": options.mem,
+        "gres": own.gres,
+        "gpus-per-node": size.gpus if size.gpus and not own.gres else None,
+        "cpus-per-task": own.cpus_per_task,
+        "mem": own.mem,
         "time": slurm_time(options.time) if options.time is not None else None,
-        "constraint": options.constraint,
-        "exclude": options.exclude,
-        "nodelist": options.nodelist,
-        "exclusive": options.exclusive,
+        "constraint": own.constraint,
+        "exclude": own.exclude,
+        "nodelist": own.nodelist,
+        "exclusive": own.exclusive,
         "reservation": options.reservation,
         "comment": options.comment,
-        "output": f"{_no_pattern(context.run_dir)}/logs/controller.log",
-        "open-mode": "append",
-        "signal": _warning(options),
+        "output": f"{_no_pattern(context.run_dir)}/logs/controller.log" if first else None,
+        "open-mode": "append" if first else None,
+        "signal": _warning(options) if first else None,
+        "no-kill": options.no_kill,
         "no-requeue": not {"requeue", "no-requeue"} & set(options.sbatch_args),
         **options.sbatch_args,
     }

@@ -7,10 +7,11 @@ resolved: the job plans that on the nodes it is given.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,9 +21,12 @@ from dynctl.deploy.plan import Plan, build_plan
 from dynctl.deploy.ports import listening
 from dynctl.deploy.run import Checked, Site, Up, initial_state
 from dynctl.deploy.seats import RunContext
-from dynctl.deploy.slurm_script import JobContext, assumed, script_text
+from dynctl.deploy.slurm_inventory import Allocation
+from dynctl.deploy.slurm_script import JobContext, script_text
+from dynctl.deploy.slurm_size import assumed, labelled, on_its_parts, size_of
+from dynctl.deploy.stage import staged_path
 from dynctl.deploy.state import RunState, encode_state, load_state
-from dynctl.errors import SlurmError, SlurmUnreachable, UsageError
+from dynctl.errors import RecipeError, SlurmError, SlurmUnreachable, UsageError
 from dynctl.launchers.files import write_atomic
 from dynctl.launchers.local import write_files
 from dynctl.launchers.slurm_client import SlurmClient
@@ -31,7 +35,7 @@ from dynctl.recipe.check import check_recipe
 from dynctl.recipe.load import LoadedRecipe, load_recipe
 from dynctl.recipe.lock import lock_text
 from dynctl.recipe.override import VARIABLE
-from dynctl.topology.inventory import Inventory
+from dynctl.recipe.schema import Slurm
 from dynctl.topology.ports import first_port_of
 from dynctl.transport.keys import Keys, save_engine_key
 
@@ -49,7 +53,19 @@ def check_slurm(loaded: LoadedRecipe, inventory: Path | None) -> Checked:
     if inventory is not None:
         raise UsageError("on Slurm the nodes are Slurm's to choose", hint="leave out --inventory")
     loaded, told = reachable(loaded)
-    return Checked(loaded, assumed(loaded), (*warnings, *told))
+    return Checked(loaded, assumed(loaded), (*warnings, *told, *_few_cpus(loaded)))
+
+
+def _few_cpus(loaded: LoadedRecipe) -> tuple[str, ...]:
+    """A warning, when engines with GPUs would share the one CPU that Slurm gives to a task."""
+    options = loaded.recipe.slurm or Slurm()
+    given = (
+        options.exclusive or options.cpus_per_task or {"cpus-per-gpu", "exclusive"} & {*options.sbatch_args}
+    )
+    if given or not size_of(loaded).gpus:
+        return ()
+    told = "Slurm gives one CPU for each node unless told: set slurm.cpus_per_task or slurm.exclusive"
+    return (f"{loaded.where('slurm')}: {told}",)
 
 
 def reachable(loaded: LoadedRecipe) -> tuple[LoadedRecipe, tuple[str, ...]]:
@@ -128,7 +144,7 @@ def write_pending(checked: Checked, site: Site, run_id: str, files: Mapping[str,
     """The directory of a run whose nodes are not known yet. Raises LaunchError, PlacementError."""
     lock = lock_text(checked.loaded, site.version)
     context = RunContext(run_id, str(site.home.runs / run_id), site.python, first_port_of(run_id))
-    state = unplanned(build_plan(checked.loaded, checked.inventory, (), context), time.time())
+    state = unplanned(build_plan(on_its_parts(checked.loaded), checked.inventory, (), context), time.time())
     made = {**files, "recipe.lock.yaml": lock, "state.json": encode_state(state).decode()}
     run = site.home.create_run(run_id, made)
     with disk("the run directory cannot be written"):
@@ -182,15 +198,25 @@ def _abandon(run: RunDir) -> None:
         write_atomic(run.path / ABANDONED, "")
 
 
-def plan_in_job(run: RunDir, inventory: Inventory, environ: Mapping[str, str]) -> RunState:
+OnStage = Callable[[str, str, Sequence[str]], None]
+"""(source directory, target directory, nodes): copies a model to the nodes' own disks. Raises LaunchError."""
+
+
+def plan_in_job(run: RunDir, given: Allocation, environ: Mapping[str, str], on_stage: OnStage) -> RunState:
     """Plan the run's recipe on the job's nodes and write plan, files and state. Raises DynctlError."""
+    inventory, groups = given.inventory, given.site.groups
     clean = {k: v for k, v in environ.items() if k != VARIABLE}
     loaded = load_recipe(run.lock, environ=clean)
     check_recipe(loaded)
     before = load_state(run.state)
     context = RunContext(run.run_id, str(run.path), sys.executable, first_port_of(run.run_id))
     head = inventory.hosts[0].name
-    plan = build_plan(loaded, inventory, {(head, port) for port in listening()}, context)
+    staged = staged_recipe(loaded)
+    inventory = labelled(loaded, inventory, groups)
+    plan = build_plan(on_its_parts(staged), inventory, {(head, port) for port in listening()}, context)
+    if staged is not loaded:
+        engines = [process.node for process in plan.processes if process.kind == "engine"]
+        on_stage(loaded.model.directory, staged.recipe.model.path, list(dict.fromkeys(engines)))
     state = initial_state(plan, before.created_at if before is not None else time.time())
     with disk("the run directory cannot be written"):
         for process in plan.processes:
@@ -198,3 +224,21 @@ def plan_in_job(run: RunDir, inventory: Inventory, environ: Mapping[str, str]) -
         write_atomic(run.plan, plan.to_json())
         write_atomic(run.state, encode_state(state))
     return state
+
+
+def staged_recipe(loaded: LoadedRecipe) -> LoadedRecipe:
+    """The recipe with the model where it is to be copied to, and the hub out of reach of the engines.
+
+    The same when nothing is to be copied. Raises RecipeError when there is no model at hand to copy.
+    """
+    recipe, stage = loaded.recipe, (loaded.recipe.slurm or Slurm()).stage
+    if not stage:
+        return loaded
+    if not os.path.isdir(loaded.model.directory):
+        told = f"there is no copy of {recipe.model.path} that the nodes could take"
+        hint = "download it to the shared Hugging Face cache, or let model.path name a directory"
+        raise RecipeError(told, where=loaded.where("slurm.stage"), hint=hint)
+    path = staged_path(loaded.model.directory, os.path.expandvars(stage))
+    model = recipe.model.model_copy(update={"path": path, "revision": ""})
+    engine = recipe.engine.model_copy(update={"env": {"HF_HUB_OFFLINE": "1", **recipe.engine.env}})
+    return replace(loaded, recipe=recipe.model_copy(update={"model": model, "engine": engine}))

@@ -13,8 +13,9 @@ from dynctl.deploy.state import ENDED, RunState, load_state
 from dynctl.deploy.status import view_of
 from dynctl.errors import SlurmError, SlurmRejected
 from dynctl.launchers.slurm_client import JobRow
-from dynctl.launchers.slurm_job import JobLauncher
+from dynctl.launchers.slurm_job import CONTROLLER, JobLauncher
 from dynctl.protocol.deployment import DeploymentView
+from dynctl.protocol.exits import read_last_words
 
 _REASONS = {
     "Resources": "waits for nodes to become free",
@@ -69,6 +70,8 @@ def job_view(state: RunState, run: RunDir, launcher: JobLauncher) -> DeploymentV
         return msgspec.structs.replace(seen, phase="starting", reason=told)
     seen = view_of(state, str(run.path), lambda pid, ticks: False)
     how = ended_text(row, launcher.record.job_id)
+    words = read_last_words(run.path, CONTROLLER, max(state.controller.incarnation, 1))
+    how += f": {words.message}" if words is not None else ""
     if state.phase == "failed" or (state.phase == "stopped" and row is not None and row.state == "COMPLETED"):
         return seen
     phase = "failed" if not state.ready_once and state.phase not in ENDED else "stopped"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from dynctl.doctor.findings import Verdict, fail, note, ok, unknown, warn
+from dynctl.doctor.machine import SKEW_WARN_S, SYNC
 from dynctl.doctor.subject import Subject
 
 SHARED_TYPES = frozenset(
@@ -27,6 +28,20 @@ def _told(values: Mapping[str, Sequence[str]]) -> str:
     """Most hosts first: "535.1 on n1 and n2, 550.2 on n3"."""
     ordered = sorted(values.items(), key=lambda item: -len(item[1]))
     return ", ".join(f"{value} on {' and '.join(hosts)}" for value, hosts in ordered)
+
+
+def clocks(subjects: Sequence[Subject]) -> list[Verdict]:
+    """How far the hosts' clocks are from each other, whatever ours shows."""
+    timed = [s for s in subjects if s.facts.now and s.asked_at]
+    told = sorted(((s.facts.now - s.asked_at, s) for s in timed), key=lambda pair: pair[0])
+    if len(told) < 2:
+        return []
+    (least, behind), (most, ahead) = told[0], told[-1]
+    sure = most - least - behind.within_s - ahead.within_s
+    if sure > SKEW_WARN_S:
+        text = f"the clocks of {behind.host.name} and {ahead.host.name} are {most - least:.1f} s apart"
+        return [warn(text, SYNC)]
+    return [ok(f"within {max(0.1, most - least):.1f} s of each other")]
 
 
 def versions(subjects: Sequence[Subject]) -> list[Verdict]:
@@ -79,8 +94,8 @@ def _fingerprint(subject: Subject) -> str:
 
 def shared(subjects: Sequence[Subject]) -> list[Verdict]:
     """Whether the directory of runs looks shared, by the type of its file system alone."""
-    home = subjects[0].wanted.home
-    types = by_value(subjects, lambda s: s.facts.paths[home].fstype if home in s.facts.paths else "")
+    home = subjects[0].home
+    types = by_value(subjects, lambda s: s.facts.disk[s.home].fstype if s.home in s.facts.disk else "")
     if not types:
         return [unknown(f"{home}: on which file system it is was not told")]
     if len(types) == 1 and next(iter(types)) in SHARED_TYPES:

@@ -9,7 +9,6 @@ from dynctl.command import MASK, Command
 from dynctl.doctor import across, devices, machine, programs
 from dynctl.doctor.findings import ALL_HOSTS, Finding, Verdict, findings_of, unknown
 from dynctl.doctor.subject import Subject, Wanted
-from dynctl.engines.base import EngineEnvironment
 from dynctl.protocol.hosts import EngineQuestion, HostFacts, HostQuestion
 from dynctl.topology.inventory import Host
 
@@ -49,6 +48,7 @@ JUDGES: dict[str, Judge] = {
     "probes": probes,
 }
 TOGETHER: dict[str, JointJudge] = {
+    "clocks": across.clocks,
     "versions": across.versions,
     "gpu types": across.gpu_types,
     "same model": across.same_model,
@@ -81,12 +81,13 @@ def judge_together(subjects: Sequence[Subject], topics: Collection[str] = CHECKS
     ]
 
 
-def question(host: Host, wanted: Wanted, python: str, topics: Collection[str] = CHECKS) -> HostQuestion:
+def question(
+    host: Host, wanted: Wanted, pythons: tuple[str, ...], topics: Collection[str] = CHECKS
+) -> HostQuestion:
     """What to ask a host so that the judges of `topics` can judge it."""
     subject = Subject(host, HostFacts(v=0, host=host.name), wanted)
     recipe = wanted.recipe
-    paths = [wanted.home]
-    model = ""
+    paths, model = [], ""
     if recipe is not None and subject.has_engine:
         given = (recipe.model.tokenizer, recipe.model.chat_template, recipe.engine.container or "")
         paths += [path for path in given if os.path.isabs(path)]
@@ -98,21 +99,15 @@ def question(host: Host, wanted: Wanted, python: str, topics: Collection[str] = 
         model=model,
         ports=machine.fixed_ports(subject),
         engine=_engine(subject, topics),
-        scratch=wanted.home,
-        dynctl=(python,) if "dynctl" in topics else (),
+        scratch=subject.home,
+        dynctl=pythons if "dynctl" in topics else (),
     )
 
 
 def _engine(subject: Subject, topics: Collection[str]) -> EngineQuestion | None:
     """How its engine is asked; None when it has none, or nobody wants to know."""
-    recipe, engine = subject.wanted.recipe, subject.wanted.engine
-    if recipe is None or engine is None or not subject.has_engine or "engine" not in topics:
-        return None
-    section = recipe.engine
-    inquiry = engine.inquiry(
-        EngineEnvironment(section.venv or "", section.python or "", section.container or "")
-    )
-    if inquiry is None:
+    inquiry = subject.wanted.inquiry
+    if inquiry is None or not subject.has_engine or "engine" not in topics:
         return None
     # All of it is seen in the host's process list: not what would be masked in a plan.
     shown = Command((), subject.wanted.engine_env()).shown_env()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from dynctl.doctor.findings import Verdict, fail, note, ok, unknown, warn
 from dynctl.doctor.subject import Subject
 from dynctl.protocol.hosts import GpuFacts, IbFacts
+
+Judge = Callable[[str, str], Verdict]
 
 BUSY_SHARE = 0.1
 """Of a GPU's memory in use: engines ask for nine tenths of it."""
@@ -52,7 +54,8 @@ def _no_gpus(subject: Subject, wanted: int) -> list[Verdict]:
     if not wanted and not subject.wants_gpus:
         return [note(f"none ({why})")]
     need = f"{wanted} are needed" if wanted else "the recipe needs some"
-    return [fail(f"none, {need}: {why}", "install the driver, or --set engine.device=cpu for a CPU build")]
+    other = "--set engine.device=cpu for a CPU build" if subject.wanted.recipe else "correct the inventory"
+    return [fail(f"none, {need}: {why}", f"install the driver, or {other}")]
 
 
 def gpu_use(subject: Subject) -> list[Verdict]:
@@ -61,18 +64,20 @@ def gpu_use(subject: Subject) -> list[Verdict]:
     if subject.wanted.recipe is not None and not subject.wants_gpus:
         return []
     wanted = set(node.gpus) if node else {gpu.index for gpu in facts.gpus}
-    found = [verdict for gpu in facts.gpus if gpu.index in wanted for verdict in _use(gpu)]
+    # Without a recipe somebody may well be meant to be there.
+    judge = fail if subject.wants_gpus else note
+    found = [verdict for gpu in facts.gpus if gpu.index in wanted for verdict in _use(gpu, judge)]
     idle = len(wanted) - len(found)
     return [*found, ok(f"{idle} idle")] if idle > 0 and facts.gpus else found
 
 
-def _use(gpu: GpuFacts) -> list[Verdict]:
+def _use(gpu: GpuFacts, judge: Judge) -> list[Verdict]:
     who = ", ".join(f"{process.name} (pid {process.pid})" for process in gpu.processes[:3])
     told = f"GPU {gpu.index}: {gpu.used_mib} of {gpu.memory_mib} MiB in use"
     told += f" by {who}" if who else ", by processes that cannot be seen here"
     if gpu.used_mib > BUSY_SHARE * gpu.memory_mib:
         remedy = "end them, use other GPUs, or set a smaller share of the memory in engine.args"
-        return [fail(told, remedy)]
+        return [judge(told, remedy)]
     return [warn(told, "end it, if it is not meant to be there")] if gpu.processes else []
 
 
@@ -123,8 +128,10 @@ def transfer(subject: Subject) -> list[Verdict]:
     """Settings of UCX and NIXL name what is there, and leave a fast way open."""
     env, ib = subject.environment(), subject.facts.ib
     given = {name: value for name, value in env.items() if name.startswith(("UCX_", "NIXL_"))}
-    found = [*_net_devices(env.get("UCX_NET_DEVICES", ""), ib, subject.facts.interfaces)]
-    found += _ways(env.get("UCX_TLS", ""), bool(ib), gpus=bool(subject.facts.gpus))
+    judge = fail if subject.wanted.apart and subject.has_engine else warn
+    devices, ways = env.get("UCX_NET_DEVICES", ""), env.get("UCX_TLS", "")
+    found = _net_devices(devices, ib, list(subject.facts.interfaces), judge)
+    found += _ways(ways, bool(ib), bool(subject.facts.gpus), judge)
     if subject.wanted.apart and "NCCL_IB_HCA" in env and "UCX_NET_DEVICES" not in env:
         told = f"NCCL_IB_HCA={env['NCCL_IB_HCA']} says nothing to UCX, which moves the KV blocks"
         found.append(note(told, "set UCX_NET_DEVICES too, as in mlx5_0:1,mlx5_1:1"))
@@ -134,20 +141,22 @@ def transfer(subject: Subject) -> list[Verdict]:
     return [ok(told or "no setting: all ways open")]
 
 
-def _net_devices(wanted: str, ib: Sequence[IbFacts], interfaces: object) -> list[Verdict]:
+def _net_devices(
+    wanted: str, ib: Sequence[IbFacts], interfaces: Sequence[str], judge: Judge
+) -> list[Verdict]:
     if not wanted or wanted == "all" or wanted.startswith("^"):
         return []
     there = {f"{port.device}:{port.port}" for port in ib} | {port.device for port in ib}
-    there |= set(interfaces) if isinstance(interfaces, dict) else set()
+    there |= set(interfaces)
     missing = [name for name in wanted.split(",") if name.strip() not in there]
     if not missing:
         return []
     names = ", ".join(sorted(f"{port.device}:{port.port}" for port in ib)) or "no RDMA device"
     remedy = f"correct UCX_NET_DEVICES in engine.env or in the host's start files; there is: {names}"
-    return [fail(f"UCX_NET_DEVICES names {', '.join(missing)}, which is not there", remedy)]
+    return [judge(f"UCX_NET_DEVICES names {', '.join(missing)}, which is not there", remedy)]
 
 
-def _ways(wanted: str, rdma: bool, *, gpus: bool) -> list[Verdict]:
+def _ways(wanted: str, rdma: bool, gpus: bool, judge: Judge) -> list[Verdict]:
     ways = [way.strip() for way in wanted.split(",") if way.strip()]
     if not ways or ways[0].startswith("^"):
         return []
@@ -158,7 +167,7 @@ def _ways(wanted: str, rdma: bool, *, gpus: bool) -> list[Verdict]:
         found.append(warn(told, "unset UCX_TLS, or add rc; containers often preset it"))
     if gpus and not any(way.startswith("cuda") or way == "all" for way in ways):
         told = f"UCX_TLS={wanted} leaves out the GPUs' memory"
-        found.append(fail(told, "add cuda_copy and cuda_ipc, or unset UCX_TLS"))
+        found.append(judge(told, "add cuda_copy and cuda_ipc, or unset UCX_TLS"))
     return found
 
 

@@ -14,12 +14,13 @@ SKEW_FAIL_S = 300.0
 """As much as munge (Slurm) and Kerberos take."""
 LEAST_PYTHON = (3, 11)
 FILES_WANTED = 16_384
-LEAST_FILES = 4096
+LEAST_FILES = 512
+"""Below it not even the processes of a deployment find each other."""
 LEAST_DISK = 1e9
 LITTLE_DISK = 5e9
 LEAST_SHM = 512e6
 _UNLIMITED = -1
-_SYNC = "let chrony or systemd-timesyncd set the clock: timedatectl set-ntp true"
+SYNC = "let chrony or systemd-timesyncd set the clock: timedatectl set-ntp true"
 
 
 def clock(subject: Subject) -> list[Verdict]:
@@ -33,9 +34,9 @@ def clock(subject: Subject) -> list[Verdict]:
     sure = max(0.0, abs(skew) - subject.within_s)
     told = f"{abs(skew):.1f} s {'ahead of' if skew > 0 else 'behind'} this machine's"
     if sure > SKEW_FAIL_S:
-        return [fail(f"its clock is {told}: munge and certificates are refused", _SYNC)]
+        return [fail(f"its clock is {told}: munge and certificates are refused", SYNC)]
     if sure > SKEW_WARN_S:
-        return [warn(f"its clock is {told}: logs and events of the hosts cannot be put in order", _SYNC)]
+        return [warn(f"its clock is {told}: logs and events of the hosts cannot be put in order", SYNC)]
     return [ok(f"within {max(0.1, abs(skew) + subject.within_s):.1f} s of this machine's")]
 
 
@@ -43,7 +44,9 @@ def dynctl(subject: Subject) -> list[Verdict]:
     """Some Python there has this version of dynctl."""
     facts, ours = subject.facts, subject.wanted.version
     found = [candidate for candidate in facts.dynctl if candidate.version]
-    install = f"{subject.on}: python3 -m venv ~/dynctl && ~/dynctl/bin/pip install dynctl=={ours}"
+    install = f"dynctl up --bootstrap brings {ours} there, or `python:` of the inventory names where it is"
+    if subject.wanted.here:
+        install = f"pip install dynctl=={ours}"
     if not found:
         if facts.path_dynctl:
             return [unknown(f"{facts.path_dynctl} is there, its version was not told")]
@@ -142,7 +145,7 @@ def limits(subject: Subject) -> list[Verdict]:
 
 def disk(subject: Subject) -> list[Verdict]:
     """There is room where runs are kept, for logs and compiled kernels."""
-    home = subject.wanted.home
+    home = subject.home
     told = subject.facts.disk.get(home)
     if told is None:
         return [unknown(f"{home}: {subject.facts.note(f'disk {home}') or 'not told'}")]

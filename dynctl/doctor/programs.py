@@ -25,11 +25,14 @@ def engine(subject: Subject) -> list[Verdict]:
         where = f"engine.{given} ({getattr(section, given)})" if given else "PATH"
         remedy = f"install it {subject.on}, or correct engine.{given or 'venv'}"
         return [fail(f"the program of {backend} is not there: looked in {where}", remedy)]
-    if told.version:
-        return [ok(f"{backend} {told.version} ({told.found})")]
-    if told.note:
-        return [unknown(f"{told.found} is there, its version is not known: {told.note}")]
-    return [ok(f"{told.found} is there")]
+    first, last = told.note.split("; ")[0], told.note.split("; ")[-1]
+    found = [ok(f"{backend} {told.version} ({told.found})" if told.version else f"{told.found} is there")]
+    if not told.version and told.note:
+        found = [unknown(f"{told.found} is there, its version is not known: {first}")]
+    if told.flags is None and last and (told.version or last != first):
+        remedy = f"run it by hand {subject.on}: it may not start either"
+        found.append(warn(f"it does not print its help: {last}", remedy))
+    return found
 
 
 def flags(subject: Subject) -> list[Verdict]:
@@ -45,9 +48,10 @@ def flags(subject: Subject) -> list[Verdict]:
     if not given:
         return found or [ok("the recipe gives it none")]
     if told is None or told.flags is None:
-        why = told.note if told is not None else subject.facts.note("engine")
+        why = told.note.split("; ")[-1] if told is not None else subject.facts.note("engine")
         return [*found, unknown(f"{len(given)} not compared with its help: {why or 'not asked'}")]
-    wrong = doubts(given, told.flags)
+    inquiry = wanted.inquiry
+    wrong = doubts(given, told.flags, abbreviates=inquiry is not None and inquiry.abbreviates)
     for doubt in wrong:
         where = _where(subject, doubt.flag)
         if doubt.kind == "short":

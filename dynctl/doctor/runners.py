@@ -1,16 +1,19 @@
-"""How a program is run on a host: on this machine here, over SSH or srun by whoever plugs that in."""
+"""How a program is run on a host: on this machine, or over SSH."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import signal
-from collections.abc import Sequence
-from contextlib import suppress
-from typing import Protocol
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Protocol
 
 from dynctl.errors import DeadlineExceeded, LaunchError
 from dynctl.topology.inventory import LOCAL, Host
+
+if TYPE_CHECKING:
+    from dynctl.launchers.ssh import SshHosts
 
 
 class Runner(Protocol):
@@ -27,9 +30,40 @@ class Runner(Protocol):
         ...
 
 
-def runner_for(hosts: Sequence[Host]) -> Runner | None:
-    """What reaches these hosts; None = there is no way to them yet."""
-    return LocalRunner() if all(host.name == LOCAL for host in hosts) else None
+@asynccontextmanager
+async def way_to(hosts: Sequence[Host], target: str) -> AsyncIterator[Runner | None]:
+    """What reaches the hosts of a target, for as long as the context lasts; None = there is no way yet."""
+    if is_here(hosts):
+        yield LocalRunner()
+    elif target == "slurm":
+        yield None
+    else:
+        # SSH is not loaded where it is not used.
+        from dynctl.launchers.ssh import SshHosts
+        from dynctl.launchers.ssh_config import SshOptions
+
+        async with SshHosts(SshOptions.find(os.environ)) as connections:
+            yield SshRunner(connections)
+
+
+def is_here(hosts: Sequence[Host]) -> bool:
+    """Whether these hosts are this machine."""
+    return [host.name for host in hosts] == [LOCAL]
+
+
+class SshRunner:
+    """Hosts reached over SSH, as the user's SSH configuration and the inventory say."""
+
+    def __init__(self, connections: SshHosts) -> None:
+        self._connections = connections
+
+    async def run(
+        self, host: Host, argv: Sequence[str], stdin: bytes, timeout_s: float
+    ) -> tuple[int, bytes, bytes]:
+        """See `Runner`: each host is dialled once."""
+        shell = await self._connections.connect(host)
+        done = await shell.run(argv, stdin=stdin, timeout_s=timeout_s)
+        return done.code, done.stdout, done.stderr
 
 
 class LocalRunner:

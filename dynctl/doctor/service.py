@@ -34,11 +34,14 @@ _REMOVE = "import os, sys; os.unlink(sys.argv[1])"
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How hosts are asked. `python` is a program there, `deadline_s` for all, 0 = as long as it takes."""
+    """How hosts are asked. `python` is a program there, `deadline_s` for all, 0 = as long as it takes.
+
+    `dynctl_pythons` may have dynctl, on hosts whose inventory names none; they may begin with ~.
+    """
 
     runner: Runner
     python: str = "python3"
-    dynctl_python: str = "python3"
+    dynctl_pythons: tuple[str, ...] = ()
     deadline_s: float = 0.0
     parallel: int = 32
 
@@ -59,7 +62,7 @@ async def examine(
     ends = time.monotonic() + way.deadline_s if way.deadline_s else 0.0
 
     async def one(host: Host) -> Subject | Finding:
-        asked = question(host, wanted, way.dynctl_python, topics)
+        asked = question(host, wanted, (host.python,) if host.python else way.dynctl_pythons, topics)
         async with gate:
             limit = ENGINE_S if asked.engine else PLAIN_S
             left = min(limit, ends - time.monotonic()) if ends else limit
@@ -78,6 +81,20 @@ async def examine(
         findings += judge_host(answer, topics)
     findings += judge_together(subjects, topics)
     return Report(tuple(findings), {s.host.name: s.facts for s in subjects})
+
+
+async def gpus_of(hosts: Sequence[Host], way: Way) -> dict[str, int]:
+    """How many GPUs hosts have that are to be asked for it; those that do not answer are left out."""
+
+    async def one(host: Host) -> tuple[str, int] | None:
+        try:
+            facts = await facts_of(host, HostQuestion(), way, PLAIN_S)
+        except DynctlError:
+            return None  # it is asked again, and then told
+        return host.name, len(facts.gpus)
+
+    told = await asyncio.gather(*(one(host) for host in hosts if host.discover))
+    return dict(pair for pair in told if pair is not None)
 
 
 async def ask(

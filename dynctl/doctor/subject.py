@@ -8,7 +8,7 @@ from functools import cached_property
 
 from dynctl.deploy.plan import Plan, PlannedNode, PlannedProcess
 from dynctl.engines import catalog
-from dynctl.engines.base import Engine
+from dynctl.engines.base import Engine, EngineEnvironment, Inquiry
 from dynctl.protocol.hosts import HostFacts
 from dynctl.recipe.load import LoadedRecipe
 from dynctl.recipe.schema import Recipe
@@ -19,9 +19,9 @@ from dynctl.topology.inventory import Host
 class Wanted:
     """What is to be started. All None = nothing in particular; `plan` alone None = it does not fit the hosts.
 
-    `version` is the asking dynctl's own, `home` the directory of its runs on every host, `here` whether the
-    hosts are this machine. `tried`: ids of processes whose start failed: their ports as planned are judged,
-    instead of those that a start would not go round.
+    `version` is the asking dynctl's own, `home` the directory of runs on hosts that name none, `here` whether
+    the hosts are this machine. `tried`: ids of processes whose start failed: their ports as planned are
+    judged, instead of those that a start would not go round.
     """
 
     version: str
@@ -66,6 +66,15 @@ class Wanted:
         sections = self.recipe.roles.present().values()
         return any(s.tensor_parallel * s.pipeline_parallel * s.data_parallel > 1 for s in sections)
 
+    @property
+    def inquiry(self) -> Inquiry | None:
+        """How the recipe's engine is asked what it is; None = there is none to ask."""
+        if self.recipe is None or self.engine is None:
+            return None
+        given = self.recipe.engine
+        where = EngineEnvironment(given.venv or "", given.python or "", given.container or "")
+        return self.engine.inquiry(where)
+
     def engine_env(self) -> Mapping[str, str]:
         """The recipe's variables of engine processes; of those of several roles one."""
         if self.recipe is None:
@@ -97,6 +106,11 @@ class Subject:
         """What the plan starts there."""
         plan = self.wanted.plan
         return tuple(p for p in plan.processes if p.node == self.host.name) if plan else ()
+
+    @property
+    def home(self) -> str:
+        """Where runs are kept there."""
+        return self.host.directory or self.wanted.home
 
     @property
     def on(self) -> str:

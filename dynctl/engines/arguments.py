@@ -74,9 +74,15 @@ def program(environment: EngineEnvironment, script: str, module: Iterable[str]) 
         inner = (f"{environment.venv.rstrip('/')}/bin/{script}",)
     else:
         inner = (script,)
-    if environment.container:
-        return ("apptainer", "exec", "--nv", environment.container, *inner)
-    return inner
+    return (*container(environment, "--nv"), *inner)
+
+
+def container(environment: EngineEnvironment, *flags: str) -> tuple[str, ...]:
+    """What opens the container in front of a command; () when there is none, or it is opened around it."""
+    if not environment.container or environment.runtime != "apptainer":
+        return ()
+    mounts = [part for mount in environment.mounts for part in ("--bind", mount)]
+    return ("apptainer", "exec", *flags, *mounts, environment.container)
 
 
 def devices(gpus: Iterable[int]) -> dict[str, str]:

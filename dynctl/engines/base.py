@@ -55,11 +55,18 @@ class ModelRef:
 
 @dataclass(frozen=True, slots=True)
 class EngineEnvironment:
-    """Where the engine's own code is: a venv, a python, a container image, or none (on PATH)."""
+    """Where the engine's own code is: a venv, a python, a container image, or none (on PATH).
+
+    `runtime`: what opens the container: apptainer in the command itself, or pyxis around the whole of it.
+    `mounts` are "SRC:DST[:ro]". `mpi`: what starts ranks on several nodes; `srun` with this value for --mpi.
+    """
 
     venv: str = ""
     python: str = ""
     container: str = ""
+    runtime: Literal["apptainer", "pyxis"] = "apptainer"
+    mounts: tuple[str, ...] = ()
+    mpi: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,12 +374,14 @@ class Inquiry:
 
     `program` must be there. What `version` prints ends with the version. `help` prints all flags, in lines
     that the regular expression `flag_lines` finds (its group begins with a flag), "" = those of argparse.
+    `abbreviates`: its parser takes the beginning of a flag for the flag.
     """
 
     program: str
     version: tuple[str, ...] = ()
     help: tuple[str, ...] = ()
     flag_lines: str = ""
+    abbreviates: bool = False
 
 
 class Engine(Protocol):

@@ -44,10 +44,11 @@ class Doubt:
     kind: Literal["unknown", "short"] = "unknown"
 
 
-def doubts(flags: Iterable[str], known: Iterable[str]) -> list[Doubt]:
+def doubts(flags: Iterable[str], known: Iterable[str], *, abbreviates: bool = False) -> list[Doubt]:
     """Those of `flags` that are not among `known`, with the nearest that is ("" = none is near).
 
-    Dashes and underscores count as the same: each engine's own way of joining words is used for it anyway.
+    `abbreviates` is the engine's, see `Inquiry`. Dashes and underscores count as the same: each engine's own
+    way of joining words is used for it anyway.
     """
     there = {_plain(flag): flag for flag in known}
     found = []
@@ -56,7 +57,7 @@ def doubts(flags: Iterable[str], known: Iterable[str]) -> list[Doubt]:
         if plain in there:
             continue
         longer = [name for name in there if name.startswith(plain)]
-        if len(longer) == 1:
+        if abbreviates and len(longer) == 1:
             found.append(Doubt(flag, there[longer[0]], "short"))
             continue
         near = difflib.get_close_matches(plain, there, n=1, cutoff=0.6)

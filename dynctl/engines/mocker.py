@@ -8,7 +8,15 @@ from pathlib import Path
 
 from dynctl.command import Command
 from dynctl.engines import kv_dialect, log_lines, vllm_metrics
-from dynctl.engines.arguments import both_spellings, flag_names, flags, normal_name, normalised, to_json
+from dynctl.engines.arguments import (
+    both_spellings,
+    container,
+    flag_names,
+    flags,
+    normal_name,
+    normalised,
+    to_json,
+)
 from dynctl.engines.base import (
     CONTINUES_AND_HOLDS_BACK,
     ArgValue,
@@ -198,7 +206,7 @@ def _python(environment: EngineEnvironment) -> tuple[str, ...]:
         inner = (f"{environment.venv.rstrip('/')}/bin/python",)
     else:
         inner = ("python3",) if environment.container else (sys.executable,)
-    return ("apptainer", "exec", environment.container, *inner) if environment.container else inner
+    return (*container(environment), *inner)
 
 
 def _directory(path: str) -> str:

@@ -117,7 +117,7 @@ class Sglang:
         """The same program as it is started with."""
         base, start = _start(environment)
         version = version_of(environment, ("sglang",), ("sglang", "version"))
-        return Inquiry(base[0], version, (*start, "--help"))
+        return Inquiry(base[0], version, (*start, "--help"), abbreviates=True)
 
     def command_flags(self, args: Mapping[str, ArgValue]) -> tuple[str, ...]:
         """All of them."""

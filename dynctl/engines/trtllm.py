@@ -209,10 +209,26 @@ def _mpi(launch: EngineLaunch) -> tuple[str, ...]:
             where=f"{launch.role}-{launch.index}",
             hint="give the replica whole nodes, or list them in the inventory so that they fill up alike",
         )
+    if launch.environment.mpi:
+        return _srun(launch)
     hosts = ",".join(f"{rank.address}:{len(rank.gpus)}" for rank in launch.ranks)
     environment = [part for name in sorted({*launch.env, *_OF_EVERY_RANK}) for part in ("-x", name)]
     world = str(launch.parallel.gpus)
     return ("mpirun", "-n", world, "--host", hosts, *environment, "trtllm-llmapi-launch")
+
+
+def _srun(launch: EngineLaunch) -> tuple[str, ...]:
+    """The same by Slurm: its step has no list of GPUs of its own, since they are set in each task."""
+    head, world = launch.ranks[0], launch.parallel.gpus
+    return (
+        "srun",
+        f"--mpi={launch.environment.mpi}",
+        f"--nodes={len(launch.ranks)}",
+        f"--ntasks={world}",
+        f"--ntasks-per-node={len(head.gpus)}",
+        f"--nodelist={','.join(rank.node for rank in launch.ranks)}",
+        "trtllm-llmapi-launch",
+    )
 
 
 def _flags(launch: EngineLaunch, config: str) -> list[str]:

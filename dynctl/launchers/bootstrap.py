@@ -76,7 +76,7 @@ class Bootstrap:
         return sorted({**self.wheelhouse, self.wheel.filename: self.wheel.content}.items())
 
 
-def read_wheelhouse(folder: Path) -> dict[str, bytes]:
+def read_wheelhouse(folder: Path, wheel: Wheel) -> dict[str, bytes]:
     """The wheels and source archives of a directory. Raises LaunchError when there are none."""
     try:
         found = {
@@ -85,7 +85,11 @@ def read_wheelhouse(folder: Path) -> dict[str, bytes]:
     except OSError as error:
         raise LaunchError(f"the wheelhouse cannot be read: {error.strerror}", where=str(folder)) from error
     if not found:
-        raise LaunchError("there are no wheels in it", where=str(folder), hint=_wheelhouse_hint(str(folder)))
+        raise LaunchError(
+            "there are no wheels in it",
+            where=str(folder),
+            hint=f"{wheelhouse_command(str(folder), wheel)} fills it",
+        )
     return found
 
 
@@ -152,14 +156,17 @@ async def bootstrap(
     await require_python(ssh, base)
     folder = posixpath.join(home, what.folder)
     asked = {"folder": folder, "files": what.manifest}
-    missing = msgspec.convert(await _remote(ssh, base, {"do": "missing", **asked}, _LOOK_S), list[str])
+    missing = msgspec.convert(
+        await _remote(ssh, base, {"do": "missing", **asked}, what.wheel, _LOOK_S), list[str]
+    )
     for name in missing:
         content = what.files[name]
         progress(host.name, f"sending {name}")
         await ssh.put({f"{folder}/{name}": content}, timeout_s=60.0 + len(content) / _SLOWEST)
     progress(host.name, "installing dynctl")
     order = {"do": "install", "final": final, "wheel": what.wheel.filename, "deadline_s": _INSTALL_S, **asked}
-    await _remote(ssh, base, {**order, "offline": bool(what.wheelhouse)}, _INSTALL_S + _LOOK_S)
+    order["offline"] = bool(what.wheelhouse)
+    await _remote(ssh, base, order, what.wheel, _INSTALL_S + _LOOK_S)
     if await version_of(ssh, made) != what.wheel.version:
         raise HostDynctlMissing(
             f"{made} was installed and has no dynctl {what.wheel.version}", where=host.name
@@ -194,24 +201,28 @@ async def require_python(ssh: SshHost, python: str) -> None:
     done = await ssh.run([python, "-c", _PYTHON], timeout_s=_LOOK_S)
     if done.code != 0:
         raise python_error(ssh.name, python, done.code, done.stderr)
-    words = done.stdout.decode("utf-8", "replace").rpartition("\npython ")[2].split()
-    version = tuple(int(word) for word in words[:2])
-    wanted = ".".join(map(str, OLDEST_PYTHON))
+    told = re.findall(r"(?m)^python (\d+) (\d+)(.*)$", done.stdout.decode("utf-8", "replace"))
+    if not told:
+        raise HostPythonMissing(f"{python} there is no Python", where=ssh.name)
+    major, minor, lacks = told[-1]
+    version, wanted = (int(major), int(minor)), ".".join(map(str, OLDEST_PYTHON))
     if version < OLDEST_PYTHON:
         raise HostPythonMissing(
-            f"{python} there is Python {'.'.join(words[:2])}, {wanted} or newer is needed",
+            f"{python} there is Python {major}.{minor}, {wanted} or newer is needed",
             where=ssh.name,
             hint="install a newer one and name it with `python:` in the inventory",
         )
-    if words[2:]:
+    if lacks.split():
         raise HostPythonMissing(
-            f"{python} there has no module {' and no module '.join(words[2:])}, so it makes no environment",
+            f"{python} there makes no environment: it has no module {' and no '.join(lacks.split())}",
             where=ssh.name,
             hint="on Debian and Ubuntu: apt install python3-venv; or name another Python with `python:`",
         )
 
 
-async def _remote(ssh: SshHost, python: str, asked: Mapping[str, object], timeout_s: float) -> object:
+async def _remote(
+    ssh: SshHost, python: str, asked: Mapping[str, object], wheel: Wheel, timeout_s: float
+) -> object:
     """Run the installer on the host. Raises SshError for what it tells."""
     source = await asyncio.to_thread(Path(remote_install.__file__).read_bytes)
     done = await ssh.run([python, "-", json.dumps(asked)], stdin=source, timeout_s=timeout_s)
@@ -229,9 +240,10 @@ async def _remote(ssh: SshHost, python: str, asked: Mapping[str, object], timeou
     hint = ""
     if "No matching distribution" in told or "Could not find a version" in told:
         hint = "what the wheelhouse lacks" if asked.get("offline") else "the host reaches no package index"
-        hint = f"{hint}: --wheelhouse DIR sends what is needed; {_wheelhouse_hint('DIR')}"
+        hint += f": --wheelhouse DIR sends what is needed; it is filled by {wheelhouse_command('DIR', wheel)}"
     raise HostDynctlMissing(f"{step}: {told}", where=ssh.name, hint=hint)
 
 
-def _wheelhouse_hint(folder: str) -> str:
-    return f"pip download -d {shlex.quote(folder)} dynctl fills one, with the hosts' version of Python"
+def wheelhouse_command(folder: str, wheel: Wheel) -> str:
+    """What fills a wheelhouse, where there is a package index."""
+    return shlex.join(["pip", "download", "-d", folder, "--only-binary", ":all:", *wheel.needs])

@@ -67,8 +67,11 @@ def install(asked: dict[str, Any]) -> str:
 
 
 def _make(draft: Path, wheel: Path, house: Path | None, ends: float) -> None:
-    _run("making the environment", [sys.executable, "-m", "venv", str(draft)], ends)
-    pip = [str(draft / "bin/python"), "-m", "pip", "--disable-pip-version-check", "--no-input"]
+    _run("making the environment", [sys.executable, "-m", "venv", "--without-pip", str(draft)], ends)
+    python = str(draft / "bin/python")
+    # By itself: when venv does it, nobody is told why it failed.
+    _run("installing pip", [python, "-m", "ensurepip", "--default-pip"], ends)
+    pip = [python, "-m", "pip", "--disable-pip-version-check", "--no-input"]
     source = ["--no-index", "--find-links", str(house)] if house else ["--retries", "1", "--timeout", "15"]
     _run("installing", [*pip, "install", "--quiet", *source, str(wheel)], ends)
 

@@ -149,7 +149,7 @@ class SlurmClient:
         return ahead + 1, max(len(weights), ahead + 1)
 
     def steps(self, job_id: str) -> list[StepRow]:
-        """The steps that run in a job; none when it does not run."""
+        """The steps that run in a job, or in several ("7,8"); none when it does not run."""
         rows = self._call(["squeue", "-s", "-h", "-a", "-j", job_id, "-o", _STEP_FIELDS], unknown="")
         return [StepRow(*line.split("|", 2)) for line in rows.splitlines() if line.count("|") >= 2]
 

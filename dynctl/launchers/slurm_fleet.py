@@ -10,23 +10,26 @@ import asyncio
 import logging
 import os
 import signal as signals
+import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TypeVar
 
 from dynctl import procfs
 from dynctl.command import Command
-from dynctl.errors import SlurmError
+from dynctl.errors import LaunchError, SlurmError
 from dynctl.launchers.base import Launch, Owned, ProcessHandle, RunRef
 from dynctl.launchers.fleet import Ended, LocalFleet, NodeNews, Seated
+from dynctl.launchers.last_lines import tail, telling_lines
 from dynctl.launchers.local import LocalLauncher
 from dynctl.launchers.slurm_client import SlurmClient, StepRow
 from dynctl.protocol.day2 import ExecReply
 
 logger = logging.getLogger(__name__)
 
-ENV_STEP = "DYNCTL_STEP"
+ENV_STEP, ENV_GROUP = "DYNCTL_STEP", "DYNCTL_STEP_GROUP"
 """Set in every step: engines are to do without Slurm's variables, and GPUs count from the step's own."""
 GENTLE = "URG"
 """What asks a process of ours to end. A signal to a step reaches all processes in it, so it must be one that
@@ -36,6 +39,18 @@ _SIGNALLED_WITHIN_S = 5.0
 _LOOK_AGAIN_S = 0.05
 _UNREACHED = -1
 _SIGNALLED = 128
+_LINES = 20
+_EVERY_STEP = (
+    "--mem=0",
+    "--cpu-bind=none",
+    "--kill-on-bad-exit=0",
+    "--wait=0",
+    "--input=none",
+    "--unbuffered",
+    "--quiet",
+    "--export=ALL",
+)
+"""All memory of the job on the node, no CPU apart, the environment as it is, output as it comes."""
 _OF_THE_BATCH = (
     "SLURM_MEM_PER_",
     "SLURM_NTASKS",
@@ -55,10 +70,15 @@ _OF_THE_BATCH = (
 
 @dataclass(frozen=True, slots=True)
 class JobSite:
-    """The job this process runs in. `groups`: node → its part of a job of several parts."""
+    """The job this process runs in.
+
+    `groups`: node → its part of a job of several parts, `part_ids` the ids of all parts, each with steps of
+    its own.
+    """
 
     job_id: str
     groups: Mapping[str, int] = field(default_factory=dict)
+    part_ids: tuple[str, ...] = ()
 
 
 def step_name(seat: str, incarnation: int) -> str:
@@ -77,14 +97,7 @@ def step_argv(site: JobSite, launch: Launch, run: RunRef) -> tuple[str, ...]:
         "--ntasks=1",
         f"--nodelist={launch.node}",
         f"--job-name={step_name(launch.process_id, launch.incarnation)}",
-        "--mem=0",
-        "--cpu-bind=none",
-        "--kill-on-bad-exit=0",
-        "--wait=0",
-        "--input=none",
-        "--unbuffered",
-        "--quiet",
-        "--export=ALL",
+        *_EVERY_STEP,
         f"--chdir={launch.command.cwd or run.run_dir}",
         *launch.command.argv,
     )
@@ -114,9 +127,9 @@ class SlurmFleet:
     def _step(self, launch: Launch) -> Launch:
         """The start of its `srun` here."""
         argv = step_argv(self._site, launch, self._run)
-        command = Command(
-            argv, {**launch.command.env, ENV_STEP: "1"}, str(self._run.run_dir), launch.command.files
-        )
+        group = self._site.groups.get(launch.node)
+        marks = {ENV_STEP: "1"} | ({} if group is None else {ENV_GROUP: str(group)})
+        command = Command(argv, {**launch.command.env, **marks}, str(self._run.run_dir), launch.command.files)
         batch = frozenset(name for name in os.environ if name.startswith(_OF_THE_BATCH))
         return replace(launch, command=command, withheld=launch.withheld | batch)
 
@@ -147,7 +160,7 @@ class SlurmFleet:
     async def clear(self, node: str, seat: str, incarnation: int, within_s: float) -> list[int]:
         """As `Fleet`: kills the step, and `srun`, and waits until Slurm lists no such step any more."""
         ends = time.monotonic() + within_s
-        mine = {step_name(seat, number) for number in range(1, incarnation + 1)}
+        mine = {step_name(seat, number) for number in range(1, incarnation + 1)} | {f"{seat}.engine"}
         killed: set[str] = set()
         while True:
             try:
@@ -182,7 +195,8 @@ class SlurmFleet:
         """As `Fleet`. The steps end with the job."""
 
     async def _steps(self) -> list[StepRow]:
-        return await asyncio.to_thread(self._client.steps, self._site.job_id)
+        jobs = self._site.part_ids or (self._site.job_id,)
+        return await asyncio.to_thread(self._client.steps, ",".join(jobs))
 
     def _left_here(self, seat: str, incarnation: int) -> list[Owned]:
         """`srun` of the seat, and what of it is on this very node."""
@@ -193,3 +207,38 @@ class SlurmFleet:
 def exit_code(code: int | None) -> int | None:
     """What `srun` ended with as a process's own: 128 and more is a signal."""
     return _SIGNALLED - code if code is not None and code > _SIGNALLED else code
+
+
+def run_on(site: JobSite, nodes: Sequence[str], argv: Sequence[str], log: Path, within_s: float) -> None:
+    """Run a command once on each of these nodes, to its end. Raises LaunchError with what it said last."""
+    for group in sorted({site.groups.get(node, 0) for node in nodes}):
+        chosen = [node for node in nodes if site.groups.get(node, 0) == group]
+        step = (
+            "srun",
+            *((f"--het-group={group}",) if site.groups else ()),
+            "--overlap",
+            f"--nodes={len(chosen)}",
+            f"--ntasks={len(chosen)}",
+            "--ntasks-per-node=1",
+            f"--nodelist={','.join(chosen)}",
+            *_EVERY_STEP,
+            "--label",
+            *argv,
+        )
+        environ = {k: v for k, v in os.environ.items() if not k.startswith(_OF_THE_BATCH)}
+        try:
+            with log.open("ab") as output:
+                done = subprocess.run(
+                    step,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    env=environ,
+                    timeout=within_s,
+                    check=False,
+                )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise LaunchError(f"{argv[0]} could not be run on {' '.join(chosen)}: {error}") from error
+        if done.returncode:
+            said = "\n".join(f"  {line}" for line in telling_lines(tail(log, _LINES), _LINES))
+            raise LaunchError(f"it failed on one of {' '.join(chosen)}:\n{said}", where=str(log))

@@ -16,7 +16,6 @@ from dynctl.launchers.ssh_host import SshHost
 from dynctl.topology.inventory import Host, Ssh
 
 _CLOSE_S = 3.0
-_MOST_JUMPS = 8
 _Connection = asyncssh.SSHClientConnection
 
 
@@ -83,7 +82,7 @@ class SshHosts:
         try:
             async with asyncio.timeout(deadline_s):
                 target = await resolve(name, ssh, self.options)
-                return await self._dial(target, ())
+                return await self._dial(target, (ssh.host,))
         except ERRORS as error:
             if target is None:
                 raise SshError(
@@ -127,14 +126,16 @@ class SshHosts:
 
     async def _way(self, target: Target, passed: tuple[str, ...]) -> _Connection | None:
         """The connection through which a host is dialled; hosts behind the same one share it."""
-        if len(passed) >= _MOST_JUMPS:
-            raise SshError(f"the way there never ends: {' > '.join(passed)}", where=target.name)
         connection: _Connection | None = None
         hops = [hop.strip() for hop in target.jumps.split(",")]
         for number, hop in enumerate(hops):
             ssh = hop_of(hop)
             if ssh.host == target.settings.orig_host:
                 continue  # As with `Host *` and ProxyJump: the host on the way needs none to itself.
+            if ssh.host in passed:
+                raise SshError(
+                    f"the way there never ends: {' > '.join((*passed, ssh.host))}", where=target.name
+                )
             connection = await self._hop(target.name, ssh, tuple(hops[: number + 1]), connection, passed)
         return connection
 

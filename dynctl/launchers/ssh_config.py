@@ -193,10 +193,10 @@ def _sort_in(found: Identities, path: Path) -> None:
         return
     try:
         asyncssh.read_private_key(path)
-    except asyncssh.KeyEncryptionError:
-        found.told.append(f"{path} (encrypted: ssh-add {shlex.quote(str(path))})")
-    except (asyncssh.KeyImportError, OSError) as error:
-        found.told.append(f"{path} ({error})")
+    except (asyncssh.KeyImportError, asyncssh.KeyEncryptionError, OSError) as error:
+        encrypted = "passphrase" in str(error).lower()
+        told = f"encrypted: ssh-add {shlex.quote(str(path))}" if encrypted else str(error)
+        found.told.append(f"{path} ({told})")
     else:
         found.private.append(str(path))
         found.told.append(str(path))

@@ -29,7 +29,8 @@ _BAD_DIRECTORY, _TORN = 81, 82
 _TORN_ERRORS = (asyncssh.DisconnectError, ConnectionError, BrokenPipeError)
 
 _PUT = (
-    'set -eu; umask 077; d=$1 t=$2 f=$3 m=$4 n=$5; mkdir -p -- "$d"; '
+    "set -eu; umask 077; trap '' PIPE; trap 'exit 1' HUP INT TERM; "  # else its draft would stay
+    'd=$1 t=$2 f=$3 m=$4 n=$5; mkdir -p -- "$d"; '
     'set -- $(stat -L -c "%u %a" -- "$d"); '
     'if [ "$1" != "$(id -u)" ]; then echo "$d belongs to user $1" >&2; exit 81; fi; '
     'case $2 in *00) ;; *) echo "$d has mode $2" >&2; exit 81;; esac; '

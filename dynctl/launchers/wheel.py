@@ -46,6 +46,15 @@ class Wheel:
         """What tells this dynctl from all others: version and the start of the digest."""
         return f"{self.version}-{self.sha256[:12]}"
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What it is installed with, as pip takes it; what only its extras need is left out."""
+        with zipfile.ZipFile(io.BytesIO(self.content)) as archive:
+            about = archive.read(f"{_NAME}-{self.version}.dist-info/METADATA").decode("utf-8", "replace")
+        head = about.partition("\n\n")[0].splitlines()
+        found = [line.partition(":")[2].strip() for line in head if line.startswith("Requires-Dist:")]
+        return tuple(need for need in found if "extra ==" not in need)
+
 
 def own_wheel() -> Wheel:
     """The dynctl that runs here. Raises LaunchError when its files or metadata are not there."""

@@ -78,10 +78,11 @@ class GpuFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DiskFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """Bytes."""
+    """Bytes; `fstype` "" = not known."""
 
     free: int
     total: int
+    fstype: str = ""
 
 
 class Leftover(msgspec.Struct, frozen=True, kw_only=True):

@@ -143,6 +143,10 @@ def _environment(recipe: Recipe, engine: Engine) -> Iterator[Finding]:
     given = [name for name in ("venv", "python") if getattr(recipe.engine, name) is not None]
     if len(given) > 1:
         yield _error("engine.python", "engine.venv and engine.python exclude each other; keep one")
+    if recipe.engine.runtime == "pyxis" and recipe.target != "slurm":
+        yield _error("engine.runtime", "pyxis is a part of Slurm; use apptainer, or target slurm")
+    if recipe.engine.mounts and not recipe.engine.container:
+        yield _error("engine.mounts", "there is no engine.container to mount anything in")
     if engine.features.launches:
         return
     for name in (*given, *(["container"] if recipe.engine.container else [])):

@@ -13,7 +13,9 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from dynctl.engines import catalog
 from dynctl.protocol.instances import Role
 from dynctl.recipe.hosts import Host as Host
+from dynctl.recipe.section import Count, Env
 from dynctl.recipe.section import Section as Section
+from dynctl.recipe.slurm import Slurm as Slurm
 from dynctl.recipe.units import Duration, Size
 
 ROLES: tuple[Role, ...] = ("prefill", "decode", "aggregated", "encode")
@@ -47,23 +49,6 @@ def _origin(value: str) -> str:
     return value
 
 
-def _env_value(value: object) -> object:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    if isinstance(value, str):
-        return value
-    raise ValueError('must be a string; quote it ("1", "true")')
-
-
-def _sbatch_value(value: object) -> object:
-    if isinstance(value, bool):
-        return value
-    text = str(value) if isinstance(value, int | float | str) else "\n"
-    if "\n" in text or "\r" in text or "\0" in text:
-        raise ValueError("must be a text of one line, a number, or true")
-    return text
-
-
 def _off(value: object) -> object:
     """`off` without quotes is the boolean false in YAML."""
     return "off" if value is False else value
@@ -86,14 +71,9 @@ def _key_name(value: str) -> str:
     return value
 
 
-Count = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=0, le=65535)]
-Env = dict[str, Annotated[str, BeforeValidator(_env_value)]]
 Args = dict[str, Any]
 Weight = Annotated[float, Field(ge=0)]
-Word = Annotated[str, Field(pattern=r"^[^\n\r\x00]*$")]
-"""One line."""
-SbatchValue = Annotated[str | bool, BeforeValidator(_sbatch_value)]
 Span = Annotated[Duration, Field(gt=0)]
 
 
@@ -137,6 +117,10 @@ class EngineSection(Section):
     """Python interpreter that can import the engine, instead of a venv."""
     container: str | None = None
     """Container image that holds the engine."""
+    runtime: Literal["apptainer", "pyxis"] = "apptainer"
+    """What opens the container; pyxis is a part of Slurm."""
+    mounts: list[Annotated[str, Field(pattern="^[^:,]+:[^:,]+(:(ro|rw))?$")]] = Field(default_factory=list)
+    """What is seen of the host in the container, as SRC:DST or SRC:DST:ro."""
     device: Literal["gpu", "cpu"] = "gpu"
     """`cpu`: the engine is a CPU build; no GPU is looked for or given."""
     env: Env = Field(default_factory=dict)
@@ -416,47 +400,6 @@ class Sla(Section):
     """Time between tokens."""
     percentile: Annotated[str, AfterValidator(_percentile)] = "p95"
     """Share of requests that must meet them."""
-
-
-class Slurm(Section):
-    """What is asked of Slurm. All of it may be left out: nodes and GPUs follow from the roles."""
-
-    partition: Word = ""
-    """Partition; default: Slurm's own."""
-    account: Word = ""
-    """Account to charge."""
-    qos: Word = ""
-    """Quality of service."""
-    time: Annotated[Duration, Field(ge=60)] | None = None
-    """Time limit; default: the partition's own."""
-    nodes: Count | None = None
-    """Number of nodes; default: as few as the roles need."""
-    gpus_per_node: Annotated[int, Field(ge=0, le=64)] | None = None
-    """GPUs on each node; default: those of `gres`, else as many as the roles need, at most 8."""
-    gres: Word = ""
-    """Generic resources of each node, like gpu:a100:8, instead of gpus_per_node."""
-    cpus_per_task: Count | None = None
-    """CPUs on each node; default: all of an exclusive one, else the partition's own."""
-    mem: Annotated[str, Field(pattern=r"^([0-9]+[KMGT]?)?$")] = ""
-    """Memory of each node, like 500G; 0 takes all of it."""
-    constraint: Word = ""
-    """Features that nodes must have."""
-    exclude: Word = ""
-    """Nodes that are not to be used, like n[1-2]."""
-    nodelist: Word = ""
-    """Nodes that must be used."""
-    exclusive: bool = False
-    """Take whole nodes."""
-    reservation: Word = ""
-    """Reservation."""
-    comment: Word = ""
-    """Comment of the job."""
-    warning: Annotated[Duration, Field(ge=0)] = 120.0
-    """So long before the time limit the service drains and ends; 0: it is cut off there."""
-    sbatch_args: dict[Annotated[str, Field(pattern="^[a-z][a-z0-9-]*$")], SbatchValue] = Field(
-        default_factory=dict
-    )
-    """Further options of sbatch by name; true for one without a value."""
 
 
 class Recipe(Section):

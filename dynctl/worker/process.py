@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 from dynctl.errors import LaunchError
 from dynctl.protocol.specs import EngineProcess
+from dynctl.worker.step import engine_argv, engine_environment
 
 logger = logging.getLogger(__name__)
 
@@ -38,16 +39,17 @@ class EngineChild:
     @classmethod
     async def start(cls, engine: EngineProcess, log: Path) -> EngineChild:
         """Start it, output appended to `log`. Raises LaunchError when it cannot be started."""
-        environment = {**os.environ, **engine.env}
+        environment = engine_environment(engine.argv, engine.env, os.environ)
+        argv = engine_argv(engine.argv, os.environ)
         cwd = engine.cwd or os.getcwd()
-        program = find_program(engine.argv[0], cwd, environment.get("PATH", os.defpath))
+        program = find_program(argv[0], cwd, environment.get("PATH", os.defpath))
         try:
             log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with _open_log(log) as output:
                 log_start = output.tell()
                 process = await asyncio.create_subprocess_exec(
                     program,
-                    *engine.argv[1:],
+                    *argv[1:],
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=output.fileno(),
                     stderr=output.fileno(),

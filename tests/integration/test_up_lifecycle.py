@@ -346,7 +346,7 @@ def test_a_home_that_cannot_be_used_is_one_message(tmp_path: Path) -> None:
         ("engine.python=/nonexistent/python", 3, "/nonexistent/python"),
         ("model.path=/nonexistent", 3, "model directory missing: /nonexistent"),
         ("frontend.host=192.0.2.1", 3, "an address of this machine"),
-        ("target=slurm", 3, "target slurm cannot be started yet"),
+        ("target=ssh", 3, "target ssh needs hosts"),
         ("rolls=1", 3, "did you mean 'roles'"),
     ],
 )

@@ -1,0 +1,48 @@
+"""`python -m dynctl.controller.slurm_keeper --run-dir DIR`: keeps the controller of a job alive.
+
+What the batch script runs. The job lasts as long as this: a controller that is killed must not take the
+service with it, so another one takes over from it. Light, since it does nothing else.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from types import FrameType
+
+MOST_RESTARTS = 10
+STABLE_S = 600.0
+"""A controller that has lived so long was well: earlier ones no longer count."""
+_PAUSE_S = 0.5
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def main() -> int:
+    """Until the controller has ended of itself; its exit code."""
+    told: list[int] = []
+    child: subprocess.Popen[bytes] | None = None
+
+    def forward(signum: int, frame: FrameType | None) -> None:
+        told.append(signum)
+        if child is not None and child.poll() is None:
+            child.send_signal(signum)
+
+    for signum in _FORWARDED:
+        signal.signal(signum, forward)
+    restarts = 0
+    while True:
+        started = time.monotonic()
+        argv = [sys.executable, "-u", "-m", "dynctl.controller.slurm_job", *sys.argv[1:]]
+        child = subprocess.Popen(argv)
+        code = child.wait()
+        restarts = 0 if time.monotonic() - started > STABLE_S else restarts + 1
+        if code >= 0 or told or restarts > MOST_RESTARTS:
+            return code if code >= 0 else 128 - code
+        sys.stderr.write(f"the controller was killed by signal {-code}: another one takes over\n")
+        time.sleep(_PAUSE_S)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

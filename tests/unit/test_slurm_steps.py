@@ -1,0 +1,139 @@
+"""Processes as steps: their command lines, the GPUs and variables of what they start, the job's own nodes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dynctl.command import Command
+from dynctl.deploy.plan import Plan, RunContext, build_plan
+from dynctl.deploy.slurm_inventory import gpus_by_node
+from dynctl.deploy.slurm_size import assumed
+from dynctl.launchers.base import Launch, RunRef
+from dynctl.launchers.slurm_fleet import JobSite, exit_code, step_argv, step_name
+from dynctl.recipe.load import load_recipe
+from dynctl.worker.step import engine_argv, engine_environment
+
+RUN = RunRef("r-1", Path("/runs/r-1"))
+RECIPE = """\
+schema: dynctl/v1
+name: demo
+model: {path: org/model}
+backend: BACKEND
+target: slurm
+roles: {aggregated: {tensor_parallel: 16}}
+slurm: {gpus_per_node: 8}
+"""
+
+
+def plan(tmp_path: Path, backend: str, *sets: str) -> Plan:
+    file = tmp_path / "r.yaml"
+    file.write_text(RECIPE.replace("BACKEND", backend))
+    loaded = load_recipe(file, sets, environ={"HOME": str(tmp_path)})
+    return build_plan(loaded, assumed(loaded), (), RunContext("r-1", "/runs/r-1", "python"))
+
+
+def test_a_step_is_pinned_to_its_node_and_shares_it() -> None:
+    launch = Launch("decode-0", 3, Command(("python", "-m", "x"), cwd="/runs/r-1"), "n7")
+    argv = step_argv(JobSite("9"), launch, RUN)
+    assert argv[0] == "srun"
+    assert {"--overlap", "--nodes=1", "--ntasks=1", "--nodelist=n7", "--job-name=decode-0.i3"} <= set(argv)
+    assert argv[-3:] == ("python", "-m", "x")
+
+
+def test_a_node_of_another_part_of_the_job_is_reached_in_its_group() -> None:
+    launch = Launch("decode-0", 1, Command(("x",)), "n7")
+    assert "--het-group=1" in step_argv(JobSite("9", {"n1": 0, "n7": 1}), launch, RUN)
+
+
+def test_steps_of_one_seat_are_told_apart_by_incarnation() -> None:
+    assert step_name("decode-1", 1) != step_name("decode-1", 11) != step_name("decode-11", 1)
+
+
+@pytest.mark.parametrize(("of_srun", "own"), [(0, 0), (3, 3), (137, -9), (143, -15), (None, None), (-9, -9)])
+def test_an_end_by_signal_is_told_as_one(of_srun: int | None, own: int | None) -> None:
+    assert exit_code(of_srun) == own
+
+
+def test_gpus_are_counted_from_those_of_the_step() -> None:
+    own = {"DYNCTL_STEP": "1", "CUDA_VISIBLE_DEVICES": "2,3,5,7", "HOME": "/h"}
+    env = engine_environment(["vllm"], {"CUDA_VISIBLE_DEVICES": "1,3"}, own)
+    assert env["CUDA_VISIBLE_DEVICES"] == "3,7"
+    assert engine_argv(["srun", "env", "CUDA_VISIBLE_DEVICES=0,1", "x"], own)[2] == "CUDA_VISIBLE_DEVICES=2,3"
+
+
+@pytest.mark.parametrize("visible", ["", "0", "GPU-1234"])
+def test_gpus_that_the_step_does_not_have_stay_as_planned(visible: str) -> None:
+    own = {"DYNCTL_STEP": "1", "CUDA_VISIBLE_DEVICES": visible}
+    assert engine_environment(["x"], {"CUDA_VISIBLE_DEVICES": "1"}, own)["CUDA_VISIBLE_DEVICES"] == "1"
+
+
+def test_gpus_are_as_planned_where_there_is_no_slurm() -> None:
+    own = {"CUDA_VISIBLE_DEVICES": "4,5", "SLURM_JOB_ID": "1"}
+    env = engine_environment(["vllm"], {"CUDA_VISIBLE_DEVICES": "0"}, own)
+    assert env == {"CUDA_VISIBLE_DEVICES": "0", "SLURM_JOB_ID": "1"}
+    assert engine_argv(["srun", "x"], own) == ["srun", "x"]
+
+
+def test_an_engine_does_not_take_itself_for_a_part_of_an_mpi_job() -> None:
+    own = {
+        "DYNCTL_STEP": "1",
+        "SLURM_PROCID": "0",
+        "PMI_RANK": "0",
+        "PMIX_ID": "x",
+        "SLURM_CONF": "/c",
+        "A": "b",
+    }
+    assert engine_environment(["vllm"], {}, own) == {"DYNCTL_STEP": "1", "SLURM_CONF": "/c", "A": "b"}
+
+
+def test_an_engine_that_is_a_step_finds_its_job_and_no_old_options() -> None:
+    own = {"DYNCTL_STEP": "1", "DYNCTL_STEP_GROUP": "1", "SLURM_JOB_ID": "9", "SLURM_NTASKS": "1"}
+    env = engine_environment(["srun"], {}, own)
+    assert "SLURM_JOB_ID" in env
+    assert "SLURM_NTASKS" not in env
+    assert engine_argv(["srun", "x"], own) == ["srun", "--het-group=1", "x"]
+
+
+def test_mpi_ranks_are_one_step_over_their_nodes(tmp_path: Path) -> None:
+    argv = plan(tmp_path, "trtllm").process("aggregated-0/engine").command.argv
+    assert argv[0] == "srun"
+    assert {"--mpi=pmix", "--nodes=2", "--ntasks=16", "--ntasks-per-node=8", "--overlap"} <= set(argv)
+    assert "--nodelist=node-0,node-1" in argv
+    ranks = argv[argv.index("env") :]
+    assert ranks[1:4] == ("CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6,7", "trtllm-llmapi-launch", "trtllm-serve")
+    assert "mpirun" not in argv
+
+
+def test_a_pyxis_container_is_opened_around_the_engine_alone(tmp_path: Path) -> None:
+    sets = (
+        "engine.container=nvcr.io#nvidia/engine:1",
+        "engine.runtime=pyxis",
+        "engine.mounts=[/data:/data:ro]",
+        "engine.env.HF_TOKEN=secret",
+        "engine.env.HF_HOME=/hf",
+    )
+    made = plan(tmp_path, "trtllm", *sets)
+    engine = made.process("aggregated-0/engine").command
+    assert "--container-image=nvcr.io#nvidia/engine:1" in engine.argv
+    assert "--container-mounts=/data:/data:ro,/runs/r-1:/runs/r-1,/hf:/hf" in engine.argv
+    assert "apptainer" not in engine.argv
+    assert not any("secret" in word for word in engine.argv), "other users can read command lines"
+    assert engine.env["HF_TOKEN"] == "secret"
+    assert not any("container" in word for word in made.process("aggregated-0").command.argv)
+
+
+def test_apptainer_mounts_what_it_is_told(tmp_path: Path) -> None:
+    sets = ("engine.container=/i.sif", "engine.mounts=[/data:/data:ro]", "roles.aggregated.tensor_parallel=8")
+    argv = plan(tmp_path, "trtllm", *sets).process("aggregated-0/engine").command.argv
+    assert argv[:6] == ("apptainer", "exec", "--nv", "--bind", "/data:/data:ro", "/i.sif")
+
+
+def test_gpus_of_each_node_are_those_the_job_was_given() -> None:
+    detail = (
+        "JobId=2 JobName=x JOB_GRES=gpu:6   Nodes=n[1-2] CPU_IDs=0 Mem=500 GRES=gpu:3(IDX:0-2) "
+        "Nodes=n5 CPU_IDs=0-1 Mem=0 GRES=gpu:a100:1(IDX:3),shard:4(0/4) Nodes=n6 CPU_IDs=0 Mem=0 GRES= X=1"
+    )
+    lists = {"n[1-2]": ["n1", "n2"], "n5": ["n5"], "n6": ["n6"]}
+    assert gpus_by_node(detail, lists.__getitem__) == {"n1": 3, "n2": 3, "n5": 1}
