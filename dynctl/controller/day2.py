@@ -17,9 +17,11 @@ import msgspec
 from dynctl.controller.rolling import changing
 from dynctl.deploy.audit import audit
 from dynctl.deploy.beside import EXEC_MOST_S, beside
+from dynctl.deploy.gpus import FILE as GPUS_FILE
+from dynctl.deploy.gpus import claim_of
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.plan import Plan
-from dynctl.deploy.replan import plan_digest
+from dynctl.deploy.replan import gpus_here, plan_digest
 from dynctl.deploy.reseat import reseat
 from dynctl.deploy.run import SEAT_KINDS, same_text
 from dynctl.deploy.state import LockRecord, RunState
@@ -80,8 +82,10 @@ class Day2:
             return
         left = tuple(p for p in self.plan.processes if p.id not in gone and _sidecar(p.id) not in gone)
         plan = replace(self.plan, processes=left)
+        run = self._desk.run
         try:
-            write_atomic(self._desk.run.plan, plan.to_json())
+            write_atomic(run.plan, plan.to_json())
+            write_atomic(run.path / GPUS_FILE, claim_of(plan.name, plan.run_id, gpus_here(plan)))
         except OSError as error:
             # What has left is not started again; the file is written with the next change.
             logger.error("plan.unwritable error=%s", error)
@@ -125,6 +129,7 @@ class Day2:
             former = run.lock.read_text()
             if not same_text(former, call.lock):
                 write_atomic(run.path / next_former(run), former)
+            write_atomic(run.path / GPUS_FILE, claim_of(plan.name, plan.run_id, gpus_here(plan)))
             write_atomic(run.plan, plan.to_json())
             write_atomic(run.lock, call.lock)
         except OSError as error:

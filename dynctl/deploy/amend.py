@@ -9,12 +9,13 @@ from pathlib import Path
 import msgspec
 
 from dynctl.deploy.ask import ask_controller
+from dynctl.deploy.gpus import require_free
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.plan import Plan
 from dynctl.deploy.ports import listening
-from dynctl.deploy.replan import as_before, plan_digest, replan, with_stand_ins, without_stand_ins
+from dynctl.deploy.replan import as_before, gpus_here, plan_digest, replan, with_stand_ins, without_stand_ins
 from dynctl.deploy.run import INVENTORY, Site, reserved_ports
-from dynctl.errors import CodecError, LaunchError, UsageError
+from dynctl.errors import CodecError, LaunchError, PlacementError, UsageError
 from dynctl.protocol.day2 import Actor, ApplyCall, Done
 from dynctl.recipe.check import check_recipe
 from dynctl.recipe.load import LoadedRecipe, load_recipe
@@ -103,10 +104,16 @@ def apply(
 ) -> Done:
     """Have the controller do it, with one more replica of each of `roles` meanwhile where there is room.
 
-    Raises TransportError, and what the controller refuses it with.
+    Raises TransportError, PlacementError when another deployment has a GPU, and what the controller refuses
+    it with.
     """
     run, old = amended.run, amended.old
+    _require_free(amended.new, old, site)
     plan = with_stand_ins(amended.loaded, hosts_of(run, old), amended.new, _taken(old, site), roles)
+    try:
+        _require_free(plan, old, site)
+    except PlacementError:
+        plan = amended.new  # another deployment has what stand-ins would need
     call = ApplyCall(
         actor=who, base=plan_digest(old), plan=plan.to_json(), lock=amended.lock, restart=list(restart)
     )
@@ -124,6 +131,12 @@ def hosts_of(run: RunDir, plan: Plan) -> Inventory:
         raise LaunchError(f"it cannot be read: {error.strerror}", where=str(run.path / INVENTORY)) from error
     except msgspec.MsgspecError as error:
         raise CodecError(f"not an inventory: {error}", where=str(run.path / INVENTORY)) from error
+
+
+def _require_free(plan: Plan, old: Plan, site: Site) -> None:
+    """See that nobody else has the GPUs that are new on this machine. Raises PlacementError."""
+    new = gpus_here(plan) - gpus_here(old)
+    require_free(site.home, site.launcher, sorted(new), old.run_id)
 
 
 def _taken(plan: Plan, site: Site) -> set[tuple[str, int]]:

@@ -93,6 +93,12 @@ def as_before(old: Plan, new: Plan) -> Plan:
     return replace(new, processes=tuple(known.get(p.id, p) for p in new.processes))
 
 
+def gpus_here(plan: Plan) -> set[int]:
+    """GPUs of the node that the controller is on."""
+    head = plan.process("controller").node
+    return {gpu for p in plan.processes if p.node == head for gpu in p.gpus}
+
+
 def without_stand_ins(plan: Plan) -> Plan:
     """The plan without what only stands in for others."""
     return replace(plan, processes=tuple(p for p in plan.processes if not _extra(p, plan)))
