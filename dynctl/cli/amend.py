@@ -10,9 +10,10 @@ import typer
 from dynctl.cli import options
 from dynctl.cli.changes import Force, NoWait, Timeout, confirmed, running, see_through
 from dynctl.cli.exits import INTERRUPTED
-from dynctl.cli.pick import home
+from dynctl.cli.pick import ask, home
 from dynctl.cli.render import data, json_data, prose
 from dynctl.cli.up import site
+from dynctl.cli.wait import wait
 from dynctl.deploy.amend import Amended, amend, apply, former_recipe
 from dynctl.deploy.audit import actor
 from dynctl.deploy.home import NEXT, RunDir
@@ -98,7 +99,10 @@ def settle(amended: Amended, who: Actor, asked: Asked) -> int:
     """Show what differs, ask, and see it through; the exit code."""
     found = compare(amended.old, amended.new)
     name = amended.old.name
+    timeout_s = asked.timeout_s if asked.timeout_s is not None else CHANGE_S
     if not found and same_recipe(amended.run, amended.lock):
+        if ask(amended.run)[0].phase == "starting":
+            wait(name, "ready", timeout_s)
         if asked.as_json:
             json_data({"name": name, "url": amended.old.url, "run_dir": str(amended.run.path), "changed": []})
         else:
@@ -111,7 +115,6 @@ def settle(amended: Amended, who: Actor, asked: Asked) -> int:
     changed = {seat: amended.new.process(seat).role for seat in found.changed or {}}
     roles = list(dict.fromkeys(role for role in changed.values() if role != "frontend"))
     apply(amended, site(LocalLauncher()), who, roles)
-    timeout_s = asked.timeout_s if asked.timeout_s is not None else CHANGE_S
     code = see_through(amended.run, timeout_s, as_json=asked.as_json, no_wait=asked.no_wait)
     if not asked.as_json and code == 0:
         data(amended.new.url)
