@@ -24,8 +24,10 @@ from dynctl.deploy.seats import RunContext
 from dynctl.deploy.slurm_up import begin_in_job, check_slurm, submit
 from dynctl.deploy.stop import Stopper
 from dynctl.deploy.watch import Waiter, wait_ready
+from dynctl.errors import UsageError
 from dynctl.launchers.local import LocalLauncher
 from dynctl.launchers.slurm_client import SlurmClient
+from dynctl.launchers.slurm_job import JobLauncher
 from dynctl.recipe.load import load_recipe
 
 Detach = Annotated[bool, typer.Option("--detach", "-d", help="Return when it is ready.")]
@@ -91,6 +93,8 @@ def up(  # noqa: PLR0913 - one parameter for each option of the verb
     if not yes and not confirmed(checked):
         prose("nothing was started")
         return INTERRUPTED
+    if checked.loaded.recipe.target != "slurm":
+        refuse_job(checked.loaded.recipe.name)
     if checked.loaded.recipe.target == "ssh":
         from dynctl.cli.up_ssh import How, up_over_ssh
         from dynctl.cli.up_ssh_again import Change
@@ -125,6 +129,15 @@ def judged(request: UpRequest) -> Checked:
     """The recipe, checked for the target it names. Raises RecipeError, PlacementError."""
     loaded = load_recipe(request.recipe, tuple(request.sets), tuple(request.unsets))
     return check_slurm(loaded, request.inventory) if loaded.recipe.target == "slurm" else check(request)
+
+
+def refuse_job(name: str) -> None:
+    """Raises UsageError when the name is that of a job which is pending or runs."""
+    run = home().run_of(name)
+    launcher = launcher_of(run) if run is not None else None
+    if run is not None and isinstance(launcher, JobLauncher) and launcher.owned(run.run_id):
+        ways = f"dynctl status {name} shows it, dynctl down {name} ends it"
+        raise UsageError(f"'{name}' is a job on Slurm already", where=str(run.path), hint=ways)
 
 
 def stay_in_job(run: RunDir) -> int:

@@ -12,6 +12,8 @@ import sys
 import time
 from types import FrameType
 
+RESUBMIT = "--resubmit"
+"""The warning of the end starts a successor instead of the end."""
 MOST_RESTARTS = 10
 STABLE_S = 600.0
 """A controller that has lived so long was well: earlier ones no longer count."""
@@ -21,10 +23,15 @@ _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 def main() -> int:
     """Until the controller has ended of itself; its exit code."""
+    resubmit = RESUBMIT in sys.argv
+    args = [arg for arg in sys.argv[1:] if arg != RESUBMIT]
     told: list[int] = []
     child: subprocess.Popen[bytes] | None = None
 
     def forward(signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGUSR1 and resubmit:
+            subprocess.Popen([sys.executable, "-u", "-m", "dynctl.controller.slurm_successor", *args])
+            return
         told.append(signum)
         if child is not None and child.poll() is None:
             child.send_signal(signum)
@@ -34,7 +41,7 @@ def main() -> int:
     restarts = 0
     while True:
         started = time.monotonic()
-        argv = [sys.executable, "-u", "-m", "dynctl.controller.slurm_job", *sys.argv[1:]]
+        argv = [sys.executable, "-u", "-m", "dynctl.controller.slurm_job", *args]
         child = subprocess.Popen(argv)
         code = child.wait()
         restarts = 0 if time.monotonic() - started > STABLE_S else restarts + 1

@@ -34,7 +34,8 @@ from dynctl.protocol.specs import (
     WorkerSpec,
 )
 from dynctl.recipe.check import parallel_of
-from dynctl.recipe.schema import Recipe, RoleSection, Slurm
+from dynctl.recipe.schema import Recipe, RoleSection
+from dynctl.recipe.slurm import Slurm
 from dynctl.topology.inventory import Host
 from dynctl.topology.ports import FIRST_PORT
 

@@ -11,7 +11,6 @@ from math import ceil
 from dynctl.deploy.slurm_size import Part, parts_of
 from dynctl.errors import RecipeError
 from dynctl.recipe.load import LoadedRecipe
-from dynctl.recipe.schema import Recipe
 from dynctl.recipe.slurm import SbatchValue, Slurm
 
 DRAIN_SIGNAL = "USR1"
@@ -65,13 +64,15 @@ def script_text(loaded: LoadedRecipe, context: JobContext) -> str:
     for number, part in enumerate(parts_of(loaded)):
         lines += ["#SBATCH hetjob"] if number else []
         lines += [f"#SBATCH {line}" for line in directives(loaded, part, context, first=not number)]
-    run = shlex.quote(context.run_dir)
+    run, python = shlex.quote(context.run_dir), shlex.quote(context.python)
+    resubmit = " --resubmit" if (loaded.recipe.slurm or Slurm()).resubmit else ""
     return "\n".join(
         [
             *lines,
             f"export DYNCTL_HOME={shlex.quote(context.home)}",
             f"cd {run} || exit 1",
-            f"exec {shlex.quote(context.python)} -u -m dynctl.controller.slurm_keeper --run-dir {run}",
+            'echo "$(date -u +%FT%TZ) job $SLURM_JOB_ID has started on $SLURM_JOB_NODELIST"',
+            f"exec {python} -u -m dynctl.controller.slurm_keeper --run-dir {run}{resubmit}",
             "",
         ]
     )
@@ -124,7 +125,7 @@ def refuse_owned(loaded: LoadedRecipe, given: Mapping[str, SbatchValue]) -> None
 
 def _refuse_short(loaded: LoadedRecipe, options: Slurm) -> None:
     """A time limit that leaves no time to serve. Raises RecipeError."""
-    least = options.warning + _LEAST_WARNING_S
+    least = max(options.warning, options.resubmit) + _LEAST_WARNING_S
     if options.time is None or options.time >= least:
         return
     told = f"a time limit of {options.time:g} s is too short: it drains {options.warning:g} s ahead"
@@ -141,7 +142,8 @@ def slurm_time(seconds: float) -> str:
 
 def _warning(options: Slurm) -> str | None:
     """Slurm sends it up to 60 s early. Without a time limit of ours it refers to the partition's."""
-    return f"B:{DRAIN_SIGNAL}@{ceil(options.warning)}" if options.warning else None
+    ahead = ceil(max(options.warning, options.resubmit))
+    return f"B:{DRAIN_SIGNAL}@{ahead}" if ahead else None
 
 
 def _directive(name: str, value: SbatchValue | int | None) -> str:
@@ -158,8 +160,3 @@ def _directive(name: str, value: SbatchValue | int | None) -> str:
 def _no_pattern(path: str) -> str:
     """A path in which Slurm replaces nothing."""
     return path.replace("%", "%%")
-
-
-def name_of(recipe: Recipe) -> str:
-    """What stands for the job's name where none has been chosen yet."""
-    return f"{recipe.name}-RUN_ID"

@@ -27,15 +27,16 @@ from dynctl.deploy.slurm_size import assumed, labelled, on_its_parts, size_of
 from dynctl.deploy.stage import staged_path
 from dynctl.deploy.state import RunState, encode_state, load_state
 from dynctl.errors import RecipeError, SlurmError, SlurmUnreachable, UsageError
+from dynctl.launchers.base import ProcessHandle
 from dynctl.launchers.files import write_atomic
 from dynctl.launchers.local import write_files
 from dynctl.launchers.slurm_client import SlurmClient
-from dynctl.launchers.slurm_job import ABANDONED, JobLauncher, JobRecord, JobTable, load_record
+from dynctl.launchers.slurm_job import ABANDONED, JobRecord, JobTable, load_record
 from dynctl.recipe.check import check_recipe
 from dynctl.recipe.load import LoadedRecipe, load_recipe
 from dynctl.recipe.lock import lock_text
 from dynctl.recipe.override import VARIABLE
-from dynctl.recipe.schema import Slurm
+from dynctl.recipe.slurm import Slurm
 from dynctl.topology.ports import first_port_of
 from dynctl.transport.keys import Keys, save_engine_key
 
@@ -84,22 +85,40 @@ def submit(checked: Checked, site: Site, client: SlurmClient) -> Up:
     name = checked.loaded.recipe.name
     with site.home.locked(name, deadline_s=LOCK_S):
         _claim(name, site, client)
-        run_id = new_run_id(name, time.gmtime())
-        path = site.home.runs / run_id
-        context = JobContext(run_id, str(path), site.python, str(site.home.root))
-        script = script_text(checked.loaded, context)
-        run = write_pending(checked, site, run_id, {SCRIPT: script})
-        record = JobRecord(job_id="", name=run_id, submitted_at=time.time())
-        with disk("the run directory cannot be written"):
-            record.save(path)
-        withheld = checked.loaded.secrets
-        environ = {k: v for k, v in site.environ.items() if k not in withheld}
-        record = _submitted(replace(client, environ=environ), record, run, script)
-        with disk("the run directory cannot be written"):
-            record.save(path)
+        run = submit_run(checked, site, client)
         site.home.point(name, run)
-    launcher = JobLauncher(JobTable(client, [record]), record, path)
-    return Up(name, run, "", launcher.handle(), adopted=False)
+    record = load_record(run.path)
+    number = record.job_id if record is not None else ""
+    return Up(name, run, "", ProcessHandle(int(number or 0), 0, 0), adopted=False)
+
+
+def submit_run(checked: Checked, site: Site, client: SlurmClient, avoid: str = "") -> RunDir:
+    """Write a run of the recipe and submit its job, whatever else has the name. Raises as `submit`.
+
+    `avoid` names nodes that this job is not to run on, beside those of the recipe.
+    """
+    run_id = new_run_id(checked.loaded.recipe.name, time.gmtime())
+    context = JobContext(run_id, str(site.home.runs / run_id), site.python, str(site.home.root))
+    script = script_text(_avoiding(checked.loaded, avoid), context)
+    run = write_pending(checked, site, run_id, {SCRIPT: script})
+    record = JobRecord(job_id="", name=run_id, submitted_at=time.time())
+    with disk("the run directory cannot be written"):
+        record.save(run.path)
+    withheld = checked.loaded.secrets
+    environ = {k: v for k, v in site.environ.items() if k not in withheld}
+    record = _submitted(replace(client, environ=environ), record, run, script)
+    with disk("the run directory cannot be written"):
+        record.save(run.path)
+    return run
+
+
+def _avoiding(loaded: LoadedRecipe, nodes: str) -> LoadedRecipe:
+    if not nodes:
+        return loaded
+    options = loaded.recipe.slurm or Slurm()
+    excluded = ",".join(filter(None, (options.exclude, nodes)))
+    slurm = options.model_copy(update={"exclude": excluded})
+    return replace(loaded, recipe=loaded.recipe.model_copy(update={"slurm": slurm}))
 
 
 def begin_in_job(checked: Checked, site: Site) -> RunDir:

@@ -56,30 +56,35 @@ def job_view(state: RunState, run: RunDir, launcher: JobLauncher) -> DeploymentV
     except SlurmError as error:
         row, silent = None, error.message
     if silent:
-        seen = view_of(state, str(run.path), lambda pid, ticks: state.phase not in ENDED)
+        seen = view_of(state, str(run.path), lambda pid, ticks: state.phase not in ENDED, everywhere=True)
         return msgspec.structs.replace(seen, reason=f"this is what was known last: {silent}")
     if row is None and not launcher.over():
         return _waiting(state, run, "job is being submitted")
     if row is not None and row.pending:
         return _waiting(state, run, pending_text(row, None))
     if row is not None and row.active:
-        seen = view_of(state, str(run.path), lambda pid, ticks: pid > 0)
+        seen = view_of(state, str(run.path), lambda pid, ticks: pid > 0, everywhere=True)
         if state.controller.pid or state.phase in ENDED:
             return seen
         told = f"job {row.id} has started on {row.nodes or 'its nodes'}, its controller is starting"
         return msgspec.structs.replace(seen, phase="starting", reason=told)
-    seen = view_of(state, str(run.path), lambda pid, ticks: False)
+    seen = view_of(state, str(run.path), lambda pid, ticks: False, everywhere=True)
     how = ended_text(row, launcher.record.job_id)
     words = read_last_words(run.path, CONTROLLER, max(state.controller.incarnation, 1))
     how += f": {words.message}" if words is not None else ""
-    if state.phase == "failed" or (state.phase == "stopped" and row is not None and row.state == "COMPLETED"):
+    forgotten = state.phase in ENDED and row is None  # Slurm forgets jobs; the state says how it ended
+    if (
+        forgotten
+        or state.phase == "failed"
+        or (state.phase == "stopped" and row is not None and row.state == "COMPLETED")
+    ):
         return seen
     phase = "failed" if not state.ready_once and state.phase not in ENDED else "stopped"
     return msgspec.structs.replace(seen, phase=phase, reason=how)
 
 
 def _waiting(state: RunState, run: RunDir, reason: str) -> DeploymentView:
-    seen = view_of(state, str(run.path), lambda pid, ticks: False)
+    seen = view_of(state, str(run.path), lambda pid, ticks: False, everywhere=True)
     rows = [msgspec.structs.replace(row, state="waiting", pid=0) for row in seen.processes]
     return msgspec.structs.replace(seen, phase="pending", reason=reason, processes=rows)
 

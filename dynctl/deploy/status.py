@@ -26,16 +26,21 @@ class Diagnosis:
     error: str = ""
 
 
-def view_of(state: RunState, run_dir: str, is_alive: IsAlive) -> DeploymentView:
+def view_of(state: RunState, run_dir: str, is_alive: IsAlive, *, everywhere: bool = False) -> DeploymentView:
     """The deployment as it is, checked against the processes that really live.
 
-    Those on other nodes than the controller's are believed to live as long as it does not say otherwise.
+    Those on other nodes than the controller's are believed to live as long as it does not say otherwise,
+    unless `is_alive` tells of them `everywhere`.
     """
     controller = state.controller
     supervised = bool(controller.pid) and is_alive(controller.pid, controller.start_ticks)
     phase, reason = state.phase, state.reason
     rows = [
-        _row(seat, is_alive if state.head in ("", seat.node) else _believed, supervised=supervised)
+        _row(
+            seat,
+            is_alive if everywhere or state.head in ("", seat.node) else _believed,
+            supervised=supervised,
+        )
         for seat in state.seats
     ]
     if not supervised and phase not in ENDED:

@@ -19,7 +19,7 @@ from dynctl.errors import DynctlError, LaunchError, SlurmError
 from dynctl.launchers.base import Launcher, Owned, heads
 from dynctl.launchers.files import write_atomic
 from dynctl.launchers.slurm_client import JobRow
-from dynctl.launchers.slurm_job import ABANDONED, JobLauncher
+from dynctl.launchers.slurm_job import ABANDONED, SUCCESSOR, JobLauncher, load_record
 from dynctl.protocol.deployment import DownCall, DownReply
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,7 @@ def stop_job(run: RunDir, stopper: Stopper, launcher: JobLauncher, drain_s: floa
 
     Its controller is asked first, over the network, then by a signal; then Slurm ends the job.
     """
+    _end_successor(run, launcher)
     row = launcher.job(fresh=True)
     if row is None and not launcher.over():
         _abandon(run)
@@ -94,6 +95,18 @@ def stop_job(run: RunDir, stopper: Stopper, launcher: JobLauncher, drain_s: floa
         stopper.sleep(_JOB_POLL_S)
     _record(run)
     return 1
+
+
+def _end_successor(run: RunDir, launcher: JobLauncher) -> None:
+    """Cancel the job that was to take over from this one. Raises SlurmError."""
+    try:
+        run_id = (run.path / SUCCESSOR).read_text()
+    except OSError:
+        return
+    record = load_record(run.path.parent / run_id)
+    row = launcher.table.row(record, fresh=True) if record is not None else None
+    if row is not None and (row.active or row.pending):
+        launcher.table.client.cancel(row.id)
 
 
 def _abandon(run: RunDir) -> None:

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 RECORD = "slurm.json"
 ABANDONED = "abandoned"
 """A file of the run directory: a job that starts all the same must end at once."""
+SUCCESSOR = "successor"
+"""A file of the run directory: the id of the run that takes over from this one."""
 CONTROLLER = "controller"
 JOB = "job"
 """The seat of a job that has no controller yet."""

@@ -13,7 +13,6 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from dynctl.engines import catalog
 from dynctl.protocol.instances import Role
 from dynctl.recipe.hosts import Host as Host
-from dynctl.recipe.section import Count, Env
 from dynctl.recipe.section import Section as Section
 from dynctl.recipe.slurm import Slurm as Slurm
 from dynctl.recipe.units import Duration, Size
@@ -49,6 +48,14 @@ def _origin(value: str) -> str:
     return value
 
 
+def _env_value(value: object) -> object:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, str):
+        return value
+    raise ValueError('must be a string; quote it ("1", "true")')
+
+
 def _off(value: object) -> object:
     """`off` without quotes is the boolean false in YAML."""
     return "off" if value is False else value
@@ -71,7 +78,9 @@ def _key_name(value: str) -> str:
     return value
 
 
+Count = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=0, le=65535)]
+Env = dict[str, Annotated[str, BeforeValidator(_env_value)]]
 Args = dict[str, Any]
 Weight = Annotated[float, Field(ge=0)]
 Span = Annotated[Duration, Field(gt=0)]

@@ -1,4 +1,4 @@
-"""How a recipe asks Slurm for its job."""
+"""The part of a recipe that is about Slurm."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field
 
 from dynctl.protocol.instances import Role
-from dynctl.recipe.section import Count, Section
+from dynctl.recipe.section import Section
 from dynctl.recipe.units import Duration
 
 
@@ -24,6 +24,7 @@ def _het(value: object) -> object:
     return ({} if value else None) if isinstance(value, bool) else value
 
 
+Count = Annotated[int, Field(ge=1)]
 Word = Annotated[str, Field(pattern=r"^[^\n\r\x00]*$")]
 """One line."""
 SbatchValue = Annotated[str | bool, BeforeValidator(_sbatch_value)]
@@ -95,6 +96,8 @@ class Slurm(SlurmPart):
     """How the ranks of an engine on several nodes find each other, as of srun --mpi."""
     stage: str = ""
     """Directory on the nodes' own disks to which the model is copied before engines load it."""
+    resubmit: Annotated[Duration, Field(ge=0)] = 0.0
+    """So long before the limit a successor is submitted, which gets the name once it is ready; 0: none."""
     sbatch_args: dict[Annotated[str, Field(pattern="^[a-z][a-z0-9-]*$")], SbatchValue] = Field(
         default_factory=dict
     )

@@ -312,3 +312,24 @@ def test_a_lost_node_costs_its_workers_and_not_the_service(login: Login) -> None
             assert '"choices"' in login.cluster.run_as_user(ask).stdout
             assert login.run("down", login.name, "--timeout", "5s").returncode == 0
             assert login.jobs() == []
+
+
+RESUBMIT = ("slurm.time=10m", "slurm.warning=30", "slurm.resubmit=60")
+
+
+def test_a_successor_takes_the_name_before_the_old_job_drains(login: Login) -> None:
+    with served(login, *RESUBMIT) as url:
+        first = login.job()
+        login.cluster.run_as_user(["scancel", "--batch", "--signal=USR1", first])
+        eventually(lambda: login.job() != first, "another job has the name", 90)
+        assert login.url() != url
+        assert '"status":"ready"' in login.health(), "the name never means what does not serve"
+        assert login.cluster.await_job(first, "COMPLETED", timeout=60) == "COMPLETED"
+        assert login.status()["ready"]
+
+
+def test_down_ends_the_successor_too(login: Login) -> None:
+    with served(login, *RESUBMIT):
+        login.cluster.run_as_user(["scancel", "--batch", "--signal=USR1", login.job()])
+        eventually(lambda: len(login.jobs()) == 2, "a successor", 60)
+    eventually(lambda: login.jobs() == [], "both ended", 60)

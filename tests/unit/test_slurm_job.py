@@ -206,3 +206,9 @@ def test_the_record_is_read_again_until_the_job_has_an_id(tmp_path: Path) -> Non
 
 def test_a_run_without_a_record_is_not_on_slurm(tmp_path: Path) -> None:
     assert load_record(tmp_path) is None
+
+
+def test_a_job_that_slurm_forgot_ended_as_its_controller_wrote(tmp_path: Path) -> None:
+    ended = state(phase="failed", reason="decode-0 gave up", ready_once=False)
+    seen = job_view(ended, RunDir(tmp_path), launcher(tmp_path))
+    assert (seen.phase, seen.reason) == ("failed", "decode-0 gave up")

@@ -195,3 +195,10 @@ def test_nodes_that_were_given_are_labelled_by_their_part(tmp_path: Path) -> Non
     labels = [host.labels for host in labelled(loaded, given, {"n7": 0, "n2": 1}).hosts]
     assert labels == [("prefill",), ("decode",)]
     assert labelled(load(tmp_path), given, {}) == given
+
+
+def test_a_successor_is_submitted_ahead_of_the_warning(tmp_path: Path) -> None:
+    text = script_text(load(tmp_path, "slurm.resubmit=30m", "slurm.time=4h"), CONTEXT)
+    assert options(text)["signal"] == "B:USR1@1800"
+    assert text.rstrip().endswith("--resubmit")
+    assert "--resubmit" not in script_text(load(tmp_path), CONTEXT)
