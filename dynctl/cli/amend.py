@@ -10,19 +10,21 @@ import typer
 from dynctl.cli import options
 from dynctl.cli.changes import Force, NoWait, Timeout, confirmed, running, see_through
 from dynctl.cli.exits import INTERRUPTED
-from dynctl.cli.pick import home
+from dynctl.cli.pick import ask, home
 from dynctl.cli.render import data, json_data, prose
 from dynctl.cli.up import site
-from dynctl.deploy.amend import Amended, amend, apply, former_recipe, same_recipe_as_now
+from dynctl.cli.wait import wait
+from dynctl.deploy.amend import Amended, amend, apply, former_recipe
 from dynctl.deploy.audit import actor
-from dynctl.deploy.home import RunDir
+from dynctl.deploy.home import NEXT, RunDir
 from dynctl.deploy.replan import Difference, compare
-from dynctl.deploy.run import Checked
+from dynctl.deploy.run import Checked, same_recipe
 from dynctl.deploy.state import ENDED, readable_state
 from dynctl.deploy.stop import CONTROLLER
 from dynctl.launchers.local import LocalLauncher
 from dynctl.protocol.day2 import Actor
 from dynctl.recipe.check import check_recipe
+from dynctl.recipe.load import load_recipe
 
 CHANGE_S = 1800.0
 """For a change to be done, when nobody says otherwise."""
@@ -78,11 +80,29 @@ def up_again(checked: Checked, run: RunDir, who: Actor, asked: Asked) -> int:
     return settle(amended, who, asked)
 
 
+def apply_next(
+    name: options.Name = None,
+    yes: Yes = False,
+    timeout: Timeout = 1800.0,
+    force: Force = False,
+    as_json: options.Json = False,
+) -> int:
+    """Apply the recipe that `up` on another machine has put into the run directory."""
+    run = running(name)
+    loaded = load_recipe(run.path / NEXT, environ={})
+    check_recipe(loaded)
+    who = actor("up", [NEXT], force=force)
+    return settle(amend(run, loaded, site(LocalLauncher())), who, Asked(timeout, yes, as_json))
+
+
 def settle(amended: Amended, who: Actor, asked: Asked) -> int:
     """Show what differs, ask, and see it through; the exit code."""
     found = compare(amended.old, amended.new)
     name = amended.old.name
-    if not found and same_recipe_as_now(amended):
+    timeout_s = asked.timeout_s if asked.timeout_s is not None else CHANGE_S
+    if not found and same_recipe(amended.run, amended.lock):
+        if ask(amended.run)[0].phase == "starting":
+            wait(name, "ready", timeout_s)
         if asked.as_json:
             json_data({"name": name, "url": amended.old.url, "run_dir": str(amended.run.path), "changed": []})
         else:
@@ -95,7 +115,6 @@ def settle(amended: Amended, who: Actor, asked: Asked) -> int:
     changed = {seat: amended.new.process(seat).role for seat in found.changed or {}}
     roles = list(dict.fromkeys(role for role in changed.values() if role != "frontend"))
     apply(amended, site(LocalLauncher()), who, roles)
-    timeout_s = asked.timeout_s if asked.timeout_s is not None else CHANGE_S
     code = see_through(amended.run, timeout_s, as_json=asked.as_json, no_wait=asked.no_wait)
     if not asked.as_json and code == 0:
         data(amended.new.url)

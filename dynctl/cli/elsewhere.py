@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from dynctl.cli.exits import EXIT_CODES
 from dynctl.cli.pick import ENV_NAME
 from dynctl.cli.render import prose
 from dynctl.deploy.home import RunDir
@@ -57,13 +58,13 @@ def run_there(run: RunDir, verb: str, args: Sequence[str]) -> int:
         async with SshHosts(SshOptions.find(os.environ)) as hosts:
             code = 0
             try:
-                head = await hosts.connect(_host(remote.head))
+                head = await hosts.connect(host_of(remote.head))
                 code = await forward(head, command_there(remote, verb, args))
             except SshError as error:
                 if verb != "down":
                     raise
                 prose(str(error), style="warning")
-            if verb == "down":
+            if verb == "down" and code != EXIT_CODES["usage"]:
                 return await _down(run, remote, hosts, code)
             return code
 
@@ -81,7 +82,7 @@ def command_there(remote: Remote, verb: str, args: Sequence[str]) -> list[str]:
 
 async def _down(run: RunDir, remote: Remote, hosts: SshHosts, code: int) -> int:
     """End what the head could not: on hosts that its controller did not reach, or all without one."""
-    reached = await hosts.connect_all(_host(host) for host in remote.hosts)
+    reached = await hosts.connect_all(host_of(host) for host in remote.hosts)
     sites: list[HostSite] = []
     failed: dict[str, DynctlError] = {}
     for host in remote.hosts:
@@ -108,5 +109,6 @@ def _left_behind(remote: Remote, failed: dict[str, DynctlError]) -> LaunchError:
     )
 
 
-def _host(one: RemoteHost) -> Host:
+def host_of(one: RemoteHost) -> Host:
+    """The host as SSH reaches it."""
     return Host(one.name, one.name, ssh=one.ssh, python=one.python)

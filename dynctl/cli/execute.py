@@ -22,6 +22,7 @@ from dynctl.deploy.home import RunDir
 from dynctl.deploy.plan import Plan
 from dynctl.deploy.status import lock_words
 from dynctl.errors import LaunchError, UsageError
+from dynctl.launchers.base import ENV_PROCESS, ENV_RUN
 from dynctl.launchers.local import LocalLauncher, environment_for
 from dynctl.protocol.day2 import ExecCall, ExecReply
 from dynctl.protocol.deployment import ProcessView
@@ -65,7 +66,9 @@ def execute(
     plan = read_plan(run)
     if is_here(run, plan, row):
         return run_here(run, plan, row, command, force=force, as_json=as_json)
-    call = ExecCall(actor=actor("exec", [where], force=force), seat=row.id, argv=command, timeout_s=timeout)
+    call = ExecCall(
+        actor=actor("exec", [row.id, command[0]], force=force), seat=row.id, argv=command, timeout_s=timeout
+    )
     reply = ask_controller(
         run, plan.registry, "controller.exec", call, ExecReply, deadline_s=EXEC_MOST_S + 10.0
     )
@@ -76,14 +79,15 @@ def execute(
 def is_here(run: RunDir, plan: Plan, row: ProcessView) -> bool:
     """Whether that process is on this machine and needs nobody to reach it."""
     reached = any(node.agent for node in plan.nodes) or not isinstance(launcher_of(run), LocalLauncher)
-    return not reached or bool(row.pid and procfs.environment(row.pid).get("DYNCTL_PROCESS") == row.id)
+    marks = procfs.environment(row.pid) if row.pid else {}
+    return not reached or (marks.get(ENV_RUN), marks.get(ENV_PROCESS)) == (plan.run_id, row.id)
 
 
 def run_here(
     run: RunDir, plan: Plan, row: ProcessView, command: list[str], *, force: bool, as_json: bool
 ) -> int:
     """Run it with this terminal. Raises UsageError when the deployment is locked, LaunchError."""
-    who = actor("exec", [row.id, *command], force=force)
+    who = actor("exec", [row.id, command[0]], force=force)
     locked = state(run).locked
     if locked is not None and not force:
         note(run, who, "refused: locked")

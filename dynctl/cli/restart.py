@@ -12,7 +12,7 @@ from dynctl.cli.changes import Force, NoWait, Timeout, running, see_through
 from dynctl.cli.pick import ask
 from dynctl.cli.render import prose
 from dynctl.cli.up import site
-from dynctl.deploy.amend import amend, apply, current_recipe
+from dynctl.deploy.amend import apply, unchanged
 from dynctl.deploy.audit import actor
 from dynctl.errors import UsageError
 from dynctl.launchers.local import LocalLauncher
@@ -46,7 +46,7 @@ def restart(
     roles = list(dict.fromkeys(row.role for row in rows if row.role != "frontend"))
     warn(seen, rows)
     here = site(LocalLauncher())
-    amended = amend(run, current_recipe(run), here)
+    amended = unchanged(run)
     who = actor("restart", which, force=force)
     apply(amended, here, who, roles, [row.id for row in rows])
     return see_through(run, timeout, as_json=as_json, no_wait=no_wait)

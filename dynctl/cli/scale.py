@@ -12,7 +12,7 @@ from dynctl.cli import options
 from dynctl.cli.changes import Force, NoWait, Timeout, running, see_through
 from dynctl.cli.render import json_data, prose
 from dynctl.cli.up import site
-from dynctl.deploy.amend import amend, apply, with_replicas
+from dynctl.deploy.amend import apply, rescaled
 from dynctl.deploy.audit import actor
 from dynctl.deploy.replan import compare
 from dynctl.errors import UsageError
@@ -45,7 +45,7 @@ def scale(
     wanted = counts(roles)
     run = running(name)
     here = site(LocalLauncher())
-    amended = amend(run, with_replicas(run, wanted), here)
+    amended = rescaled(run, wanted, here)
     found = compare(amended.old, amended.new)
     if not (found.added or found.removed):
         if as_json:

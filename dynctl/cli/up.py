@@ -97,8 +97,11 @@ def up(  # noqa: PLR0913 - one parameter for each option of the verb
         refuse_job(checked.loaded.recipe.name)
     if checked.loaded.recipe.target == "ssh":
         from dynctl.cli.up_ssh import How, up_over_ssh
+        from dynctl.cli.up_ssh_again import Change
 
-        return up_over_ssh(checked, How(detach, timeout, as_json, bootstrap, wheelhouse, share_gpus))
+        change = Change(yes, force, timeout, as_json)
+        how = How(detach, timeout, as_json, bootstrap, wheelhouse, share_gpus, change)
+        return up_over_ssh(checked, how)
     launcher = LocalLauncher()
     if in_job:
         return stay_in_job(begin_in_job(checked, site(launcher)))

@@ -6,13 +6,14 @@ import asyncio
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 
 from dynctl.cli.elsewhere import command_there, run_async, save_remote
 from dynctl.cli.pick import home
 from dynctl.cli.render import prose
+from dynctl.cli.up_ssh_again import Change, change_there
 from dynctl.deploy.home import new_run_id
 from dynctl.deploy.remote import (
     HostSite,
@@ -51,6 +52,7 @@ class How:
     bootstrap: bool
     wheelhouse: Path | None
     share_gpus: bool
+    change: Change = field(default_factory=Change)
 
 
 def up_over_ssh(checked: Checked, how: How) -> int:
@@ -61,6 +63,9 @@ def up_over_ssh(checked: Checked, how: How) -> int:
 
 async def _up(checked: Checked, how: How) -> int:
     async with SshHosts(SshOptions.find(os.environ)) as hosts:
+        changed = await change_there(checked, hosts, how.change)
+        if changed is not None:
+            return changed
         reached = await _reach(checked, hosts)
         prose(f"{len(reached)} hosts reached: {', '.join(reached)}", style="dim")
         checked, sites = await _look(checked, reached, how)

@@ -17,11 +17,13 @@ import msgspec
 from dynctl.controller.rolling import changing
 from dynctl.deploy.audit import audit
 from dynctl.deploy.beside import EXEC_MOST_S, beside
+from dynctl.deploy.gpus import FILE as GPUS_FILE
+from dynctl.deploy.gpus import claim_of
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.plan import Plan
-from dynctl.deploy.replan import plan_digest
+from dynctl.deploy.replan import gpus_here, plan_digest
 from dynctl.deploy.reseat import reseat
-from dynctl.deploy.run import SEAT_KINDS
+from dynctl.deploy.run import SEAT_KINDS, same_text
 from dynctl.deploy.state import LockRecord, RunState
 from dynctl.deploy.status import lock_words
 from dynctl.errors import DynctlError, LaunchError, UsageError
@@ -80,8 +82,10 @@ class Day2:
             return
         left = tuple(p for p in self.plan.processes if p.id not in gone and _sidecar(p.id) not in gone)
         plan = replace(self.plan, processes=left)
+        run = self._desk.run
         try:
-            write_atomic(self._desk.run.plan, plan.to_json())
+            write_atomic(run.plan, plan.to_json())
+            write_atomic(run.path / GPUS_FILE, claim_of(plan.name, plan.run_id, gpus_here(plan)))
         except OSError as error:
             # What has left is not started again; the file is written with the next change.
             logger.error("plan.unwritable error=%s", error)
@@ -123,8 +127,9 @@ class Day2:
             raise UsageError("that is the plan of another run", where=plan.run_id)
         try:
             former = run.lock.read_text()
-            if _body(former) != _body(call.lock):
+            if not same_text(former, call.lock):
                 write_atomic(run.path / next_former(run), former)
+            write_atomic(run.path / GPUS_FILE, claim_of(plan.name, plan.run_id, gpus_here(plan)))
             write_atomic(run.plan, plan.to_json())
             write_atomic(run.lock, call.lock)
         except OSError as error:
@@ -171,10 +176,6 @@ def next_former(run: RunDir) -> str:
     """The name that the recipe of now gets when another takes its place: the highest number is the latest."""
     found = (_FORMER.fullmatch(path.name) for path in run.path.iterdir())
     return f"recipe.lock.{max((int(m[1]) for m in found if m), default=0) + 1}.yaml"
-
-
-def _body(text: str) -> list[str]:
-    return [line for line in text.splitlines() if not line.startswith("#")]
 
 
 def _sidecar(process_id: str) -> str:

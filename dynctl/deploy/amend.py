@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 
 from dynctl.deploy.ask import ask_controller
+from dynctl.deploy.gpus import require_free
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.plan import Plan
 from dynctl.deploy.ports import listening
-from dynctl.deploy.replan import plan_digest, replan, with_stand_ins
+from dynctl.deploy.replan import as_before, gpus_here, plan_digest, replan, with_stand_ins, without_stand_ins
 from dynctl.deploy.run import INVENTORY, Site, reserved_ports
-from dynctl.errors import CodecError, LaunchError, UsageError
+from dynctl.errors import CodecError, LaunchError, PlacementError, UsageError
 from dynctl.protocol.day2 import Actor, ApplyCall, Done
 from dynctl.recipe.check import check_recipe
 from dynctl.recipe.load import LoadedRecipe, load_recipe
@@ -82,24 +83,41 @@ def amend(run: RunDir, loaded: LoadedRecipe, site: Site, inventory: Inventory | 
     return Amended(run, old, new, loaded, lock_text(loaded, site.version))
 
 
+def unchanged(run: RunDir) -> Amended:
+    """The run as it is. Raises RecipeError when something that its recipe names is no longer there."""
+    plan = read_plan(run)
+    try:
+        lock = run.lock.read_text()
+    except OSError as error:
+        raise LaunchError(f"it cannot be read: {error.strerror}", where=str(run.lock)) from error
+    return Amended(run, plan, without_stand_ins(plan), load_recipe(run.lock, environ={}), lock)
+
+
+def rescaled(run: RunDir, roles: dict[str, int], site: Site) -> Amended:
+    """What the run becomes with so many replicas, and nothing else. Raises as `amend` and `with_replicas`."""
+    amended = amend(run, with_replicas(run, roles), site)
+    return replace(amended, new=as_before(amended.old, amended.new))
+
+
 def apply(
     amended: Amended, site: Site, who: Actor, roles: Sequence[str], restart: Sequence[str] = ()
 ) -> Done:
     """Have the controller do it, with one more replica of each of `roles` meanwhile where there is room.
 
-    Raises TransportError, and what the controller refuses it with.
+    Raises TransportError, PlacementError when another deployment has a GPU, and what the controller refuses
+    it with.
     """
     run, old = amended.run, amended.old
+    _require_free(amended.new, old, site)
     plan = with_stand_ins(amended.loaded, hosts_of(run, old), amended.new, _taken(old, site), roles)
+    try:
+        _require_free(plan, old, site)
+    except PlacementError:
+        plan = amended.new  # another deployment has what stand-ins would need
     call = ApplyCall(
         actor=who, base=plan_digest(old), plan=plan.to_json(), lock=amended.lock, restart=list(restart)
     )
     return ask_controller(run, old.registry, "controller.apply", call, Done, deadline_s=ANSWER_S)
-
-
-def current_recipe(run: RunDir) -> LoadedRecipe:
-    """The recipe as it is in force. Raises RecipeError when something it names is no longer there."""
-    return load_recipe(run.lock, environ={})
 
 
 def hosts_of(run: RunDir, plan: Plan) -> Inventory:
@@ -115,17 +133,10 @@ def hosts_of(run: RunDir, plan: Plan) -> Inventory:
         raise CodecError(f"not an inventory: {error}", where=str(run.path / INVENTORY)) from error
 
 
-def same_recipe_as_now(amended: Amended) -> bool:
-    """Whether nothing but comments differs between the recipe in force and the one to be."""
-    try:
-        now = amended.run.lock.read_text()
-    except OSError:
-        return False
-
-    def body(text: str) -> list[str]:
-        return [line for line in text.splitlines() if not line.startswith("#")]
-
-    return body(now) == body(amended.lock)
+def _require_free(plan: Plan, old: Plan, site: Site) -> None:
+    """See that nobody else has the GPUs that are new on this machine. Raises PlacementError."""
+    new = gpus_here(plan) - gpus_here(old)
+    require_free(site.home, site.launcher, sorted(new), old.run_id)
 
 
 def _taken(plan: Plan, site: Site) -> set[tuple[str, int]]:

@@ -16,6 +16,8 @@ from dynctl.deploy.disk import disk
 from dynctl.errors import LaunchError, UsageError
 from dynctl.launchers.files import write_atomic
 
+NEXT = "recipe.next.yaml"
+"""In a run's directory: a recipe that is to be applied, from another machine."""
 LOCK_S = 10.0
 """For another command on the same name to get out of the way."""
 LEAST_FREE_BYTES = 8 * 1024 * 1024

@@ -85,6 +85,25 @@ def with_stand_ins(
     return replace(plan, processes=processes)
 
 
+def as_before(old: Plan, new: Plan) -> Plan:
+    """`new`, in which processes that are in both stay as `old` has them: another release of dynctl may write
+    their commands in another way, which is no reason to replace what nobody asked to.
+    """
+    known = {process.id: process for process in old.processes}
+    return replace(new, processes=tuple(known.get(p.id, p) for p in new.processes))
+
+
+def gpus_here(plan: Plan) -> set[int]:
+    """GPUs of the node that the controller is on."""
+    head = plan.process("controller").node
+    return {gpu for p in plan.processes if p.node == head for gpu in p.gpus}
+
+
+def without_stand_ins(plan: Plan) -> Plan:
+    """The plan without what only stands in for others."""
+    return replace(plan, processes=tuple(p for p in plan.processes if not _extra(p, plan)))
+
+
 def compare(old: Plan, new: Plan) -> Difference:
     """What becomes of the seats."""
     was, now = _seats(old), _seats(new)
@@ -150,6 +169,11 @@ def _seats(plan: Plan) -> dict[str, PlannedProcess]:
 
 def _stands_in(process: PlannedProcess, plan: Plan) -> bool:
     return process.kind == "worker" and process.index >= plan.roles.get(process.role, 0)
+
+
+def _extra(process: PlannedProcess, plan: Plan) -> bool:
+    """Whether it is a stand-in or a part of one."""
+    return process.kind in ("worker", "engine") and process.index >= plan.roles.get(process.role, 0)
 
 
 def _used(inventory: Inventory, plan: Plan) -> Inventory:

@@ -149,14 +149,19 @@ def may_adopt(home: Home, launcher: Launcher, name: str, lock: str) -> RunDir | 
 
 def same_recipe(run: RunDir, lock: str) -> bool:
     """Whether the run was made from a recipe that resolves to the same, wherever it was written."""
+    try:
+        return same_text(run.lock.read_text(), lock)
+    except OSError:
+        return False
+
+
+def same_text(one: str, other: str) -> bool:
+    """Whether two resolved recipes say the same but for their comments."""
 
     def body(text: str) -> list[str]:
         return [line for line in text.splitlines() if not line.startswith("#")]
 
-    try:
-        return body(run.lock.read_text()) == body(lock)
-    except OSError:
-        return False
+    return body(one) == body(other)
 
 
 def new_controller(state: RunState) -> RunState:

@@ -43,14 +43,18 @@ def test_up_on_four_hosts_serves_and_down_leaves_nothing(laptop: Laptop) -> None
     assert "aggregated-3" in laptop.dynctl("logs", laptop.name, "aggregated/3").stdout, "also when it is down"
 
 
-def test_a_name_that_runs_is_not_started_again_by_another_recipe(laptop: Laptop) -> None:
+def test_a_name_that_runs_is_changed_by_another_recipe_when_told_to(laptop: Laptop) -> None:
     with deployed(laptop):
         before = laptop.ps()
         laptop.sets.append("router.mode=round_robin")
         refused = laptop.dynctl(*laptop.up_args(), check=False)
         assert refused.returncode == 2
-        assert f"'{laptop.name}' is running already" in refused.stderr
+        assert "--yes" in refused.stderr
         assert laptop.ps() == before
+        done = laptop.dynctl(*laptop.up_args("--yes"))
+        assert "~ frontend-0: router.mode" in done.stderr
+        assert {row["id"] for row in laptop.ps()} == {row["id"] for row in before}
+        laptop.up()
 
 
 def test_a_node_without_power_loses_no_request_and_comes_back_by_up(laptop: Laptop) -> None:

@@ -258,3 +258,23 @@ def test_a_locked_deployment_is_changed_by_nobody_but_with_force_and_the_audit_t
         ("scale", "aggregated=2", "done"),
     ]
     assert {"user", "host", "ts"} <= set(lines[0])
+
+
+async def test_prefill_and_decode_are_changed_apart_and_no_hand_off_is_lost(cli: Cli) -> None:
+    roles = (
+        "--unset",
+        "roles.aggregated",
+        "--set",
+        "roles.prefill.replicas=2",
+        "--set",
+        "roles.decode.replicas=2",
+    )
+    with up(cli, QUICKSTART, *FREE_PORT, *SLOW, *roles) as served:
+        async with clients(served):
+            await ran(served, "restart", "prefill")
+            await ran(served, "scale", "prefill=1", "decode=3")
+            await ran(served, "restart", "decode/0")
+            assert ids(served) == ["frontend-0", "prefill-0", "decode-0", "decode-1", "decode-2"]
+        seen = served.cli.json("top", "--once", "-n", "0.5s")
+        assert [w["id"] for w in seen["workers"]] == ids(served)[1:]
+        assert all(w["running"] == 0 for w in seen["workers"])

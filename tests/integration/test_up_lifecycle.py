@@ -248,8 +248,10 @@ def test_two_at_once_make_one_deployment(cli: Cli) -> None:
     pair = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     try:
         told = [json.loads(p.communicate(timeout=60)[0]) for p in pair]
-        assert sorted(p.returncode for p in pair) == [0, 2]
-        assert sum("url" in t for t in told) == 1
+        codes = [p.returncode for p in pair]
+        # The one that comes second finds the other's controller, or that it has the name but none yet.
+        assert sorted(codes) in ([0, 0], [0, 2])
+        assert sum("url" in t for t in told) == codes.count(0)
         assert len(run_ids(cli)) == 1
     finally:
         cli.run("down", "quickstart")

@@ -9,7 +9,7 @@ import pytest
 from dynctl.deploy.beside import beside
 from dynctl.deploy.digest import digest_of, reasons
 from dynctl.deploy.plan import Plan, RunContext, build_plan
-from dynctl.deploy.replan import compare, context_of, replan, with_stand_ins
+from dynctl.deploy.replan import as_before, compare, context_of, replan, with_stand_ins, without_stand_ins
 from dynctl.deploy.reseat import reseat
 from dynctl.deploy.run import initial_state
 from dynctl.errors import PlacementError, RecipeError
@@ -126,6 +126,21 @@ def test_how_many_replicas_there_are_is_no_reason_to_start_a_frontend_anew(tmp_p
     new = planned(tmp_path, "roles.decode.replicas=1").process("frontend-0")
     assert old.command.files != new.command.files
     assert (digest_of(old), reasons(old, new)) == (digest_of(new), [])
+
+
+def test_scaling_replaces_nobody_though_another_release_writes_commands_in_another_way(
+    tmp_path: Path,
+) -> None:
+    old = planned(tmp_path, "router.temperature=0.5")
+    new = as_before(old, replan(load(tmp_path, "roles.decode.replicas=3"), TWO, old, in_use(old)))
+    found = compare(old, new)
+    assert (found.added, found.removed, found.changed) == (("decode-2",), (), {})
+    assert new.roles == {"prefill": 1, "decode": 3}
+
+
+def test_what_stood_in_is_no_part_of_the_next_plan(tmp_path: Path) -> None:
+    old, loaded = planned(tmp_path), load(tmp_path)
+    assert without_stand_ins(with_stand_ins(loaded, TWO, old, in_use(old), ["decode", "prefill"])) == old
 
 
 def test_taking_a_plan_over_twice_is_taking_it_over_once(tmp_path: Path) -> None:
