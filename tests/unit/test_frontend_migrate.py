@@ -90,6 +90,9 @@ class ToyTokens:
     async def tokens(self, text: str) -> list[int] | None:
         raise NotImplementedError
 
+    async def prompt_tokens(self, kind: str, body: Body) -> int:
+        return 0
+
 
 class Deployment:
     """A frontend's relay before toy engines that are cut after so many bytes each."""
