@@ -69,8 +69,10 @@ class Cutter:
         tells anything; None for half an event.
         """
         rest = bytes(self._rest)
+        if not rest.strip() or rest.startswith(b":"):
+            return rest
         data = event_data(rest)
-        if data and data != DONE:
+        if data != DONE:
             try:
                 msgspec.json.decode(data)
             except (msgspec.DecodeError, UnicodeDecodeError):
