@@ -12,9 +12,7 @@ import msgspec
 from dynctl.http.framing import ChunkReader, Framing
 from dynctl.protocol.sse import DONE, event_data, last_end
 
-FINISHED = re.compile(
-    rb'^data: ?\[DONE\]|"finish_reason": ?"|^data: ?\{\s*"error": ?[^n\s]', re.MULTILINE
-)
+FINISHED = re.compile(rb'^data: ?\[DONE\]|"finish_reason": ?"|^data: ?\{\s*"error": ?[^n\s]', re.MULTILINE)
 """What ends an answer, in payload. (In JSON a text's quotes are escaped, and its line feeds, too.)"""
 
 
