@@ -54,14 +54,20 @@ class Answer:
         return self._relay is not None and self._relay.begun
 
     def told(self) -> Story | None:
-        """What the client was told, for another leg to go on from; None when that cannot be known."""
-        if isinstance(self._relay, Relay):
-            if self._story is None or not self._relay.kept:
-                return None
-            self._story.keep(list(self._relay.pieces))
-            self._relay.pieces.clear()
-            self._story.read()
-        return self._story
+        """What the client was told, for another leg to go on from; None when nothing was kept of it."""
+        relay, story = self._relay, self._story
+        if story is not None and isinstance(relay, Relay):
+            story.unknown = relay.unkept
+            if relay.kept:
+                story.keep(list(relay.pieces))
+                relay.pieces.clear()
+                story.read()
+        return story
+
+    def asked(self, prompt_tokens: int) -> None:
+        """The call's prompt has so many tokens; 0 = not known."""
+        if self._story is not None:
+            self._story.prompt_tokens = prompt_tokens
 
     def go_on(self, move: Move) -> None:
         """The next leg is to say the rest."""

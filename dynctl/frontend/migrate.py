@@ -24,7 +24,16 @@ from dynctl.protocol.specs import MigrationSpec
 from dynctl.protocol.sse import DATA, framed
 from dynctl.router.migration import CannotContinue, Kind, continuation, window_of
 from dynctl.router.reasoning import Marks
-from dynctl.router.retell import Source, check_tokens, exact, made, retells, retold
+from dynctl.router.retell import (
+    Source,
+    check_no_tools,
+    check_tokens,
+    exact,
+    holds_marks,
+    made,
+    retells,
+    retold,
+)
 from dynctl.router.said import Json, Said
 from dynctl.router.seam import Joint, Seam, Taken, ending
 from dynctl.router.spoken import Made, spoken_tokens
@@ -36,13 +45,16 @@ PATIENCE_S = 10.0
 
 
 class Story:
-    """What one call's client was told, over all legs. `framing`: how its first leg was framed."""
+    """What one call's client was told, over all legs. `framing`: how its first leg was framed. `unknown`: why
+    what that leg said is not known here. `prompt_tokens` 0 = not known.
+    """
 
     def __init__(self, kind: Kind, max_tokens: int) -> None:
         self.kind = kind
         self.said = Said()
         self.prompt_tokens = 0
         self.framing: Framing = "chunked"
+        self.unknown = ""
         self._max_tokens = max_tokens
         self._packed: list[bytes] = []
         self._events = 0
@@ -194,6 +206,7 @@ class Tokens(Protocol):
     def count(self, text: str, start: int, end: int) -> int | None: ...
     async def chat_text(self, body: Body) -> str: ...
     async def tokens(self, text: str) -> list[int] | None: ...
+    async def prompt_tokens(self, kind: Kind, body: Body) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,10 +239,14 @@ class Migrations:
         if moves >= self.spec.limit:
             logger.warning("migration.limit id=%s moves=%d", call.request_id.decode(), moves)
             raise cause
+        await self.tokens.ready()
+        if not story.prompt_tokens:
+            story.prompt_tokens = await self.tokens.prompt_tokens(story.kind, call.body)
         if story.too_long:
             self.metrics.counter("model_migration_max_seq_len_exceeded_total", model=model).inc()
             raise _ended(cause, f"it is over {self.spec.max_tokens} tokens")
-        await self.tokens.ready()
+        if story.unknown:
+            raise _ended(cause, story.unknown)
         request, said = call.body.opened(), story.said
         try:
             rest, taken = await self._rest(call, request, story)
@@ -254,16 +271,49 @@ class Migrations:
     async def _rest(self, call: Call, request: Json, story: Story) -> tuple[Json, Taken]:
         """The request for the rest, {} = there is none, and what it takes for said. Raises CannotContinue."""
         kind, said, dialect = story.kind, story.said, self.dialect
-        if retells(kind, request, said, dialect):
-            return await self._retold(call, request, story)
+        source = await self._thinking(call, request, story)
+        if source is not None or retells(kind, request, said, dialect):
+            return await self._retold(call, request, story, source)
         whole = Made.plain(said, trims=kind == "chat")
+        if said.finish and said.reasoning:
+            whole = await self._finished(call, story)
         spoken = self._spoken(request, said, whole)
         rest = continuation(kind, request, said, spoken, dialect, self.tokens.encode)
         return rest, Taken(spoken, whole)
 
-    async def _retold(self, call: Call, request: Json, story: Story) -> tuple[Json, Taken]:
+    async def _thinking(self, call: Call, request: Json, story: Story) -> Source | None:
+        """What to tell a chat anew from whose text is, or has in it, reasoning that the engine did not take
+        out: templates treat that in a message in their own ways. None for all others. Raises CannotContinue.
+        """
+        said, marks = story.said, self.tokens.marks
+        if story.kind != "chat" or marks is None or said.finish or said.reasoning or not said.text:
+            return None
+        if holds_marks(said.text, marks):
+            check_no_tools(request)
+            return await self._source(call, story)
+        try:
+            source = await self._source(call, story)
+        except CannotContinue:
+            return None
+        if not source.opened:
+            return None
+        check_no_tools(request)
+        return source
+
+    async def _finished(self, call: Call, story: Story) -> Made:
+        """All that was made of an answer with reasoning in it that has finished, as far as it is known."""
         said = story.said
-        source = await self._source(call, story)
+        try:
+            return made(said, await self._source(call, story))
+        except CannotContinue:
+            whole = said.thoughts + said.text
+            return Made(whole, len(whole))
+
+    async def _retold(
+        self, call: Call, request: Json, story: Story, source: Source | None
+    ) -> tuple[Json, Taken]:
+        said = story.said
+        source = source or await self._source(call, story)
         whole = made(said, source)
         check_tokens(request, said, source)
         prompt: Sequence[int] | None

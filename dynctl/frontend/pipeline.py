@@ -97,6 +97,7 @@ class Pipeline:
                 attempt.prompt = await self._prompt(call)
                 span.set("gen_ai.usage.input_tokens", attempt.prompt.tokens)
             call.account.prompt(attempt.prompt.tokens)
+            answer.asked(attempt.prompt.tokens)
             field = "messages" if call.endpoint.kind == "chat" else "prompt"
             check_context(attempt.prompt.tokens, call.asked, self._parts.models.max_model_len, field)
         else:
@@ -138,7 +139,6 @@ class Pipeline:
         story = answer.told()
         if story is None:
             raise failure.cause
-        story.prompt_tokens = story.prompt_tokens or attempt.prompt.tokens
         rest, move = await self._parts.migrations.next(call, story, attempt.moves, failure.cause)
         if rest is None:
             answer.finish(move)

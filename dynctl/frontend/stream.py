@@ -16,15 +16,20 @@ from typing import Protocol
 import msgspec
 
 from dynctl.frontend.accounts import Account
+from dynctl.frontend.cutter import FINISHED, Cutter, unframed
 from dynctl.frontend.whole import USAGE, cached_tokens
-from dynctl.http.framing import LAST_CHUNK, ChunkReader, Framing, frame_chunk
+from dynctl.http.framing import LAST_CHUNK, Framing, frame_chunk
 from dynctl.http.server import Exchange
 from dynctl.protocol.sse import framed, split_events
 
 _DATA = b"data: "
-_EVENT_END = b"\n\n"
 _DONE = b"data: [DONE]"
+_EVENT_ENDS = (b"\n\n", b"\n\r\n")
+_CHUNK_ENDS = (b"\n\n\r\n", b"\n\r\n\r\n")
 _FIRST_EVENT_BYTES = 16 * 1024
+"""A first event is waited for up to this size, where nothing is kept."""
+_EVENT_BYTES = 4 * 1024 * 1024
+"""A longer event is passed on before it is whole, and what is kept is given up."""
 _NEVER = b"\0"
 _LAST_PIECES = 4
 _KEPT_PIECES = 1024
@@ -39,7 +44,6 @@ _REFUSED = re.compile(
 )
 _TROUBLE = re.compile(rb'"abort"|"error"')
 _CLIENTS_FAULT = re.compile(rb'"code": ?"?4\d\d\b')
-_FINISHED = re.compile(rb'data: ?\[DONE\]|"finish_reason": ?"|data: ?\{\s*"error": ?[^n\s]')
 _OPENING = re.compile(rb'"role": ?"assistant", ?"content": ?""')
 
 
@@ -71,15 +75,16 @@ class Relay:
     """Takes a body as the engine sends it and hands it on. Per piece: a look, a write, a count, a clock.
 
     `refusal` is set, and nothing more is written, when an event is an error of the engine's or an abort. With
-    a `keeper` the client gets whole events only; what it got is kept in `pieces` until the keeper takes it.
-    `framing` as in `http.stream.Stream`.
+    a `keeper` the client gets whole events in whole chunks only; what it got is kept in `pieces` until the
+    keeper takes it. `unkept`: why what the client got is not known. `framing` as in `http.stream.Stream`.
 
-    The one look: a piece that ends as a token mostly does (`_usual`) is whole and has no finish in it.
+    The one look: a piece that ends as a token mostly does (`_usual`) is whole and has no finish in it. `_cut`
+    reads all other pieces; None = what comes is passed on as it is.
     """
 
     __slots__ = (
         "_account",
-        "_end",
+        "_cut",
         "_exchange",
         "_framing",
         "_held",
@@ -87,12 +92,13 @@ class Relay:
         "_keeper",
         "_last_s",
         "_lessons",
-        "_rest",
+        "_owed",
         "_usual",
         "_ways",
         "events",
         "pieces",
         "refusal",
+        "unkept",
     )
 
     def __init__(
@@ -109,16 +115,18 @@ class Relay:
         self._ways = ways
         self._keeper = None if framing == "length" else keeper
         self._framing = framing
-        self._end = _EVENT_END
         self._usual = _NEVER
         self._lessons = _LESSONS
-        self._held = self._rest = b""
+        self._held = self._owed = b""
         self._last_s = 0.0
+        self._cut: Cutter | None = None
         self.pieces: list[bytes] | deque[bytes] = deque(maxlen=_LAST_PIECES)
         if self._keeper is not None:
+            self._cut = Cutter(framing)
             self.pieces = []
         self.events = 0
         self.refusal = ""
+        self.unkept = "" if self._keeper is not None else "its engine announced how long it is"
 
     @property
     def begun(self) -> bool:
@@ -153,62 +161,80 @@ class Relay:
     def _unusual(self, data: bytes) -> None:
         if self.refusal:
             return
-        if not self._last_s:
+        if self._cut is None:
             self._first(data)
             return
-        whole = self._whole(data)
+        whole = self._whole(data, self._cut) if self._keeper is not None else self._all(data, self._cut)
         if whole:
-            self._usual, usual = b"", self._usual
-            self.feed(whole)
-            if self._keeper is not None:
-                self._usual = usual
+            self._pass(whole)
 
-    def _whole(self, data: bytes) -> bytes:
+    def _pass(self, whole: bytes) -> None:
+        if not self._last_s:
+            self._begin(whole)
+            return
+        keeper, usual = self._keeper, self._usual
+        self._usual = b""
+        self.feed(whole)
+        if self._keeper is keeper and self._cut is not None:
+            self._usual = usual
+
+    def _whole(self, data: bytes, cut: Cutter) -> bytes:
         """What can go to the client: all up to the last event's end, and no refusal. Holds back the rest."""
-        if self._keeper is None:
-            return data
-        if self._rest:
-            data, self._rest = self._rest + data, b""
-        if data.endswith(self._end) and not _TROUBLE.search(data):
+        events, clean = cut.take(data)
+        if _TROUBLE.search(events) and self._refuses(events):
+            return b""
+        if clean and (not cut.over or FINISHED.search(events)):
             if self._lessons:
                 self._lessons -= 1
                 self._usual = _tail(data)
             return data
-        cut = data.rfind(self._end) + len(self._end) if self._end in data else 0
-        if len(data) - cut > _FIRST_EVENT_BYTES:
-            self._keep_no_more()
-            return data
-        whole, self._rest = data[:cut], data[cut:]
-        if self._rest == LAST_CHUNK and _FINISHED.search(whole) and not _TROUBLE.search(whole):
-            self._rest = b""
-            return data
         self._usual = _NEVER
         self._lessons = _LESSONS
-        if _TROUBLE.search(whole):
-            return self._before_refusal(whole)
-        return whole
+        if cut.held > _EVENT_BYTES:
+            self._keep_no_more(f"one event of it is over {_EVENT_BYTES // 2**20} MiB")
+            events += cut.take_all()
+        if cut.over:
+            self._owed = LAST_CHUNK
+        return self._framed(events)
 
-    def _before_refusal(self, whole: bytes) -> bytes:
-        """The events before one that is a refusal, framed anew; all, when none is one."""
-        payload = unframed(whole) if self._framing == "chunked" else whole
-        events, _ = split_events(payload)
-        for number, one in enumerate(events):
-            if _REFUSED.search(one) and not _CLIENTS_FAULT.search(one):
+    def _all(self, data: bytes, cut: Cutter) -> bytes:
+        """All that has come, framed anew, up to a chunk's end: from there on what comes is passed on."""
+        payload = cut.take_all(data)
+        if cut.over:
+            self._owed = LAST_CHUNK
+        elif cut.between:
+            self._cut, self._usual = None, b""
+        return self._framed(payload)
+
+    def _framed(self, payload: bytes) -> bytes:
+        return frame_chunk(payload) if payload and self._framing == "chunked" else payload
+
+    def _refuses(self, events: bytes) -> bool:
+        """Whether one of these events is a refusal: those before it are passed on, if any were before."""
+        each, _ = split_events(events)
+        for number, one in enumerate(each):
+            if _REFUSED.search(one) and not (self._last_s and _CLIENTS_FAULT.search(one)):
+                before = self._framed(b"".join(each[:number]))
+                if before and self._last_s:
+                    self._pass(before)
                 self._refuse(one)
-                before = b"".join(events[:number])
-                return frame_chunk(before) if before and self._framing == "chunked" else before
-        return whole
+                return True
+        return False
 
     def _refuse(self, told: bytes) -> None:
         self.refusal = _excerpt(told)
-        self._rest = b""
         self._usual = _NEVER
         self._ways.give_up()
 
-    def _keep_no_more(self) -> None:
+    def _keep_no_more(self, why: str) -> None:
+        assert self._cut is not None
         self._keeper = None
-        self._usual = b""
+        self.unkept = why
         self.pieces = deque(self.pieces, maxlen=_LAST_PIECES)
+        # Half an event that is held back, or half a chunk, goes before what comes next.
+        self._usual = _NEVER
+        if self._cut.between:
+            self._cut, self._usual = None, b""
 
     def _fold(self) -> None:
         assert self._keeper is not None
@@ -216,9 +242,10 @@ class Relay:
         if self._keeper.keep(pieces[:-_LAST_PIECES]):
             self.pieces = pieces[-_LAST_PIECES:]
         else:
-            self._keep_no_more()
+            self._keep_no_more("it is too long")
 
     def _first(self, data: bytes) -> None:
+        """Wait for the first event, where nothing is kept."""
         self._held += data
         ended = _FIRST_END.search(self._held)
         if ended is None and len(self._held) < _FIRST_EVENT_BYTES:
@@ -226,41 +253,43 @@ class Relay:
         if _REFUSED.search(self._held):
             self._refuse(self._held)
             return
-        end = ended.group() if ended is not None else _EVENT_END
-        self._end = end + b"\r\n" if self._framing == "chunked" else end
-        self._begin()
+        self._usual = b""
+        self._begin(self._held)
 
-    def _begin(self) -> None:
+    def _begin(self, data: bytes) -> None:
         self._ways.first_token()
         self._ways.head()
-        held, self._held = self._held, b""
+        self._held = b""
         self._last_s = monotonic()
         self._account.first_byte(self._last_s)
-        if self._keeper is None:
-            self._usual = b""
-        whole = self._whole(held)
-        self.events = whole.count(_DATA) - len(_OPENING.findall(whole))
-        if whole:
-            self.pieces.append(whole)
-            self._exchange.write(whole)
+        self.events = data.count(_DATA) - len(_OPENING.findall(data))
+        if data:
+            self.pieces.append(data)
+            self._exchange.write(data)
 
     @property
     def ended_early(self) -> bool:
         """Whether the engine's stream has ended without a finish: only asked of those that are kept."""
-        return self._keeper is not None and not _FINISHED.search(self._held + self._last() + self._rest)
+        if self._keeper is None or self._cut is None:
+            return False
+        last, rest = self._last(), self._cut.last()
+        told = unframed(last) if self._framing == "chunked" else last
+        return rest is None or not FINISHED.search(told + rest)
 
     def complete(self) -> None:
         """The engine's answer has ended as it should: end ours."""
         if not self._last_s:
-            self._begin()
+            self._begin(self._held)
         self.count_tokens()
-        if self._rest:
-            self._exchange.write(self._rest)
+        rest = self._framed(self._cut.take_all()) if self._cut is not None else b""
+        if rest or self._owed:
+            self._exchange.write(rest + self._owed)
         self._exchange.end()
 
     def break_off(self, error: bytes) -> None:
         """The engine is lost: tell the client so by a last event, where the framing still allows one."""
-        if self._framing != "length" and (self._keeper is not None or self._last().endswith(self._end)):
+        ends = _CHUNK_ENDS if self._framing == "chunked" else _EVENT_ENDS
+        if self._framing != "length" and (self._keeper is not None or self._last().endswith(ends)):
             last = framed(error)
             self._exchange.write(frame_chunk(last) + LAST_CHUNK if self._framing == "chunked" else last)
             self._exchange.end()
@@ -284,13 +313,6 @@ def _tail(event: bytes) -> bytes:
     """How this event ends, from a finish that has not come yet; what ends no piece when it has none."""
     found = _NO_FINISH.search(event, max(0, len(event) - _TAIL_BYTES))
     return found.group() if found is not None else _NEVER
-
-
-def unframed(data: bytes) -> bytes:
-    """The payload of whole chunks."""
-    payload: list[bytes] = []
-    ChunkReader().feed(data, payload)
-    return b"".join(payload)
 
 
 def _excerpt(data: bytes) -> str:

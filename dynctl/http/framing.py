@@ -109,6 +109,11 @@ class ChunkReader:
             out.append(data[start : end - 2])
         return MORE
 
+    @property
+    def between(self) -> bool:
+        """Whether the body, which goes on, was read to a chunk's end."""
+        return not (self._left or self._state)
+
     @staticmethod
     def _closed(data: bytes, end: int) -> bool:
         """Whether the chunk that ends at `end` is closed by CRLF; the CR may have come before `data`."""

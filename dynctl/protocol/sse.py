@@ -36,6 +36,12 @@ def split_events(data: bytes) -> tuple[list[bytes], bytes]:
     return events, data[start:]
 
 
+def last_end(data: bytes | bytearray, start: int = 0) -> int:
+    """Where the last whole event of `data` ends, its empty line included; 0 when none ends after `start`."""
+    by_lf, by_crlf = data.rfind(b"\n\n", start), data.rfind(b"\n\r\n", start)
+    return max(by_lf + 2 if by_lf >= 0 else 0, by_crlf + 3 if by_crlf >= 0 else 0)
+
+
 def event_data(event: bytes) -> bytes:
     """What one event carries: its `data:` lines; b"" for a comment."""
     if event.startswith(DATA) and event.find(b"\n") >= len(event) - 2:

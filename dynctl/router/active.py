@@ -11,6 +11,7 @@ from dynctl.protocol.kv_events import LoadReport
 from dynctl.router.shared import SharedBlocks
 
 
+# gc=False: numbers only, so it can be part of no cycle.
 class Footprint(msgspec.Struct, frozen=True, gc=False):
     """What one request adds to the load of the worker it goes to.
 

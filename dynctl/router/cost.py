@@ -29,6 +29,7 @@ from dynctl.protocol.specs import RouterSpec
 from dynctl.router.active import RankLoad
 
 
+# gc=False: numbers only, so it can be part of no cycle.
 class Demand(msgspec.Struct, frozen=True, gc=False):
     """What a request asks for: its prompt in tokens, the blocks it will occupy, and which parts count."""
 

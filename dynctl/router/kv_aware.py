@@ -30,6 +30,7 @@ class Knowledge:
     clock: Callable[[], float]
 
 
+# gc=False: numbers only, so it can be part of no cycle.
 class _Holdings(msgspec.Struct, frozen=True, gc=False):
     """By candidate: blocks of the prompt in any tier, the same weighed by tier, those in use by requests."""
 

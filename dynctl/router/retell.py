@@ -81,11 +81,22 @@ def retells(kind: str, request: Json, said: Said, dialect: Continuation) -> bool
     if kind != "chat" or said.finish:
         return False
     check(request, said)
-    if offers_tools(request):
-        if said.reasoning:
-            raise CannotContinue("reasoning was begun, and a call of the tools offered could follow it")
+    if said.reasoning:
+        check_no_tools(request)
+    elif offers_tools(request):
         return False
     return said.reasoning or (dialect.chat is None and bool(said.text))
+
+
+def check_no_tools(request: Json) -> None:
+    """Raises CannotContinue for a chat that has begun to reason and has tools on offer."""
+    if offers_tools(request):
+        raise CannotContinue("reasoning was begun, and a call of the tools offered could follow it")
+
+
+def holds_marks(text: str, marks: Marks) -> bool:
+    """Whether a text has reasoning in it that its engine did not take out."""
+    return marks.opening in text or marks.closing in text
 
 
 def exact(said: Said) -> bool:

@@ -77,14 +77,17 @@ class Joint:
 
 
 def ending(said: Said, joint: Joint, reason: str) -> bytes:
-    """The events that end a stream for which nothing is left to be asked: finish, usage, [DONE]."""
+    """The events that end a stream for which nothing is left to be asked: finish, usage, [DONE].
+
+    No usage where the prompt's tokens are not known.
+    """
     if said.done:
         return b""
     events: list[Json] = []
     if not said.finish:
         choice: Json = {"index": 0, **({"delta": {}} if joint.kind == "chat" else {"text": ""})}
         events.append({**said.head, "choices": [{**choice, "logprobs": None, "finish_reason": reason}]})
-    if joint.wants_usage and said.usage is None:
+    if joint.wants_usage and said.usage is None and joint.prompt_tokens:
         usage = _usage(joint.prompt_tokens, joint.spoken)
         events.append({**said.head, "choices": [], "usage": usage})
     for chunk in events:

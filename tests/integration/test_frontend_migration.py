@@ -14,6 +14,7 @@ import openai
 import pytest
 
 import dynctl.mocker
+from dynctl.frontend.migrate import Story
 from dynctl.http.client import Timeouts
 from dynctl.http.server import Exchange, Request
 from dynctl.protocol.instances import ModelCard
@@ -448,6 +449,120 @@ async def test_all_streams_of_a_killed_worker_go_on_together() -> None:
             check_mocked(got, wanted)
         await front.idle()
         assert "model_migration_total" in await front.metrics()
+
+
+# --- events that are long, or in pieces
+
+
+def long_first(size: int) -> Script:
+    """An engine whose first event has a prompt's token ids, and that is lost after it the first time."""
+
+    async def script(engine: Engine, request: Request, exchange: Exchange) -> None:
+        exchange.start(200, [(b"content-type", b"text/event-stream")], framing="chunked")
+        if isinstance(json.loads(request.body)["prompt"], list):
+            exchange.write(b"".join(sse(token("b", "stop"))))
+            exchange.end()
+            return
+        first = token("a")
+        first["choices"][0].update(token_ids=[1], prompt_token_ids=[10**5] * (size // 8))
+        event = sse(first)[0]
+        for start in range(0, len(event), 50_000):
+            exchange.write(event[start : start + 50_000])
+            await asyncio.sleep(0.001)
+        exchange.on_disconnect = None
+        exchange.abort()
+
+    return script
+
+
+async def test_a_stream_goes_on_after_an_event_of_many_kilobytes() -> None:
+    async with frontend(make_spec(), aggregated=[Engine(long_first(600_000))]) as front:
+        got = await read(front, {**COMPLETION, "return_token_ids": True})
+    assert (got.text, got.finishes, got.errors) == ("ab", ["stop"], 0)
+
+
+async def test_the_client_is_told_why_a_stream_of_huge_events_cannot_go_on() -> None:
+    async with frontend(make_spec(), aggregated=[Engine(long_first(5_000_000))]) as front:
+        response = await front.post("/v1/completions", COMPLETION)
+    assert b"cannot go on elsewhere: one event of it is over 4 MiB" in response.body
+
+
+async def test_the_prompt_counts_against_the_limit_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def floods_then_dies(engine: Engine, request: Request, exchange: Exchange) -> None:
+        exchange.start(200, [(b"content-type", b"text/event-stream")], framing="chunked")
+        for number in range(1500):
+            exchange.write(sse(token(f"{number} "))[0])
+            await exchange.drained()
+            await asyncio.sleep(0)
+        exchange.on_disconnect = None
+        exchange.abort()
+
+    seen: list[bool] = []
+    keep = Story.keep
+
+    def watched(self: Story, pieces: list[bytes]) -> bool:
+        seen.append(keep(self, pieces))
+        return seen[-1]
+
+    monkeypatch.setattr(Story, "keep", watched)
+    spec = make_spec(
+        model=CARD,
+        router=RouterSpec(mode="kv"),
+        migration=MigrationSpec(max_tokens=1200),
+        limits=LimitsSpec(),
+    )
+    body = {**COMPLETION, "prompt": [7] * 1000, "max_tokens": 5000}
+    async with frontend(spec, aggregated=[Engine(floods_then_dies)]) as front:
+        response = await front.post("/v1/completions", body)
+        text = await front.metrics()
+    assert seen[0] is False
+    assert b"it is over 1200 tokens" in response.body
+    assert 'model_migration_max_seq_len_exceeded_total{model="m"} 1.0' in text
+
+
+@pytest.mark.parametrize("tail", [3, 40, 90, 110])
+async def test_half_a_finish_at_a_connections_end_is_no_answer(tail: int) -> None:
+    async def script(engine: Engine, request: Request, exchange: Exchange) -> None:
+        told = toy.serve(json.loads(request.body), len(engine.requests))
+        exchange.start(200, [(b"content-type", b"text/event-stream")], framing="raw")
+        last = told[-2]
+        if len(engine.requests) == 1:
+            told = [*told[:-2], last[: len(last) - tail]]
+        for event in told:
+            exchange.write(event)
+            await asyncio.sleep(0.001)
+        exchange.end()
+
+    async with frontend(make_spec(), aggregated=[Engine(script)]) as front:
+        got = await read(front, COMPLETION)
+    same(got, COMPLETION)
+
+
+@pytest.mark.parametrize("eol", [b"\n\n", b"\r\n\r\n"], ids=["lf", "crlf"])
+@pytest.mark.parametrize("size", [7, 100, 1000])
+async def test_a_worker_lost_anywhere_in_a_chunk_leaves_a_stream_that_goes_on(eol: bytes, size: int) -> None:
+    cuts = list(range(300, 1700, 130))
+
+    async def script(engine: Engine, request: Request, exchange: Exchange) -> None:
+        told = b"".join(toy.serve(json.loads(request.body), len(engine.requests))).replace(b"\n\n", eol)
+        exchange.start(200, [(b"content-type", b"text/event-stream")], framing="chunked")
+        dies = len(engine.requests) % 2 == 1
+        said = told[: cuts[-1]] if dies else told
+        for start in range(0, len(said), size):
+            exchange.write(said[start : start + size])
+            await asyncio.sleep(0)
+        if not dies:
+            exchange.end()
+            return
+        await asyncio.sleep(0.005)
+        exchange.on_disconnect = None
+        exchange.abort()
+
+    async with frontend(make_spec(), aggregated=[Engine(script)]) as front:
+        while cuts:
+            response = await front.post("/v1/completions", COMPLETION)
+            cuts.pop()
+            same(toy.read(response.body.replace(b"\r\n", b"\n")), COMPLETION)
 
 
 def check_mocked(got: toy.Answer, whole: dict[str, Any]) -> None:

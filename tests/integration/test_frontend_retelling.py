@@ -59,6 +59,8 @@ class Thinker:
     dies: list[int] = field(default_factory=list)
     asked: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     reasons: bool = True
+    parses: bool = True
+    """Whether it takes its reasoning out of the text."""
 
     def __post_init__(self) -> None:
         self.tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
@@ -122,7 +124,7 @@ class _Writer:
         self._chat = "messages" in body
         kind = "chat.completion.chunk" if self._chat else "text_completion"
         self._head = {"id": f"x-{leg}", "object": kind, "created": leg, "model": "m"}
-        self._thinks = model.reasons
+        self._thinks = model.reasons and model.parses
 
     def _send(self, choices: list[Any], **more: Any) -> None:
         self._exchange.write(
@@ -143,7 +145,7 @@ class _Writer:
             return
         text = self._model.tokenizer.decode([token], skip_special_tokens=False)
         delta: dict[str, Any] = {"reasoning_content" if self._thinks else "content": text}
-        if text in ("<think>", "</think>"):
+        if text in ("<think>", "</think>") and self._model.parses:
             self._thinks, delta = text == "<think>", {}
             if not ids:
                 return
@@ -266,6 +268,67 @@ async def test_exact_token_ids_are_gone_on_with_where_the_client_was_told_them(
     check(heard, thinker, False)
     assert heard.ids == thinker.answer(False)
     assert thinker.asked[1][1]["prompt"] == thinker.prompt(False) + thinker.answer(False)[:dies]
+
+
+@pytest.mark.parametrize("opens", [False, True])
+@pytest.mark.parametrize("left", [0, 3, 13])
+async def test_usage_of_an_answer_that_lost_its_worker_after_its_finish_counts_its_reasoning(
+    model: Path, opens: bool, left: int
+) -> None:
+    made = len(Thinker(model).answer(opens)) - left
+    for dies in ([made], [7, made - 7]):
+        thinker = Thinker(model, dies=list(dies))
+        body = {**CHAT, "max_tokens": made, "chat_template_kwargs": {"opens": opens}}
+        async with frontend(
+            spec(model), aggregated=[Engine(thinker.script), Engine(thinker.script)]
+        ) as front:
+            heard = await ask(front, body)
+        check(heard, thinker, opens, made)
+        assert len(thinker.asked) == len(dies)
+
+
+@pytest.mark.parametrize("opens", [False, True])
+@pytest.mark.parametrize("dies", [2, 20, 30])
+async def test_reasoning_told_as_text_goes_on_behind_the_very_text(
+    model: Path, dies: int, opens: bool
+) -> None:
+    thinker = Thinker(model, dies=[dies], parses=False)
+    body = {**CHAT, "skip_special_tokens": False, "chat_template_kwargs": {"opens": opens}}
+    async with frontend(spec(model), aggregated=[Engine(thinker.script), Engine(thinker.script)]) as front:
+        heard = await ask(front, body)
+    whole = thinker.answer(opens)
+    assert heard.text == thinker.tokenizer.decode(whole, skip_special_tokens=False)
+    assert (heard.thoughts, heard.error, heard.finishes, heard.dones) == ("", "", ["stop"], 1)
+    assert heard.usage is not None
+    assert heard.usage["completion_tokens"] == len(whole)
+    path, rest = thinker.asked[1]
+    assert (path, rest["prompt"]) == (PATHS["completion"], thinker.prompt(opens) + whole[:dies])
+
+
+async def test_reasoning_told_as_text_ends_with_the_reason_where_a_tool_could_be_called(model: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    for opens in (False, True):
+        thinker = Thinker(model, dies=[4], parses=False)
+        body = {**CHAT, "tools": tools, "chat_template_kwargs": {"opens": opens}}
+        async with frontend(spec(model), aggregated=[Engine(thinker.script)]) as front:
+            heard = await ask(front, body)
+        assert "tools offered" in heard.error
+
+
+@pytest.mark.parametrize("dies", [5, 12])
+async def test_usage_tells_the_prompt_where_routing_does_not_count_it(model: Path, dies: int) -> None:
+    thinker = Thinker(model, dies=[dies], reasons=False)
+    async with frontend(spec(model, "round_robin"), aggregated=[Engine(thinker.script)]) as front:
+        heard = await ask(front, {**CHAT, "max_tokens": dies})
+    check(heard, thinker, False, dies)
+    assert len(thinker.asked) == 1
+
+
+async def test_no_usage_is_told_where_the_prompt_cannot_be_counted(model: Path) -> None:
+    thinker = Thinker(model, dies=[5], reasons=False)
+    async with frontend(make_spec(), aggregated=[Engine(thinker.script)]) as front:
+        heard = await ask(front, {**CHAT, "max_tokens": 5})
+    assert (heard.usage, heard.finishes, heard.error, heard.dones) == (None, ["length"], "", 1)
 
 
 async def test_a_chat_goes_on_where_the_engine_continues_no_message(model: Path) -> None:

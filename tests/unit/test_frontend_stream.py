@@ -7,6 +7,7 @@ import pytest
 
 from dynctl.errors import EngineFailed
 from dynctl.frontend.accounts import Accounts
+from dynctl.frontend.cutter import unframed
 from dynctl.frontend.stream import Relay, Ways
 from dynctl.frontend.whole import as_events, is_refusal, output_tokens
 from dynctl.http.framing import LAST_CHUNK, Framing, frame_chunk
@@ -316,12 +317,133 @@ def test_events_that_end_by_crlf_are_events() -> None:
 def test_a_stream_whose_events_have_no_end_is_passed_on_and_kept_no_more() -> None:
     test = Kept()
     test.relay.feed(said("a"))
-    test.relay.feed(b"8000\r\n" + b"x" * 20_000)
-    test.relay.feed(b"y")
+    size = 5 * 2**20
+    test.relay.feed(b"%x\r\n" % (size + 2))
+    for _ in range(5):
+        test.relay.feed(b"x" * 2**20)
     assert not test.relay.kept
-    assert test.client.written[-1] == b"y"
+    assert "4 MiB" in test.relay.unkept
+    test.relay.feed(b"y")
+    test.relay.feed(b"z\r\n")
+    test.relay.feed(b"raw again, whatever it is")
+    assert test.client.written[-1] == b"raw again, whatever it is"
+    assert unframed(b"".join(test.client.written[1:-1])) == b"x" * size + b"yz"
     test.relay.break_off(b"{}")
     assert test.client.calls[-1] == "abort"
+
+
+def test_an_event_of_many_kilobytes_is_waited_for_and_kept() -> None:
+    for first in (True, False):
+        test = Kept()
+        if not first:
+            test.relay.feed(said("a"))
+        long = said("x" * 300_000)
+        for start in range(0, len(long), 65_536):
+            test.relay.feed(long[start : start + 65_536])
+        assert b"".join(test.client.written) == (b"" if first else said("a")) + long
+        assert test.relay.kept
+
+
+def test_half_an_event_held_back_when_the_keeper_gives_up_goes_before_what_comes_next() -> None:
+    test = Kept(room=False)
+    sent = b"".join(said(str(number)) for number in range(1500)) + LAST_CHUNK
+    size = len(said("1000")) + 3
+    for start in range(0, len(sent), size):
+        test.relay.feed(sent[start : start + size])
+    test.relay.complete()
+    assert not test.relay.kept
+    assert unframed(b"".join(test.client.written)) == unframed(sent)
+    assert test.client.written[-1].endswith(LAST_CHUNK)
+
+
+# --- events and chunks that end in different places
+
+
+def chunked(payload: bytes, size: int) -> list[bytes]:
+    """As an engine sends it that cuts its body after so many bytes, each chunk read by itself."""
+    return [frame_chunk(payload[start : start + size]) for start in range(0, len(payload), size)]
+
+
+def events_of(eol: bytes, *texts: str) -> list[bytes]:
+    choices = [{"index": 0, "text": text, "finish_reason": None} for text in texts]
+    choices[-1]["finish_reason"] = "stop"
+    events = [b"data: " + json.dumps({"choices": [choice]}).encode() + eol + eol for choice in choices]
+    return [*events, b"data: [DONE]" + eol + eol]
+
+
+@pytest.mark.parametrize("eol", [b"\n", b"\r\n"], ids=["lf", "crlf"])
+@pytest.mark.parametrize("text", ["b", "error", '"abort"', "data: [DONE]"])
+def test_events_over_several_chunks_reach_the_client_whole_whatever_they_say(eol: bytes, text: str) -> None:
+    events = events_of(eol, "a", text, "c", "d")
+    payload = b"".join(events)
+    for size in (1, 2, 3, 5, 8, 13, 21, 34, 55, 67, 68, 69, 70):
+        test = Kept()
+        for piece in [*chunked(payload, size), LAST_CHUNK]:
+            test.relay.feed(piece)
+            assert len(unframed(b"".join(test.client.written))) in _ends(events)
+        assert not test.relay.ended_early
+        test.relay.complete()
+        assert unframed(b"".join(test.client.written)) == payload
+        assert b"".join(test.client.written).endswith(b"\r\n" + LAST_CHUNK)
+
+
+@pytest.mark.parametrize("eol", [b"\n", b"\r\n"], ids=["lf", "crlf"])
+@pytest.mark.parametrize("size", [3, 20, 64])
+def test_a_stream_lost_within_a_chunk_still_tells_the_client(eol: bytes, size: int) -> None:
+    payload = b"".join(events_of(eol, "a", "error", "c", "d")[:-2])
+    sent = b"".join(chunked(payload, size))
+    for cut in range(len(sent)):
+        test = Kept()
+        test.relay.feed(sent[:cut])
+        if test.relay.begun:
+            test.relay.break_off(b'{"error":{}}')
+            told = unframed(b"".join(test.client.written))
+            assert told.endswith(eol + eol + b'data: {"error":{}}\n\n')
+
+
+def test_events_that_end_in_several_ways_are_not_held_back() -> None:
+    test = Kept()
+    for number, eol in enumerate([b"\r\n", b"\n", b"\n", b"\r\n", b"\n"]):
+        one = frame_chunk((b"data: {}" if number else b": ping") + eol + eol)
+        test.relay.feed(one)
+        assert test.client.written[-1] == one
+        assert len(test.client.written) == number + 1
+
+
+def _ends(events: list[bytes]) -> set[int]:
+    return {sum(map(len, events[:number])) for number in range(len(events) + 1)}
+
+
+# --- where a body ends with its connection
+
+
+def test_half_an_event_with_a_finish_in_it_is_no_end_of_an_answer() -> None:
+    a, last, done = events_of(b"\n", "a", "b")
+    for cut in range(len(last) - 2):
+        test = Kept("close")
+        test.relay.feed(a + last[:cut])
+        assert test.relay.ended_early, last[:cut]
+        assert test.client.written == [a]
+    for end in range(1, len(done) - 2):
+        test = Kept("close")
+        test.relay.feed(a + last + done[:end])
+        assert test.relay.ended_early, "half of what follows a finish"
+
+
+def test_a_last_event_without_its_empty_line_is_one() -> None:
+    a, last, done = events_of(b"\n", "a", "b")
+    for end in (last[:-1], last[:-2], last + done[:-2], last + done, last + done + b"\n"):
+        test = Kept("close")
+        test.relay.feed(a + end)
+        assert not test.relay.ended_early
+        test.relay.complete()
+        assert b"".join(test.client.written) == a + end
+
+
+def test_a_text_that_names_the_end_of_a_stream_is_none() -> None:
+    test = Kept("close")
+    test.relay.feed(b'data: {"choices":[{"text":"data: [DONE]","finish_reason":null}]}\n\n')
+    assert test.relay.ended_early
 
 
 @pytest.mark.parametrize("room", [True, False])

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from dynctl.errors import ContextTooLong
+from dynctl.errors import ContextTooLong, DynctlError
 from dynctl.frontend.body import Body, large_batch, messages, prompt
 from dynctl.frontend.prompt.alike import alike
 from dynctl.frontend.prompt.cuts import cuts_of
@@ -165,6 +165,13 @@ class Preprocessor:
         if len(text) <= THREAD_CHARS:
             return self.encode(text)
         return await asyncio.get_running_loop().run_in_executor(self._threads, self.encode, text)
+
+    async def prompt_tokens(self, kind: Kind, body: Body) -> int:
+        """How many tokens a prompt has that an engine has taken; 0 = not known."""
+        try:
+            return (await self.prepare(kind, body, self._card.block_size)).tokens
+        except DynctlError:
+            return 0
 
     def close(self) -> None:
         """Give the threads back without waiting for them."""

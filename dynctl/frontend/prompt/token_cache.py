@@ -37,6 +37,7 @@ class Frame:
     after: bytes = b""
 
 
+# gc=False: numbers only, so it can be part of no cycle.
 class Tokenised(msgspec.Struct, frozen=True, gc=False):
     """`tokens` of the text in its frame, of these `cached` from the tree; `hashes` of the full blocks."""
 
@@ -57,6 +58,7 @@ class _Node:
         self.size_bytes = 0
 
 
+# gc=False: nodes refer to nothing but bytes and numbers, so it can be part of no cycle.
 class Begun(msgspec.Struct, frozen=True, gc=False):
     """A text as far as it is known (`nodes`), and the rest of it in pieces."""
 
