@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
@@ -28,6 +28,7 @@ from dynctl.errors import UsageError
 from dynctl.launchers.local import LocalLauncher
 from dynctl.launchers.slurm_client import SlurmClient
 from dynctl.launchers.slurm_job import JobLauncher
+from dynctl.protocol.day2 import Actor
 from dynctl.recipe.load import load_recipe
 
 Detach = Annotated[bool, typer.Option("--detach", "-d", help="Return when it is ready.")]
@@ -109,18 +110,34 @@ def up(  # noqa: PLR0913 - one parameter for each option of the verb
         submitted = submit(checked, site(launcher), SlurmClient())
         stopper = Stopper(launcher_of(submitted.run))
         return attended(submitted, stopper, timeout, detach=detach, as_json=as_json)
+    who = actor("up", [str(recipe), *(sets or ())], force=force)
+    return here(checked, launcher, who, Way(detach, yes, timeout, as_json, share_gpus))
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How the user wants it on this machine."""
+
+    detach: bool
+    yes: bool
+    timeout_s: float | None
+    as_json: bool
+    share_gpus: bool
+
+
+def here(checked: Checked, launcher: LocalLauncher, who: Actor, way: Way) -> int:
+    """Start it on this machine, or change what runs there under its name; the exit code."""
     from dynctl.cli.amend import Asked, supervised, up_again
 
-    who = actor("up", [str(recipe), *(sets or ())], force=force)
     run = supervised(checked.loaded.recipe.name, launcher)
     if run is not None:
-        return up_again(checked, run, who, Asked(timeout, yes, as_json))
-    started = start(checked, site(launcher), share_gpus=share_gpus)
+        return up_again(checked, run, who, Asked(way.timeout_s, way.yes, way.as_json))
+    started = start(checked, site(launcher), share_gpus=way.share_gpus)
     note(started.run, who, "done")
     if started.adopted:
         prose(f"{started.name}: a new controller takes over what lives")
     try:
-        return attended(started, Stopper(launcher), timeout, detach=detach, as_json=as_json)
+        return attended(started, Stopper(launcher), way.timeout_s, detach=way.detach, as_json=way.as_json)
     finally:
         launcher.release(started.controller)
 
