@@ -103,15 +103,12 @@ def up(  # noqa: PLR0913 - one parameter for each option of the verb
         change = Change(yes, force, timeout, as_json)
         how = How(detach, timeout, as_json, bootstrap, wheelhouse, share_gpus, change)
         return up_over_ssh(checked, how)
-    launcher = LocalLauncher()
+    launcher, way = LocalLauncher(), Way(detach, yes, timeout, as_json, share_gpus)
     if in_job:
         return stay_in_job(begin_in_job(checked, site(launcher)))
     if checked.loaded.recipe.target == "slurm":
-        submitted = submit(checked, site(launcher), SlurmClient())
-        stopper = Stopper(launcher_of(submitted.run))
-        return attended(submitted, stopper, timeout, detach=detach, as_json=as_json)
-    who = actor("up", [str(recipe), *(sets or ())], force=force)
-    return here(checked, launcher, who, Way(detach, yes, timeout, as_json, share_gpus))
+        return by_slurm(checked, launcher, way)
+    return here(checked, launcher, actor("up", [str(recipe), *(sets or ())], force=force), way)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +120,13 @@ class Way:
     timeout_s: float | None
     as_json: bool
     share_gpus: bool
+
+
+def by_slurm(checked: Checked, launcher: LocalLauncher, way: Way) -> int:
+    """Submit it as a job; the exit code."""
+    submitted = submit(checked, site(launcher), SlurmClient())
+    stopper = Stopper(launcher_of(submitted.run))
+    return attended(submitted, stopper, way.timeout_s, detach=way.detach, as_json=way.as_json)
 
 
 def here(checked: Checked, launcher: LocalLauncher, who: Actor, way: Way) -> int:
