@@ -83,6 +83,22 @@ def test_behind_a_cut_link_nothing_is_started_twice(laptop: Laptop) -> None:
         assert {row["id"]: (row["pid"], row["incarnation"]) for row in laptop.ps()} == before
 
 
+def test_frontends_on_two_hosts_know_of_each_other_and_one_may_lose_power(laptop: Laptop) -> None:
+    laptop.sets += ["frontend.replicas=2", "frontend.hosts=[n1, n2]"]
+    with deployed(laptop) as told:
+        doors = {row["node"]: row["url"] for row in laptop.ps() if row["role"] == "frontend"}
+        assert sorted(doors) == ["n1", "n2"]
+        assert doors["n1"] == told["url"]
+        with under_load(doors["n1"], 4) as stays, under_load(doors["n2"], 4) as goes:
+            eventually(lambda: min(stays.outcomes["whole"], goes.outcomes["whole"]) > 3, "both serve", 30.0)
+            with laptop.cluster.off("n2"):
+                eventually(lambda: not laptop.status()["ready"], "the loss is seen", 20.0)
+                goes.over.set()
+                seen = stays.outcomes["whole"]
+                eventually(lambda: stays.outcomes["whole"] > seen + 5, "the other one serves on", 30.0)
+        assert set(stays.outcomes) == {"whole"}
+
+
 def test_a_dead_process_on_another_host_is_started_again(laptop: Laptop) -> None:
     with deployed(laptop):
         row = next(row for row in laptop.ps() if row["node"] == "n2")
