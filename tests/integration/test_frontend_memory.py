@@ -65,7 +65,7 @@ def left() -> Counter[str]:
 
 @pytest.fixture
 def silent() -> Iterator[None]:
-    """Nothing is logged: pytest would keep it, and with an error all that was under way when it was raised."""
+    """Nothing is logged: pytest would keep it, and with an error all that was under way when it came."""
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
