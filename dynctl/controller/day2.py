@@ -91,6 +91,18 @@ class Day2:
             logger.error("plan.unwritable error=%s", error)
         self.plan = plan
 
+    def take(self, plan: Plan) -> bool:
+        """Go by this plan from now on; whether it could be written down."""
+        run = self._desk.run
+        try:
+            write_atomic(run.plan, plan.to_json())
+        except OSError as error:
+            logger.error("plan.unwritable error=%s", error)
+            return False
+        self.plan = plan
+        reseat(self._desk.state, plan)
+        return True
+
     def _change(self, call: ApplyCall | DrainCall | LockCall) -> Done:
         match call:
             case ApplyCall():

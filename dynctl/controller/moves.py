@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,13 @@ class NodeLost:
 
 
 @dataclass(frozen=True, slots=True)
+class Moved:
+    """Seats that were on a lost node are to be started on others. `nodes`: where, by seat."""
+
+    nodes: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class NodeBack:
     """It answers again."""
 
@@ -96,7 +104,7 @@ class Stop:
     failure: str = ""
 
 
-Event = Begin | Started | StartFailed | Seen | Gone | NodeLost | NodeBack | Exited | Tick | Stop
+Event = Begin | Started | StartFailed | Seen | Gone | NodeLost | NodeBack | Moved | Exited | Tick | Stop
 
 
 @dataclass(frozen=True, slots=True)

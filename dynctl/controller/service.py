@@ -27,6 +27,7 @@ from dynctl.controller.moves import (
     Gone,
     Instruction,
     Kill,
+    Moved,
     NodeBack,
     NodeLost,
     Note,
@@ -38,16 +39,18 @@ from dynctl.controller.moves import (
     Terminate,
     Tick,
 )
+from dynctl.controller.moving import elsewhere
 from dynctl.controller.supervise import Supervisor
 from dynctl.deploy.events import append_event
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.plan import Plan
+from dynctl.deploy.rehome import moved_seats
 from dynctl.deploy.state import RunState, SeatRecord, encode_state
 from dynctl.deploy.status import view_of
 from dynctl.discovery.adapters import Adapters
 from dynctl.discovery.lease import Changes
 from dynctl.discovery.registry import Registry
-from dynctl.errors import DiscoveryError, LaunchError
+from dynctl.errors import DiscoveryError, DynctlError, LaunchError
 from dynctl.launchers.base import Launch, ProcessHandle
 from dynctl.launchers.files import write_atomic
 from dynctl.launchers.fleet import Fleet, Seated
@@ -91,6 +94,8 @@ class Controller:
         self._server = ControlServer(parts.keys, parts.plan.registry, self._answer)
         self._lanes: dict[str, deque[Instruction]] = {}
         self._working: dict[str, asyncio.Task[None]] = {}
+        self._lost: set[str] = set()
+        self._moving: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
         self._saved = b""
         self._save_at = 0.0
@@ -213,12 +218,32 @@ class Controller:
         """Take over which nodes can be reached. What is on one that cannot gets no requests from now on."""
         for news in self._parts.fleet.news():
             if news.reachable:
+                self._lost.discard(news.node)
                 self._feed(NodeBack(news.node))
                 continue
+            self._lost.add(news.node)
             self._feed(NodeLost(news.node, news.why))
             for seat in self._state.seats:
                 if seat.node == news.node and seat.incarnation:
                     self._registry.gone(seat.id, seat.incarnation)
+            if self._state.ready_once and not self._supervisor.stopping:
+                task = asyncio.get_running_loop().create_task(self._move_from(news.node), name="move")
+                self._moving.add(task)
+                task.add_done_callback(self._moving.discard)
+
+    async def _move_from(self, node: str) -> None:
+        """Start the workers of a lost node on others, if there is room."""
+        before, lost = self._day2.plan, frozenset(self._lost)
+        try:
+            plan = await asyncio.to_thread(elsewhere, self._parts.run, before, lost)
+        except DynctlError as error:
+            self._note("node.no_room", {"node": node, "message": str(error)})
+            return
+        if node not in self._lost or self._day2.plan is not before or self._supervisor.stopping:
+            return  # it is back, or somebody has changed the deployment meanwhile
+        nodes = {seat: plan.process(seat).node for seat in moved_seats(before, plan)}
+        if nodes and self._day2.take(plan):
+            self._feed(Moved(nodes))
 
     # Instructions out
 
@@ -262,7 +287,7 @@ class Controller:
             self._wake.set()
 
     async def _end_lanes(self) -> None:
-        tasks = list(self._working.values())
+        tasks = [*self._working.values(), *self._moving]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -19,6 +19,7 @@ from dynctl.controller.moves import (
     Gone,
     Instruction,
     Kill,
+    Moved,
     NodeBack,
     NodeLost,
     Note,
@@ -98,6 +99,7 @@ class Supervisor:
             Gone: self._gone,
             NodeLost: self._node_lost,
             NodeBack: self._node_back,
+            Moved: self._moved,
             Exited: self._exited,
             Tick: self._tick,
             Stop: self._stop,
@@ -222,6 +224,18 @@ class Supervisor:
                 self._watch[seat.id].deadline = now + self._times.renew_s
                 if seat.follower:  # it registers nothing
                     self._mark_ready(seat, now)
+
+    def _moved(self, event: Moved, now: float) -> None:
+        """Start on other nodes what a lost one had. Should that live on there, it is told that it is replaced
+        as soon as it can be told anything.
+        """
+        for seat in self.state.seats:
+            node = event.nodes.get(seat.id)
+            if node is None or seat.state in ("stopping", "stopped", "failed", "drained"):
+                continue
+            self._note("process.moved", seat, node=node, message=f"from {seat.node}, which is lost")
+            seat.node = node
+            self._start(seat, now)
 
     # Ending
 

@@ -400,9 +400,9 @@ def _public_url(recipe: Recipe, head: Host, port: int) -> str:
 
 
 def _agents(site: Site, inventory: Inventory, ports: PortAllocator) -> dict[str, PlannedProcess]:
-    """An agent on each host that has anything else to do, by host."""
+    """An agent on each host, by host: those that have nothing else to do may take over from others."""
     made = {}
-    for index, host in enumerate(host for host in inventory.hosts if ports.given(host.name)):
+    for index, host in enumerate(inventory.hosts):
         port = ports.allocate([host.name], owner=f"agent-{host.name}:control")
         made[host.name] = PlannedProcess(
             id=f"agent-{host.name}",

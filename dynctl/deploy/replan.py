@@ -52,7 +52,7 @@ def replan(loaded: LoadedRecipe, inventory: Inventory, old: Plan, taken: Taken) 
     for field, (was, now) in fixed.items():
         if was != now:
             raise _unrollable(f"{field} changes from {_words(was)} to {_words(now)}", loaded.where(field))
-    plan = build_plan(loaded, _used(inventory, old), _taken(old, taken), context_of(old), kept_of(old))
+    plan = build_plan(loaded, _used(inventory, old), ports_taken(old, taken), context_of(old), kept_of(old))
     _require_places(old, plan, loaded)
     return plan
 
@@ -73,7 +73,7 @@ def with_stand_ins(
             grown = build_plan(
                 replace(loaded, recipe=loaded.recipe.model_copy(update={"roles": wider})),
                 _used(inventory, plan),
-                _taken(base, listed),
+                ports_taken(base, listed),
                 context_of(plan),
                 kept_of(base),
             )
@@ -183,7 +183,7 @@ def _used(inventory: Inventory, plan: Plan) -> Inventory:
     return replace(inventory, hosts=hosts or inventory.hosts)
 
 
-def _taken(plan: Plan, taken: Taken) -> set[tuple[str, int]]:
+def ports_taken(plan: Plan, taken: Taken) -> set[tuple[str, int]]:
     """Ports that new processes cannot have: also those of what is about to leave."""
     own = {(node.name, port) for node in plan.nodes for port in node.ports}
     own |= {(p.node, port) for p in plan.processes for port in p.ports.values()}

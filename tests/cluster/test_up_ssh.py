@@ -83,6 +83,37 @@ def test_behind_a_cut_link_nothing_is_started_twice(laptop: Laptop) -> None:
         assert {row["id"]: (row["pid"], row["incarnation"]) for row in laptop.ps()} == before
 
 
+def test_workers_of_a_lost_node_are_ready_on_a_spare_one(laptop: Laptop) -> None:
+    laptop.hosts = ("n1", "n2", "n3", "n4", "head")
+    with deployed(laptop) as told:
+        assert "head" not in {row["node"] for row in laptop.ps()}
+        with under_load(told["url"]) as load:
+            eventually(lambda: load.outcomes["whole"] > 5, "streams flow", 30.0)
+            with laptop.cluster.off("n3"):
+                eventually(lambda: not laptop.status()["ready"], "the loss is seen", 20.0)
+                laptop.await_ready(30.0)
+                moved = {row["id"]: row["node"] for row in laptop.ps()}
+                assert moved["aggregated-2"] == "head"
+        assert set(load.outcomes) == {"whole"}
+
+
+def test_a_worker_behind_a_cut_link_that_was_replaced_ends_when_it_is_back(laptop: Laptop) -> None:
+    laptop.hosts = ("n1", "n2", "n3", "n4", "head")
+    with deployed(laptop):
+        with laptop.cluster.partition("n1", "n3"):
+            eventually(lambda: not laptop.status()["ready"], "the cut is seen", 20.0)
+            laptop.await_ready(30.0)
+            assert {row["id"]: row["node"] for row in laptop.ps()}["aggregated-2"] == "head"
+
+        def workers_there() -> list[str]:
+            return [
+                p.args for p in laptop.cluster.processes() if p.host == "n3" and "dynctl.worker" in p.args
+            ]
+
+        eventually(lambda: workers_there() == [], "the one that was replaced has ended", 30.0)
+        assert laptop.status()["ready"]
+
+
 def test_frontends_on_two_hosts_know_of_each_other_and_one_may_lose_power(laptop: Laptop) -> None:
     laptop.sets += ["frontend.replicas=2", "frontend.hosts=[n1, n2]"]
     with deployed(laptop) as told:

@@ -12,6 +12,9 @@ from dynctl.controller.moves import (
     Gone,
     Instruction,
     Kill,
+    Moved,
+    NodeBack,
+    NodeLost,
     Note,
     Seen,
     Start,
@@ -453,6 +456,20 @@ def test_a_process_that_was_being_started_when_the_way_down_began_is_not_left_ov
     late = bench.tell(Started("decode-0", 1, pid=7, start_ticks=7, pgid=7, wall_s=0.0))
     assert late == [Kill("decode-0", 1)]
     assert bench.state.seats[0].pid == 0
+
+
+def test_what_a_lost_node_had_is_started_elsewhere_and_its_old_self_is_nobody() -> None:
+    bench = Bench(seat("decode-0"), seat("decode-1"))
+    bench.ready("decode-0", "decode-1")
+    bench.state.seats[1].node = "n2"
+    bench.tell(NodeLost("n2", "no answer"))
+    assert [one.state for one in bench.state.seats] == ["ready", "lost"]
+    assert Start("decode-1", 2) in bench.tell(Moved({"decode-1": "n3"}))
+    assert bench.state.seats[1].node == "n3"
+    bench.tell(Seen("decode-1", 1, "ready", "http://old", 5))
+    assert bench.state.seats[1].state == "starting", "the one on the lost node is superseded"
+    bench.tell(NodeBack("n2"))
+    assert bench.state.seats[1].node == "n3"
 
 
 def test_an_engine_that_stops_answering_shows_and_comes_back() -> None:

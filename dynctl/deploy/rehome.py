@@ -1,0 +1,76 @@
+"""The plan of a deployment of which a node is lost: its replicas elsewhere, all else as it was. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from dynctl.deploy.plan import Kept, Plan, PlannedProcess, build_plan
+from dynctl.deploy.replan import Taken, context_of, kept_of, ports_taken
+from dynctl.errors import PlacementError
+from dynctl.protocol.instances import Role
+from dynctl.recipe.load import LoadedRecipe
+from dynctl.recipe.schema import RoleSection
+from dynctl.topology.inventory import Inventory
+
+
+def rehome(
+    loaded: LoadedRecipe, inventory: Inventory, old: Plan, taken: Taken, lost: Collection[str]
+) -> Plan:
+    """`old` with every replica that has a part on a `lost` node on others of the plan's nodes, where its role
+    may run: on GPUs that are free, or, when it uses none, on a spare node, one without workers. Frontends
+    stay: clients know where they are. Raises PlacementError when there is no room.
+    """
+    moved = {(p.role, p.index) for p in old.processes if p.kind == "worker" and p.node in lost}
+    kept = kept_of(old)
+    mine = {p.id for p in old.processes if (p.role, p.index) in moved}
+    still = Kept(
+        {replica: ranks for replica, ranks in kept.placement.items() if replica not in moved},
+        {owner: port for owner, port in kept.ports.items() if owner.partition(":")[0] not in mine},
+    )
+    there = {node.name for node in old.nodes}
+    hosts = tuple(host for host in inventory.hosts if host.name in there)
+    used = replace(inventory, hosts=hosts)
+    narrowed = _without(loaded, used, {role for role, _ in moved}, _unfit(old, moved, lost))
+    new = build_plan(narrowed, used, ports_taken(old, taken), context_of(old), still)
+    plan = replace(new, processes=_as_before(old, new, mine), roles=old.roles)
+    if {p.id for p in plan.processes} != {p.id for p in old.processes}:
+        raise PlacementError("the replicas of the lost node would be cut up in another way elsewhere")
+    return plan
+
+
+def moved_seats(old: Plan, new: Plan) -> list[str]:
+    """The workers that are on another node in `new`."""
+    was = {process.id: process.node for process in old.processes}
+    return [p.id for p in new.processes if p.kind == "worker" and was.get(p.id) != p.node]
+
+
+def _unfit(old: Plan, moved: Collection[tuple[str, int]], lost: Collection[str]) -> set[str]:
+    """Nodes that are lost, or busy with others where GPUs do not say how much there is room for."""
+    workers = [process for process in old.processes if process.kind == "worker"]
+    by_gpu = any(one.gpus for one in workers if (one.role, one.index) in moved)
+    busy = set() if by_gpu else {one.node for one in workers if (one.role, one.index) not in moved}
+    return {*lost, *busy}
+
+
+def _as_before(old: Plan, new: Plan, mine: Collection[str]) -> tuple[PlannedProcess, ...]:
+    known = {process.id: process for process in old.processes}
+    return tuple(p if p.id in mine else known.get(p.id, p) for p in new.processes)
+
+
+def _without(
+    loaded: LoadedRecipe, inventory: Inventory, roles: Collection[Role | str], off: Collection[str]
+) -> LoadedRecipe:
+    """The recipe in which these roles keep off some nodes. Raises PlacementError when no other is left."""
+    sections = loaded.recipe.roles
+    update: dict[str, RoleSection] = {}
+    for role, section in sections.present().items():
+        if role not in roles:
+            continue
+        may = inventory.select(section.hosts) if section.hosts else inventory.hosts
+        living = [host.name for host in may if host.name not in off]
+        if not living:
+            raise PlacementError(f"no spare host is left that {role} may run on", where=f"roles.{role}.hosts")
+        update[role] = section.model_copy(update={"hosts": living})
+    recipe = loaded.recipe.model_copy(update={"roles": sections.model_copy(update=update)})
+    return replace(loaded, recipe=recipe)
