@@ -123,10 +123,7 @@ def want(loaded: LoadedRecipe | None, there: Inventory) -> tuple[Sequence[Host],
         told = f"not placed: how many GPUs there are was not told by {' and '.join(silent)}"
         return there.hosts, wanted, [Finding(ALL_HOSTS, PLACEMENT, "unknown", told)]
     plan, found = placed(loaded, there)
-    names = [node.name for node in plan.nodes] if plan else []
-    # All of them when there is no plan: why it does not fit may show on any.
-    hosts = tuple(host for host in there.hosts if host.name in names or not names)
-    return hosts, replace(wanted, plan=plan), found
+    return there.hosts, replace(wanted, plan=plan), found
 
 
 def is_behind(wanted: Wanted) -> bool:

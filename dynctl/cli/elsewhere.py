@@ -14,7 +14,7 @@ from dynctl.cli.pick import ENV_NAME
 from dynctl.cli.render import prose
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.remote import HostSite, Remote, RemoteHost, sweep
-from dynctl.errors import CodecError, DynctlError, LaunchError, SshError
+from dynctl.errors import CodecError, DynctlError, LaunchError, SshError, UsageError
 from dynctl.launchers.files import write_atomic
 from dynctl.launchers.ssh import SshHosts
 from dynctl.launchers.ssh_config import SshOptions
@@ -64,9 +64,14 @@ def run_there(run: RunDir, verb: str, args: Sequence[str]) -> int:
                 if verb != "down":
                     raise
                 prose(str(error), style="warning")
-            if verb == "down" and code != EXIT_CODES["usage"]:
-                return await _down(run, remote, hosts, code)
-            return code
+            if verb != "down":
+                return code
+            try:
+                return await _down(run, remote, hosts, code, force="--force" in args)
+            except UsageError as locked:
+                if not code:
+                    raise
+                return EXIT_CODES[locked.kind]  # the head has said so
 
     return run_async(work())
 
@@ -80,7 +85,7 @@ def command_there(remote: Remote, verb: str, args: Sequence[str]) -> list[str]:
     return ["env", *words, head.python, "-m", "dynctl.cli.main", verb, *args]
 
 
-async def _down(run: RunDir, remote: Remote, hosts: SshHosts, code: int) -> int:
+async def _down(run: RunDir, remote: Remote, hosts: SshHosts, code: int, *, force: bool) -> int:
     """End what the head could not: on hosts that its controller did not reach, or all without one."""
     reached = await hosts.connect_all(host_of(host) for host in remote.hosts)
     sites: list[HostSite] = []
@@ -92,7 +97,7 @@ async def _down(run: RunDir, remote: Remote, hosts: SshHosts, code: int) -> int:
         else:
             failed[host.name] = there
     if sites:
-        failed |= await sweep(sites, remote.run_id, _DRAIN_S)
+        failed |= await sweep(sites, remote.run_id, _DRAIN_S, force=force)
     save_remote(run, msgspec.structs.replace(remote, ended=not failed, left=sorted(failed)))
     if failed:
         raise _left_behind(remote, failed)

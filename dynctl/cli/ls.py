@@ -16,7 +16,11 @@ from dynctl.errors import CodecError, UsageError
 def ls(as_json: options.Json = False) -> None:
     """All deployments of this user: the latest run of each name."""
     place = home()
-    found = [line(run, name) for name in place.names() if (run := place.run_of(name)) is not None]
+    found = [
+        line(run, name)
+        for name in place.names()
+        if (run := place.note_of(name) or place.run_of(name)) is not None
+    ]
     if as_json:
         json_data(found)
     elif found:

@@ -106,11 +106,17 @@ def pick(name: str | None, *, ended: bool = False) -> RunDir:
     return run
 
 
+def _found(place: Home, name: str) -> RunDir | None:
+    """A deployment here, or the note of one elsewhere: not where another machine has this verb run."""
+    note = place.note_of(name) if ENV_NAME not in os.environ else None
+    return note or place.run_of(name)
+
+
 def _pick(name: str | None, *, ended: bool) -> RunDir:
     place = home()
     names = place.names()
     if name is not None:
-        run = place.run_of(name)
+        run = _found(place, name)
         if run is None:
             listed = f"there are: {', '.join(names)}" if names else "there are none; dynctl up starts one"
             raise UsageError(f"no deployment '{name}'", hint=listed)
@@ -123,7 +129,7 @@ def _pick(name: str | None, *, ended: bool) -> RunDir:
     elif not ended or not names:
         listed = f"ended ones: {', '.join(names)}" if names else "dynctl up starts one"
         raise UsageError("no deployment runs", hint=listed)
-    runs = [run for n in names if (run := place.run_of(n)) is not None]
+    runs = [run for n in names if (run := _found(place, n)) is not None]
     return max(runs, key=lambda run: run.path.stat().st_mtime)
 
 
@@ -134,7 +140,7 @@ def running_names() -> list[str]:
 
 
 def _runs(place: Home, name: str) -> bool:
-    run = place.run_of(name)
+    run = _found(place, name)
     try:
         if run is not None and run.remote.exists():
             return b'"ended":false' in run.remote.read_bytes()

@@ -94,8 +94,7 @@ def up(  # noqa: PLR0913 - one parameter for each option of the verb
     if not yes and not confirmed(checked):
         prose("nothing was started")
         return INTERRUPTED
-    if checked.loaded.recipe.target != "slurm":
-        refuse_job(checked.loaded.recipe.name)
+    refuse_others(checked.loaded.recipe.name, checked.loaded.recipe.target)
     if checked.loaded.recipe.target == "ssh":
         from dynctl.cli.up_ssh import How, up_over_ssh
         from dynctl.cli.up_ssh_again import Change
@@ -152,13 +151,21 @@ def judged(request: UpRequest) -> Checked:
     return check_slurm(loaded, request.inventory) if loaded.recipe.target == "slurm" else check(request)
 
 
-def refuse_job(name: str) -> None:
-    """Raises UsageError when the name is that of a job which is pending or runs."""
-    run = home().run_of(name)
+def refuse_others(name: str, target: str) -> None:
+    """Raises UsageError when the name is that of a deployment which runs on another target."""
+    ways = f"dynctl status {name} shows it, dynctl down {name} ends it"
+    note, run = home().note_of(name), home().run_of(name)
+    if note is not None and target != "ssh":
+        if b'"ended":false' in note.remote.read_bytes():
+            raise UsageError(f"'{name}' runs on hosts by SSH already", where=str(note.path), hint=ways)
+        note.remote.unlink()
     launcher = launcher_of(run) if run is not None else None
-    if run is not None and isinstance(launcher, JobLauncher) and launcher.owned(run.run_id):
-        ways = f"dynctl status {name} shows it, dynctl down {name} ends it"
-        raise UsageError(f"'{name}' is a job on Slurm already", where=str(run.path), hint=ways)
+    kind = "slurm" if isinstance(launcher, JobLauncher) else "local"
+    if run is None or launcher is None or kind == target or (target == "ssh" and note is not None):
+        return
+    if launcher.owned(run.run_id):
+        what = "is a job on Slurm" if kind == "slurm" else "runs on this machine"
+        raise UsageError(f"'{name}' {what} already", where=str(run.path), hint=ways)
 
 
 def stay_in_job(run: RunDir) -> int:

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 
-from dynctl.cli.elsewhere import command_there, run_async, save_remote
+import msgspec
+
+from dynctl.cli.elsewhere import command_there, read_remote, run_async, save_remote
 from dynctl.cli.pick import home
 from dynctl.cli.render import prose
 from dynctl.cli.up_ssh_again import Change, change_there
@@ -66,26 +68,38 @@ async def _up(checked: Checked, how: How) -> int:
         changed = await change_there(checked, hosts, how.change)
         if changed is not None:
             return changed
-        reached = await _reach(checked, hosts)
+        reached, missing = await _reach(checked, hosts)
         prose(f"{len(reached)} hosts reached: {', '.join(reached)}", style="dim")
         checked, sites = await _look(checked, reached, how)
         run_id = new_run_id(checked.loaded.recipe.name, time.gmtime())
         lock = lock_text(checked.loaded, metadata.version("dynctl"))
-        started = await start(checked, Wanted(run_id, lock, how.share_gpus), sites, note)
+        wanted = Wanted(run_id, lock, how.share_gpus, tuple(missing))
+        started = await start(checked, wanted, sites, note)
+        for error in missing:
+            prose(str(error), style="warning")
         return await _attend(started, sites, reached, how)
 
 
-async def _reach(checked: Checked, hosts: SshHosts) -> dict[str, SshHost]:
-    """A connection to every host. Raises SshError that tells of all that could not be reached."""
+async def _reach(checked: Checked, hosts: SshHosts) -> tuple[dict[str, SshHost], list[SshError]]:
+    """Connections to the hosts, and why there is none to others. Raises SshError that tells of all when the
+    head, or any of what does not run yet, cannot be reached.
+    """
     found = await hosts.connect_all(checked.inventory.hosts)
-    raise_first(found.values())
-    return {name: one for name, one in found.items() if isinstance(one, SshHost)}
+    missing = [one for one in found.values() if isinstance(one, SshError)]
+    head = found[checked.inventory.hosts[0].name]
+    if isinstance(head, SshError) or home().note_of(checked.loaded.recipe.name) is None:
+        raise_first(missing)
+    return {name: one for name, one in found.items() if isinstance(one, SshHost)}, missing
 
 
 async def _look(checked: Checked, reached: Mapping[str, SshHost], how: How) -> tuple[Checked, list[HostSite]]:
     """What each host is: interpreter, GPUs, address, ports in use."""
     wheel = await asyncio.to_thread(own_wheel)
-    looks = (_look_at(host, reached[host.name], wheel, how) for host in checked.inventory.hosts)
+    looks = (
+        _look_at(host, reached[host.name], wheel, how)
+        for host in checked.inventory.hosts
+        if host.name in reached
+    )
     looked = await asyncio.gather(*looks, return_exceptions=True)
     raise_first(looked)
     seen = [one for one in looked if isinstance(one, tuple)]
@@ -135,15 +149,17 @@ async def reached_at(shell: SshHost) -> str:
 
 
 def note(remote: Remote) -> None:
-    """Write down here where a run is, and let its name mean it. Raises LaunchError."""
-    place = home()
-    run = place.run_of(remote.name)
-    if run is None or run.run_id != remote.run_id:
-        run = place.create_run(remote.run_id, {})
-        save_remote(run, remote)
-        place.point(remote.name, run)
-    else:
-        save_remote(run, remote)
+    """Write down here where a run is: its name means that from now on. Raises LaunchError, UsageError.
+
+    Hosts of the same run that could not be reached this time stay written down: they may hold parts of it.
+    """
+    place = home().make_note(remote.name)
+    before = read_remote(place) if place.remote.exists() else None
+    if before is not None and before.run_id == remote.run_id:
+        names = {host.name for host in remote.hosts}
+        kept = [host for host in before.hosts if host.name not in names]
+        remote = msgspec.structs.replace(remote, hosts=[*remote.hosts, *kept])
+    save_remote(place, remote)
 
 
 async def _attend(

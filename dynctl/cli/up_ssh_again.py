@@ -36,8 +36,8 @@ async def change_there(checked: Checked, hosts: SshHosts, how: Change) -> int | 
     """Change what runs under this name; its exit code. None: no controller looks after it, or its recipe is
     this one; then `up` sees to it that all of it runs.
     """
-    run = home().run_of(checked.loaded.recipe.name)
-    if run is None or not run.remote.exists():
+    run = home().note_of(checked.loaded.recipe.name)
+    if run is None:
         return None
     remote = read_remote(run)
     if remote.ended:

@@ -109,6 +109,11 @@ class Home:
         return self.root / "runs"
 
     @property
+    def notes(self) -> Path:
+        """One directory for each deployment that other machines look after."""
+        return self.root / "notes"
+
+    @property
     def deployments(self) -> Path:
         """One link for each name."""
         return self.root / "deployments"
@@ -130,11 +135,28 @@ class Home:
             )
 
     def names(self) -> list[str]:
-        """All deployments ever started, by name."""
-        if not self.deployments.is_dir():
-            return []
+        """All deployments ever started, by name, also those that other machines look after."""
+        found: set[str] = set()
         with disk("the deployments cannot be listed"):
-            return sorted(entry.name for entry in self.deployments.iterdir() if entry.is_symlink())
+            if self.deployments.is_dir():
+                found.update(entry.name for entry in self.deployments.iterdir() if entry.is_symlink())
+            if self.notes.is_dir():
+                found.update(path.parent.name for path in self.notes.glob("*/remote.json"))
+        return sorted(found)
+
+    def note_of(self, name: str) -> RunDir | None:
+        """The note of a deployment that other machines look after: a directory with `remote` alone.
+
+        It is apart from the run's own directory, since the head may have this very home.
+        """
+        note = RunDir(self.notes / name)
+        return note if "/" not in name and name not in ("", ".", "..") and note.remote.exists() else None
+
+    def make_note(self, name: str) -> RunDir:
+        """A place for the note of this name. Raises LaunchError."""
+        with disk("the note cannot be written"):
+            (self.notes / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+        return RunDir(self.notes / name)
 
     def run_of(self, name: str) -> RunDir | None:
         """The latest run of a name."""

@@ -16,7 +16,8 @@ from dynctl.deploy.gpus import FILE as GPUS_FILE
 from dynctl.deploy.gpus import claim_of, require_free
 from dynctl.deploy.home import LOCK_S, Home, RunDir
 from dynctl.deploy.run import may_adopt, new_controller, same_recipe
-from dynctl.deploy.state import load_state, save_state
+from dynctl.deploy.state import ENDED, load_state, readable_state, save_state
+from dynctl.deploy.status import lock_words
 from dynctl.deploy.stop import CONTROLLER, Stopper, stop_run
 from dynctl.errors import DynctlError, LaunchError, UsageError
 from dynctl.launchers.base import Launch, Launcher, RunRef
@@ -70,10 +71,13 @@ class Join(msgspec.Struct, frozen=True, kw_only=True, tag="join"):
 
 
 class Sweep(msgspec.Struct, frozen=True, kw_only=True, tag="sweep"):
-    """End all processes of a run on this host. Answer: `ended`, how many there were."""
+    """End all processes of a run on this host; not of a locked one, unless by `force`. Answer: `ended`, how
+    many there were.
+    """
 
     run_id: str
     drain_s: float
+    force: bool = False
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,6 +128,8 @@ def _claim(call: Claim, home: Home, launcher: Launcher) -> Answer:
     with home.locked(call.name, deadline_s=LOCK_S):
         if call.adopt:
             run = RunDir(home.runs / call.run_id)
+            if any(one.process_id == CONTROLLER for one in launcher.owned(call.run_id)):
+                return Answer(run_dir=str(run.path))  # somebody else was quicker
             state = load_state(run.state)
             if state is None:
                 raise LaunchError("the run has no state", where=str(run.state))
@@ -154,6 +160,11 @@ def _with_gpus(call: Claim | Join, home: Home, launcher: Launcher) -> dict[str, 
 
 def _sweep(call: Sweep, home: Home, launcher: Launcher) -> Answer:
     run = RunDir(home.runs / call.run_id)
+    state = readable_state(run.state)
+    if state is not None and state.locked is not None and state.phase not in ENDED and not call.force:
+        raise UsageError(
+            f"'{state.name}' is locked by {lock_words(state.locked)}", hint="dynctl unlock, or --force"
+        )
     return Answer(ended=stop_run(run, Stopper(launcher), call.drain_s))
 
 

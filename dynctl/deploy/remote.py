@@ -136,10 +136,22 @@ def contexts(sites: Iterable[HostSite], run_id: str) -> RunContext:
 
 
 def with_addresses(inventory: Inventory, found: Mapping[str, str]) -> Inventory:
-    """The inventory with addresses that can be listened on: found ones where it has none, or a name."""
+    """The inventory with addresses that can be listened on: found ones where it has none, or a name.
+
+    Raises LaunchError for one that the other hosts cannot reach.
+    """
 
     def of(host: Host) -> Host:
-        return host if is_ip(host.address) else replace(host, address=found[host.name])
+        if is_ip(host.address):
+            return host
+        address = found.get(host.name, host.address)
+        if len(inventory.hosts) > 1 and is_ip(address) and ipaddress.ip_address(address).is_loopback:
+            raise LaunchError(
+                f"the other hosts cannot reach it at {address}, where ssh has reached it",
+                where=host.name,
+                hint="write its `address` in the inventory, as the other hosts see it",
+            )
+        return replace(host, address=address)
 
     return replace(inventory, hosts=tuple(map(of, inventory.hosts)))
 
@@ -155,11 +167,15 @@ def is_ip(text: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A run that is to be made: its id, its recipe resolved, whether it may have GPUs that others use."""
+    """A run that is to be made: its id, its recipe resolved, whether it may have GPUs that others use.
+
+    `missing`: why hosts of the inventory cannot be reached, which only what lives already can do without.
+    """
 
     run_id: str
     lock: str
     share_gpus: bool = False
+    missing: tuple[DynctlError, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +205,7 @@ async def start(
     if living.run_id:
         plan = Plan.from_json(living.plan)
     else:
+        raise_first(wanted.missing)
         taken = {(site.name, port) for site in sites for port in site.taken}
         plan = build_plan(checked.loaded, checked.inventory, taken, contexts(sites, wanted.run_id))
         if not wanted.share_gpus:
@@ -300,17 +317,22 @@ def _remote(plan: Plan, sites: Sequence[HostSite], checked: Checked) -> Remote:
     return Remote(name=plan.name, run_id=plan.run_id, hosts=hosts, recipe=recipe)
 
 
-async def sweep(sites: Sequence[HostSite], run_id: str, drain_s: float) -> dict[str, DynctlError]:
+async def sweep(
+    sites: Sequence[HostSite], run_id: str, drain_s: float, *, force: bool = True
+) -> dict[str, DynctlError]:
     """End what there is of a run: on the head by its controller if it has one, then on all other hosts.
 
-    Gives back why it could not be done, by host: these may have processes left.
+    Gives back why it could not be done, by host: these may have processes left. Raises UsageError for a run
+    that is locked, unless by `force`.
     """
     limit_s = 3 * drain_s + ANSWER_S
     failed: dict[str, DynctlError] = {}
 
     async def one(site: HostSite) -> None:
         try:
-            await site.ask(Sweep(run_id=run_id, drain_s=drain_s), limit_s)
+            await site.ask(Sweep(run_id=run_id, drain_s=drain_s, force=force), limit_s)
+        except UsageError:
+            raise
         except DynctlError as error:
             failed[site.name] = error
 

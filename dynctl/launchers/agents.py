@@ -192,8 +192,8 @@ class AgentFleet:
         """Ask what has ended, for ever."""
         while True:
             try:
-                await self._look(node)
-                await self._copy_logs(node, LOOK_DEADLINE_S)
+                if await self._look(node):
+                    await self._copy_logs(node, LOOK_DEADLINE_S)
             except TransportError as error:
                 logger.debug("logs.late node=%s error=%s", node.name, error)
             except Exception:
@@ -201,7 +201,8 @@ class AgentFleet:
                 logger.exception("look.failed node=%s", node.name)
             await asyncio.sleep(LOOK_S)
 
-    async def _look(self, node: _Node) -> None:
+    async def _look(self, node: _Node) -> bool:
+        """Whether it has answered."""
         call = LookCall(procs=[_proc(seated) for seated in node.seated])
         try:
             answer = await node.client.call("agent.look", call, LookReply, LOOK_DEADLINE_S)
@@ -211,7 +212,7 @@ class AgentFleet:
                 node.reachable = False
                 why = f"no answer for {silent_s:.0f} s: {error.message}"
                 self._news.append(NodeNews(node.name, False, why))
-            return
+            return False
         node.heard_at = time.monotonic()
         if not node.reachable:
             node.reachable = True
@@ -219,10 +220,11 @@ class AgentFleet:
         for end in answer.ended:
             told = Ended(end.seat, end.incarnation, end.code, end.words, tuple(end.lines))
             self._ended[end.seat, end.incarnation] = told
+        return True
 
     async def _copy_logs(self, node: _Node, deadline_s: float) -> None:
         """Take over what was logged there. Raises TransportError."""
-        more = node.copies is not None and node.reachable
+        more = node.copies is not None
         while more:
             assert node.copies is not None
             answer = await node.client.call("agent.logs", node.copies.call(), LogReply, deadline_s)

@@ -16,13 +16,12 @@ class LogCopies:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._places: dict[str, int] = {}
+        self._places: dict[str, int] | None = None
         self._full = False
 
     def call(self) -> LogCall:
         """What to ask the node for: all from where the copies end, of new logs from their beginning."""
-        places = {path.name.removesuffix(".log"): _size(path) for path in self._folder.glob("*.log")}
-        return LogCall(places={**places, **self._places}, last_bytes=1 << 40)
+        return LogCall(places=self._known(), last_bytes=1 << 40)
 
     def take(self, parts: list[LogPart]) -> None:
         """Append what came. On a full disk it is left for later."""
@@ -36,6 +35,12 @@ class LogCopies:
                 return
         self._full = False
 
+    def _known(self) -> dict[str, int]:
+        """How far each copy has come; what an earlier controller has left is looked for once."""
+        if self._places is None:
+            self._places = {p.name.removesuffix(".log"): _size(p) for p in self._folder.glob("*.log")}
+        return self._places
+
     def _append(self, part: LogPart) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
         descriptor = os.open(self._folder / f"{part.source}.log", flags, 0o600)
@@ -47,7 +52,7 @@ class LogCopies:
             except OSError:
                 file.truncate(before)
                 raise
-        self._places[part.source] = part.place
+        self._known()[part.source] = part.place
 
 
 def _size(path: Path) -> int:

@@ -108,11 +108,11 @@ def test_a_plan_that_does_not_fit_is_a_finding_and_all_hosts_are_asked(tmp_path:
     assert [host.name for host in asked] == ["n1", "n2"]
 
 
-def test_hosts_that_the_plan_leaves_alone_are_not_asked(tmp_path: Path) -> None:
+def test_hosts_that_only_stand_by_are_asked_too(tmp_path: Path) -> None:
     hosts = tmp_path / "hosts.yaml"
     hosts.write_text("hosts: [{name: n1, gpus: 8}, {name: n2, gpus: 2}]")
     asked, _, faults = want(loaded(tmp_path), machines(loaded(tmp_path), hosts))
-    assert ([host.name for host in asked], faults) == (["n1"], [])
+    assert ([host.name for host in asked], faults) == (["n1", "n2"], [])
 
 
 def test_hosts_whose_gpus_nobody_told_are_not_placed(tmp_path: Path) -> None:
