@@ -1,4 +1,4 @@
-"""Where the workers of a lost node go: worked out from what the run keeps on disk."""
+"""Which lost nodes' workers go elsewhere, and where: worked out from what the run keeps on disk."""
 
 from __future__ import annotations
 
@@ -10,14 +10,28 @@ from dynctl.deploy.plan import Plan
 from dynctl.deploy.rehome import rehome
 from dynctl.deploy.slurm_size import on_its_parts
 from dynctl.deploy.slurm_up import staged_recipe
+from dynctl.deploy.state import RunState
 from dynctl.recipe.load import load_recipe
 
+_SERVES = ("ready", "draining", "silent")
 
-def elsewhere(run: RunDir, plan: Plan, lost: Collection[str]) -> Plan:
-    """The plan without the lost nodes' workers on them. Raises PlacementError when there is no room,
-    RecipeError, CodecError for a run that cannot be read. Reads files: not for the event loop.
+
+def stranded(state: RunState, lost: Collection[str]) -> frozenset[str]:
+    """The lost nodes with workers that are gone. Where one still renews its lease only the agent is: what
+    serves is not moved.
+    """
+    there = [seat for seat in state.seats if seat.kind == "worker" and seat.node in lost]
+    serving = {seat.node for seat in there if seat.state in _SERVES}
+    return frozenset({seat.node for seat in there if seat.state in ("lost", "backoff")} - serving)
+
+
+def elsewhere(run: RunDir, plan: Plan, nodes: Collection[str], lost: Collection[str]) -> Plan:
+    """The plan without workers on `nodes`, and with none that it moves to one of the `lost`.
+
+    Raises PlacementError when there is no room, RecipeError, CodecError for a run that cannot be read. Reads
+    files: not for the event loop.
     """
     loaded = load_recipe(run.lock, (), (), files_here=False)
     if loaded.recipe.target == "slurm":
         loaded = on_its_parts(staged_recipe(loaded))
-    return rehome(loaded, hosts_of(run, plan), plan, (), lost)
+    return rehome(loaded, hosts_of(run, plan), plan, (), nodes, lost)

@@ -39,7 +39,7 @@ from dynctl.controller.moves import (
     Terminate,
     Tick,
 )
-from dynctl.controller.moving import elsewhere
+from dynctl.controller.moving import elsewhere, stranded
 from dynctl.controller.supervise import Supervisor
 from dynctl.deploy.events import append_event
 from dynctl.deploy.home import RunDir
@@ -62,6 +62,7 @@ from dynctl.transport.keys import Keys
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.1
+MOVE_AGAIN_S = 2.0
 POLL_STOPPING_S = 0.02
 KILLED_WITHIN_S = 5.0
 SAVE_AGAIN_S = 5.0
@@ -95,7 +96,10 @@ class Controller:
         self._lanes: dict[str, deque[Instruction]] = {}
         self._working: dict[str, asyncio.Task[None]] = {}
         self._lost: set[str] = set()
-        self._moving: set[asyncio.Task[None]] = set()
+        self._moving: asyncio.Task[None] | None = None
+        self._move_at = 0.0
+        self._no_room: tuple[frozenset[str], frozenset[str], Plan] | None = None
+        self._moved_from: dict[str, dict[str, int]] = {}
         self._wake = asyncio.Event()
         self._saved = b""
         self._save_at = 0.0
@@ -227,35 +231,45 @@ class Controller:
             self._feed(Exited(one.seat, one.incarnation, one.code, one.words, one.lines))
 
     def _hear(self) -> None:
-        """Take over which nodes can be reached. What is on one that cannot gets no requests from now on."""
+        """Take over which nodes can be reached."""
         for news in self._parts.fleet.news():
             if news.reachable:
                 self._lost.discard(news.node)
                 self._feed(NodeBack(news.node))
-                continue
-            self._lost.add(news.node)
-            self._feed(NodeLost(news.node, news.why))
-            for seat in self._state.seats:
-                if seat.node == news.node and seat.incarnation:
-                    self._registry.gone(seat.id, seat.incarnation)
-            if self._state.ready_once and not self._supervisor.stopping:
-                task = asyncio.get_running_loop().create_task(self._move_from(news.node), name="move")
-                self._moving.add(task)
-                task.add_done_callback(self._moving.discard)
+                for seat_id, incarnation in self._moved_from.pop(news.node, {}).items():
+                    self._order(news.node, Kill(seat_id, incarnation))
+            else:
+                self._lost.add(news.node)
+                self._feed(NodeLost(news.node, news.why))
 
-    async def _move_from(self, node: str) -> None:
-        """Start the workers of a lost node on others, if there is room."""
-        before, lost = self._day2.plan, frozenset(self._lost)
-        try:
-            plan = await asyncio.to_thread(elsewhere, self._parts.run, before, lost)
-        except DynctlError as error:
-            self._note("node.no_room", {"node": node, "message": str(error)})
+    def _see_to_moves(self) -> None:
+        """Have workers of lost nodes started elsewhere, again and again until they are."""
+        nodes = stranded(self._state, self._lost)
+        if not nodes or not self._state.ready_once or self._supervisor.stopping:
             return
-        if node not in self._lost or self._day2.plan is not before or self._supervisor.stopping:
-            return  # it is back, or somebody has changed the deployment meanwhile
-        nodes = {seat: plan.process(seat).node for seat in moved_seats(before, plan)}
-        if nodes and self._day2.take(plan):
-            self._feed(Moved(nodes))
+        tried = (nodes, frozenset(self._lost), self._day2.plan)
+        at_it = self._moving is not None and not self._moving.done()
+        if at_it or time.monotonic() < self._move_at or tried == self._no_room:
+            return
+        self._move_at = time.monotonic() + MOVE_AGAIN_S
+        self._moving = asyncio.get_running_loop().create_task(self._move(*tried), name="move")
+
+    async def _move(self, nodes: frozenset[str], lost: frozenset[str], before: Plan) -> None:
+        """Start the workers of these nodes on others, if there is room."""
+        try:
+            plan = await asyncio.to_thread(elsewhere, self._parts.run, before, nodes, lost)
+        except DynctlError as error:
+            self._no_room = (nodes, lost, before)
+            self._note("node.no_room", {"node": ", ".join(sorted(nodes)), "message": str(error)})
+            return
+        if lost != self._lost or self._day2.plan is not before or self._supervisor.stopping:
+            return  # seen to anew, as it is by then
+        left = {seat: before.process(seat).node for seat in moved_seats(before, plan)}
+        seats = [seat for seat in self._state.seats if seat.id in left]
+        for seat in seats:
+            self._moved_from.setdefault(left[seat.id], {})[seat.id] = seat.incarnation
+        if left and self._day2.take(plan):
+            self._feed(Moved({seat: plan.process(seat).node for seat in left}))
 
     # Instructions out
 
@@ -264,6 +278,7 @@ class Controller:
             self._wake.clear()
             self._hear()
             self._poll()
+            self._see_to_moves()
             self._feed(Tick())
             self._day2.prune()
             self._save(again=False)
@@ -289,7 +304,7 @@ class Controller:
             while lane and not self._left:
                 instruction = lane.popleft()
                 try:
-                    await self._carry_out(instruction)
+                    await self._carry_out(node, instruction)
                 except Exception:
                     # The top of a task: one order that breaks must not stop those behind it.
                     logger.exception("order.failed node=%s order=%s", node, instruction)
@@ -299,19 +314,19 @@ class Controller:
             self._wake.set()
 
     async def _end_lanes(self) -> None:
-        tasks = [*self._working.values(), *self._moving]
+        tasks = [*self._working.values(), *([self._moving] if self._moving else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _carry_out(self, instruction: Instruction) -> None:
+    async def _carry_out(self, node: str, instruction: Instruction) -> None:
         match instruction:
             case Start(seat_id, incarnation):
                 await self._start(seat_id, incarnation)
             case Terminate(seat_id):
                 await self._terminate(seat_id)
             case Kill(seat_id, incarnation):
-                await self._kill(seat_id, incarnation)
+                await self._kill(node, seat_id, incarnation)
 
     async def _start(self, seat_id: str, incarnation: int) -> None:
         seat = self._state.seat(seat_id)
@@ -323,6 +338,7 @@ class Controller:
             return
         self._registry.set_current(seat_id, incarnation)
         process = self._day2.plan.process(seat_id)
+        seat.node = process.node
         launch = Launch(seat_id, incarnation, process.command, process.node)
         try:
             handle = await self._parts.fleet.start(launch)
@@ -336,9 +352,8 @@ class Controller:
         if seat is not None and seat.pid:
             await self._parts.fleet.signal(_seated(seat), signal.SIGTERM)
 
-    async def _kill(self, seat_id: str, incarnation: int) -> None:
+    async def _kill(self, node: str, seat_id: str, incarnation: int) -> None:
         """End what is left of a seat and see it gone, so that its ports are free."""
-        node = self._node_of(seat_id)
         left = await self._parts.fleet.clear(node, seat_id, incarnation, KILLED_WITHIN_S)
         if left:
             self._note("process.unkillable", {"id": seat_id, "pids": " ".join(map(str, left))})

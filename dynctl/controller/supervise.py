@@ -210,11 +210,13 @@ class Supervisor:
             self._note("lease.lost", seat)
 
     def _node_lost(self, event: NodeLost, now: float) -> None:
-        """What is on a node that does not answer is left as it is: it may serve on, and must not be twice."""
+        """What is on a node that does not answer is left as it is: it may serve on, and must not be twice.
+        Whether it does its lease tells; parts of a replica that have none are believed lost.
+        """
         self._lost_nodes[event.node] = event.why
         self._out.append(Note("node.lost", {"node": event.node, "message": event.why}))
         for seat in self.state.seats:
-            if seat.node == event.node and seat.pid and seat.state not in ("stopping", "stopped", "failed"):
+            if seat.node == event.node and seat.follower and seat.state == "ready":
                 seat.state = "lost"
 
     def _node_back(self, event: NodeBack, now: float) -> None:
@@ -235,7 +237,7 @@ class Supervisor:
             node = event.nodes.get(seat.id)
             if node is None or seat.state in ("stopping", "stopped", "failed", "drained"):
                 continue
-            self._note("process.moved", seat, node=node, message=f"from {seat.node}, which is lost")
+            self._note("process.moved", seat, node=node, message="the node where it was is lost")
             seat.node = node
             self._start(seat, now, clear=False)
 
@@ -289,7 +291,12 @@ class Supervisor:
             watch = self._watch[seat.id]
             if seat.state not in ("backoff", "starting", "lost") or now < watch.deadline:
                 continue
-            if self._stopping is not None or seat.node in self._lost_nodes:
+            if self._stopping is not None:
+                continue
+            why = self._lost_nodes.get(seat.node)
+            if why is not None:
+                if seat.state == "starting" and not seat.was_ready:
+                    self._unseen(seat, why, now)
                 continue
             if seat.state == "backoff":
                 self._start(seat, now)
@@ -301,6 +308,13 @@ class Supervisor:
                 )
                 self._note("process.hung", seat, message=watch.verdict)
                 self._out.append(Kill(seat.id, seat.incarnation))
+
+    def _unseen(self, seat: SeatRecord, why: str, now: float) -> None:
+        """It has not become ready, on a node that nobody can ask about it."""
+        served = self.state.ready_once
+        message = f"node {seat.node} cannot be reached ({why})"
+        failure = Failure(message, (), told=True, permanent=not served, kind="launch")
+        self._failed(seat, failure, now, retry=served)
 
     # One by one, while it serves
 

@@ -15,11 +15,17 @@ from dynctl.topology.inventory import Inventory
 
 
 def rehome(
-    loaded: LoadedRecipe, inventory: Inventory, old: Plan, taken: Taken, lost: Collection[str]
+    loaded: LoadedRecipe,
+    inventory: Inventory,
+    old: Plan,
+    taken: Taken,
+    lost: Collection[str],
+    shunned: Collection[str] = (),
 ) -> Plan:
     """`old` with every replica that has a part on a `lost` node on others of the inventory, where its role
     may run: on GPUs that are free, or, when it uses none, on a spare node, one without workers. Frontends
-    stay: clients know where they are. Raises PlacementError when there is no room.
+    stay: clients know where they are. Nothing is moved to a `shunned` node. Raises PlacementError when there
+    is no room.
     """
     moved = {(p.role, p.index) for p in old.processes if p.kind == "worker" and p.node in lost}
     kept = kept_of(old)
@@ -28,7 +34,7 @@ def rehome(
         {replica: ranks for replica, ranks in kept.placement.items() if replica not in moved},
         {owner: port for owner, port in kept.ports.items() if owner.partition(":")[0] not in mine},
     )
-    narrowed = _without(loaded, inventory, {role for role, _ in moved}, _unfit(old, moved, lost))
+    narrowed = _without(loaded, inventory, {role for role, _ in moved}, _unfit(old, moved, {*lost, *shunned}))
     new = build_plan(narrowed, inventory, ports_taken(old, taken), context_of(old), still)
     plan = replace(new, processes=_as_before(old, new, mine), roles=old.roles)
     if {p.id for p in plan.processes} != {p.id for p in old.processes}:

@@ -48,6 +48,8 @@ def _take_over(seat: SeatRecord, fresh: SeatRecord, *, stands_in: bool) -> None:
     if not seat.digest:
         # A run of before there were digests: what lives was started with what is planned.
         seat.built = fresh.digest
+    if not seat.pid:
+        seat.node = fresh.node
     seat.digest, seat.gpus = fresh.digest, fresh.gpus
     seat.start_timeout_s = fresh.start_timeout_s
     seat.drain_timeout_s, seat.stop_timeout_s = fresh.drain_timeout_s, fresh.stop_timeout_s

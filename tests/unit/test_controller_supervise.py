@@ -463,13 +463,55 @@ def test_what_a_lost_node_had_is_started_elsewhere_and_its_old_self_is_nobody() 
     bench.ready("decode-0", "decode-1")
     bench.state.seats[1].node = "n2"
     bench.tell(NodeLost("n2", "no answer"))
-    assert [one.state for one in bench.state.seats] == ["ready", "lost"]
+    assert [one.state for one in bench.state.seats] == ["ready", "ready"], "its lease is still renewed"
+    bench.tell(Gone("decode-1", 1))
     assert Start("decode-1", 2) in bench.tell(Moved({"decode-1": "n3"}))
     assert bench.state.seats[1].node == "n3"
     bench.tell(Seen("decode-1", 1, "ready", "http://old", 5))
     assert bench.state.seats[1].state == "starting", "the one on the lost node is superseded"
     bench.tell(NodeBack("n2"))
     assert bench.state.seats[1].node == "n3"
+
+
+def test_an_agent_that_dies_alone_loses_no_worker_that_renews_its_lease() -> None:
+    bench = Bench()
+    bench.ready()
+    bench.tell(NodeLost("n", "no answer"))
+    assert bench.after(1000.0) == []
+    assert (bench.state.phase, bench.seat().state) == ("ready", "ready")
+
+
+def test_a_part_without_a_lease_is_lost_with_its_node_and_back_with_it() -> None:
+    bench = Bench(seat("decode-0"), seat("decode-0.1", follower=True))
+    bench.ready("decode-0")
+    bench.state.seats[1].node = "n2"
+    bench.tell(NodeLost("n2", "no answer"))
+    assert [one.state for one in bench.state.seats] == ["ready", "lost"]
+    bench.tell(NodeBack("n2"))
+    assert [one.state for one in bench.state.seats] == ["ready", "ready"]
+
+
+def test_a_start_on_a_node_that_is_lost_before_it_was_ready_fails_in_the_end() -> None:
+    bench = Bench()
+    bench.ready("frontend-0")
+    bench.seat().node = "n2"
+    bench.tell(NodeLost("n2", "no answer"))
+    assert bench.after(100.0) == []
+    bench.after(31.0)
+    assert bench.seat().state in ("failed", "stopped")
+    assert "node n2 cannot be reached (no answer)" in bench.state.reason
+
+
+def test_a_restart_on_a_node_that_is_lost_waits_for_another_node() -> None:
+    bench = Bench()
+    bench.ready()
+    bench.exit("decode-0", 1)
+    bench.after(2.0)
+    bench.seat().node = "n2"
+    bench.tell(NodeLost("n2", "no answer"))
+    bench.after(131.0)
+    assert bench.seat().state == "backoff"
+    assert any(isinstance(one, Start) for one in bench.tell(Moved({"decode-0": "n3"})))
 
 
 def test_an_engine_that_stops_answering_shows_and_comes_back() -> None:
