@@ -83,6 +83,11 @@ def test_behind_a_cut_link_nothing_is_started_twice(laptop: Laptop) -> None:
         assert {row["id"]: (row["pid"], row["incarnation"]) for row in laptop.ps()} == before
 
 
+def ready_on(laptop: Laptop, seat: str, node: str) -> bool:
+    """Whether a worker is ready there. That it was not in between may be too short to be seen."""
+    return (seat, node, "ready") in {(row["id"], row["node"], row["state"]) for row in laptop.ps()}
+
+
 def test_workers_of_a_lost_node_are_ready_on_a_spare_one(laptop: Laptop) -> None:
     laptop.hosts = ("n1", "n2", "n3", "n4", "head")
     with deployed(laptop) as told:
@@ -90,10 +95,7 @@ def test_workers_of_a_lost_node_are_ready_on_a_spare_one(laptop: Laptop) -> None
         with under_load(told["url"]) as load:
             eventually(lambda: load.outcomes["whole"] > 5, "streams flow", 30.0)
             with laptop.cluster.off("n3"):
-                eventually(lambda: not laptop.status()["ready"], "the loss is seen", 20.0)
-                laptop.await_ready(30.0)
-                moved = {row["id"]: row["node"] for row in laptop.ps()}
-                assert moved["aggregated-2"] == "head"
+                eventually(lambda: ready_on(laptop, "aggregated-2", "head"), "it is ready elsewhere", 40.0)
         assert set(load.outcomes) == {"whole"}
 
 
@@ -101,9 +103,7 @@ def test_a_worker_behind_a_cut_link_that_was_replaced_ends_when_it_is_back(lapto
     laptop.hosts = ("n1", "n2", "n3", "n4", "head")
     with deployed(laptop):
         with laptop.cluster.partition("n1", "n3"):
-            eventually(lambda: not laptop.status()["ready"], "the cut is seen", 20.0)
-            laptop.await_ready(30.0)
-            assert {row["id"]: row["node"] for row in laptop.ps()}["aggregated-2"] == "head"
+            eventually(lambda: ready_on(laptop, "aggregated-2", "head"), "it is ready elsewhere", 40.0)
 
         def workers_there() -> list[str]:
             return [
