@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from dynctl.cli.pick import pick, running_names, view
+from dynctl.cli.elsewhere import save_remote
+from dynctl.cli.pick import ENV_NAME, Elsewhere, pick, running_names, view
 from dynctl.deploy.home import Home, RunDir
+from dynctl.deploy.remote import Remote, RemoteHost
 from dynctl.deploy.state import ControllerRecord, RunState, encode_state
 from dynctl.errors import UsageError
 from dynctl.launchers.base import ENV_PROCESS, ENV_RUN
+from dynctl.topology.inventory import Ssh
 
 RUN_ID = f"young-{os.getpid()}"
 
@@ -69,3 +72,17 @@ def test_a_run_whose_controller_never_came_has_ended(run: RunDir) -> None:
     assert running_names() == []
     with pytest.raises(UsageError, match="no deployment runs"):
         pick(None)
+
+
+def test_on_a_home_shared_with_the_head_a_name_means_the_note_and_for_the_head_the_run(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = RemoteHost(name="n1", python="python3", home=str(tmp_path), ssh=Ssh("n1"))
+    save_remote(
+        Home(tmp_path).make_note("young"), Remote(name="young", run_id=RUN_ID, hosts=[host], recipe="")
+    )
+    with pytest.raises(Elsewhere):
+        pick("young")
+    assert running_names() == ["young"]
+    monkeypatch.setenv(ENV_NAME, "young")
+    assert pick(None, ended=True).path.resolve() == run.path.resolve()
