@@ -188,12 +188,24 @@ class Controller:
             seat = self._state.seat(seat_id)
             if seat is not None:
                 self._feed(Gone(seat_id, seat.incarnation))
+                self._doubt(seat.node)
         for member in changes.upserts:
             instance = member.instance
             self._feed(
                 Seen(instance.id, instance.incarnation, member.state, instance.url, instance.engine_pid)
             )
         self._wake.set()
+
+    def _doubt(self, node: str) -> None:
+        """Have a node looked at of which nobody renews any more."""
+        there = [seat for seat in self._state.seats if seat.node == node and seat.pid and not seat.follower]
+        if node == self._state.head or any(seat.state != "lost" for seat in there):
+            return
+        plan = self._day2.plan
+        ports = [p.ports["control"] for p in plan.processes if p.node == node and "control" in p.ports]
+        addresses = [one.address for one in plan.nodes if one.name == node]
+        if there and ports and addresses:
+            self._parts.fleet.doubt(node, addresses[0], ports[0])
 
     async def _answer(self, op: str, body: msgspec.Raw) -> msgspec.Struct | None:
         if op.startswith("registry."):

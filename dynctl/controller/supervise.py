@@ -142,10 +142,12 @@ class Supervisor:
                 seat.failed_starts, seat.failure = 0, ""
                 self._start(seat, now)
 
-    def _start(self, seat: SeatRecord, now: float) -> None:
+    def _start(self, seat: SeatRecord, now: float, *, clear: bool = True) -> None:
+        """`clear`: what is left of the incarnation before is ended first."""
         if seat.incarnation:
             seat.restarts += 1
-            self._out.append(Kill(seat.id, seat.incarnation))
+            if clear:
+                self._out.append(Kill(seat.id, seat.incarnation))
         seat.incarnation += 1
         seat.state, seat.was_ready = "starting", False
         seat.built, seat.drain_limit_s = seat.digest, 0.0
@@ -235,7 +237,7 @@ class Supervisor:
                 continue
             self._note("process.moved", seat, node=node, message=f"from {seat.node}, which is lost")
             seat.node = node
-            self._start(seat, now)
+            self._start(seat, now, clear=False)
 
     # Ending
 

@@ -17,7 +17,7 @@ from dynctl.topology.inventory import Inventory
 def rehome(
     loaded: LoadedRecipe, inventory: Inventory, old: Plan, taken: Taken, lost: Collection[str]
 ) -> Plan:
-    """`old` with every replica that has a part on a `lost` node on others of the plan's nodes, where its role
+    """`old` with every replica that has a part on a `lost` node on others of the inventory, where its role
     may run: on GPUs that are free, or, when it uses none, on a spare node, one without workers. Frontends
     stay: clients know where they are. Raises PlacementError when there is no room.
     """
@@ -28,11 +28,8 @@ def rehome(
         {replica: ranks for replica, ranks in kept.placement.items() if replica not in moved},
         {owner: port for owner, port in kept.ports.items() if owner.partition(":")[0] not in mine},
     )
-    there = {node.name for node in old.nodes}
-    hosts = tuple(host for host in inventory.hosts if host.name in there)
-    used = replace(inventory, hosts=hosts)
-    narrowed = _without(loaded, used, {role for role, _ in moved}, _unfit(old, moved, lost))
-    new = build_plan(narrowed, used, ports_taken(old, taken), context_of(old), still)
+    narrowed = _without(loaded, inventory, {role for role, _ in moved}, _unfit(old, moved, lost))
+    new = build_plan(narrowed, inventory, ports_taken(old, taken), context_of(old), still)
     plan = replace(new, processes=_as_before(old, new, mine), roles=old.roles)
     if {p.id for p in plan.processes} != {p.id for p in old.processes}:
         raise PlacementError("the replicas of the lost node would be cut up in another way elsewhere")

@@ -104,7 +104,7 @@ def directives(loaded: LoadedRecipe, part: Part, context: JobContext, *, first: 
         "output": f"{_no_pattern(context.run_dir)}/logs/controller.log" if first else None,
         "open-mode": "append" if first else None,
         "signal": _warning(options) if first else None,
-        "no-kill": options.no_kill,
+        "no-kill": options.no_kill or options.spares > 0,
         "no-requeue": not {"requeue", "no-requeue"} & set(options.sbatch_args),
         **options.sbatch_args,
     }

@@ -48,15 +48,19 @@ def parts_of(loaded: LoadedRecipe) -> tuple[Part, ...]:
     wanted = _needs(loaded)
     whole = SlurmPart(**{name: getattr(options, name) for name in SlurmPart.model_fields})
     if options.het is None:
-        return (Part(None, _size(loaded, wanted, whole), whole),)
+        return (Part(None, _with_spares(_size(loaded, wanted, whole), options), whole),)
     parts = []
     for role in loaded.recipe.roles.present():
         own = options.het.part(role)
         given = {name: getattr(own, name) for name in own.model_fields_set}
         merged = whole.model_copy(update=given)
         mine = [need for need in wanted if need.role == role]
-        parts.append(Part(role, _size(loaded, mine, merged), merged))
+        parts.append(Part(role, _with_spares(_size(loaded, mine, merged), options), merged))
     return tuple(parts)
+
+
+def _with_spares(size: Size, options: Slurm) -> Size:
+    return Size(size.nodes + options.spares, size.gpus)
 
 
 def size_of(loaded: LoadedRecipe) -> Size:
@@ -85,6 +89,18 @@ def labelled(loaded: LoadedRecipe, inventory: Inventory, groups: Mapping[str, in
     roles = list(loaded.recipe.roles.present())
     hosts = (replace(host, labels=(roles[groups.get(host.name, 0)],)) for host in inventory.hosts)
     return replace(inventory, hosts=tuple(hosts))
+
+
+def without_spares(loaded: LoadedRecipe, inventory: Inventory) -> Inventory:
+    """The hosts that are used from the start: all but the last ones of each part."""
+    spares = loaded.recipe.slurm.spares if loaded.recipe.slurm is not None else 0
+    if not spares:
+        return inventory
+    parts: dict[tuple[str, ...], list[Host]] = {}
+    for host in inventory.hosts:
+        parts.setdefault(host.labels, []).append(host)
+    used = {host.name for hosts in parts.values() for host in hosts[: max(1, len(hosts) - spares)]}
+    return replace(inventory, hosts=tuple(host for host in inventory.hosts if host.name in used))
 
 
 def on_its_parts(loaded: LoadedRecipe) -> LoadedRecipe:

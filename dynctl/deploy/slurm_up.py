@@ -15,15 +15,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
+
 from dynctl.deploy.disk import disk
 from dynctl.deploy.home import LOCK_S, RunDir, new_run_id
 from dynctl.deploy.plan import Plan, build_plan
 from dynctl.deploy.ports import listening
-from dynctl.deploy.run import Checked, Site, Up, initial_state
+from dynctl.deploy.run import INVENTORY, Checked, Site, Up, initial_state
 from dynctl.deploy.seats import RunContext
 from dynctl.deploy.slurm_inventory import Allocation
 from dynctl.deploy.slurm_script import JobContext, script_text
-from dynctl.deploy.slurm_size import assumed, labelled, on_its_parts, size_of
+from dynctl.deploy.slurm_size import assumed, labelled, on_its_parts, size_of, without_spares
 from dynctl.deploy.stage import staged_path
 from dynctl.deploy.state import RunState, encode_state, load_state
 from dynctl.errors import RecipeError, SlurmError, SlurmUnreachable, UsageError
@@ -232,14 +234,18 @@ def plan_in_job(run: RunDir, given: Allocation, environ: Mapping[str, str], on_s
     head = inventory.hosts[0].name
     staged = staged_recipe(loaded)
     inventory = labelled(loaded, inventory, groups)
-    plan = build_plan(on_its_parts(staged), inventory, {(head, port) for port in listening()}, context)
+    first = without_spares(loaded, inventory)
+    plan = build_plan(on_its_parts(staged), first, {(head, port) for port in listening()}, context)
     if staged is not loaded:
         engines = [process.node for process in plan.processes if process.kind == "engine"]
+        if (loaded.recipe.slurm or Slurm()).spares:
+            engines = [host.name for host in inventory.hosts]  # any may come to have one
         on_stage(loaded.model.directory, staged.recipe.model.path, list(dict.fromkeys(engines)))
     state = initial_state(plan, before.created_at if before is not None else time.time())
     with disk("the run directory cannot be written"):
         for process in plan.processes:
             write_files(run.path, process.command.files)
+        write_atomic(run.path / INVENTORY, msgspec.json.encode(inventory))
         write_atomic(run.plan, plan.to_json())
         write_atomic(run.state, encode_state(state))
     return state

@@ -111,6 +111,9 @@ class AgentFleet:
         news, self._news = self._news, []
         return news
 
+    def doubt(self, node: str, address: str, port: int) -> None:
+        """Nothing: its agent is asked all the time."""
+
     async def signal(self, seated: Seated, signum: int) -> bool:
         """As `Fleet`."""
         call = SignalCall(proc=_proc(seated), signum=signum)

@@ -71,6 +71,12 @@ class Fleet(Protocol):
         """What has changed about nodes since the last call. Does not block."""
         ...
 
+    def doubt(self, node: str, address: str, port: int) -> None:
+        """All that ran on a node has fallen silent: find out whether it can be reached (it has used that port
+        at that address). What comes of it is told by `news`. Does not block; may be said again and again.
+        """
+        ...
+
     async def signal(self, seated: Seated, signum: int) -> bool:
         """Signal exactly this process; False when it is gone."""
         ...
@@ -128,6 +134,9 @@ class LocalFleet:
     def news(self) -> list[NodeNews]:
         """None: it is always there."""
         return []
+
+    def doubt(self, node: str, address: str, port: int) -> None:
+        """There is none."""
 
     async def signal(self, seated: Seated, signum: int) -> bool:
         """As `Fleet`."""

@@ -24,6 +24,7 @@ from dynctl.launchers.base import Launch, Owned, ProcessHandle, RunRef
 from dynctl.launchers.fleet import Ended, LocalFleet, NodeNews, Seated
 from dynctl.launchers.last_lines import tail, telling_lines
 from dynctl.launchers.local import LocalLauncher
+from dynctl.launchers.reach import reaches
 from dynctl.launchers.slurm_client import SlurmClient, StepRow
 from dynctl.protocol.day2 import ExecReply
 
@@ -37,6 +38,8 @@ engines ignore: they are ended by their sidecars, when their requests are done.
 """
 _SIGNALLED_WITHIN_S = 5.0
 _LOOK_AGAIN_S = 0.05
+KNOCK_S = 1.5
+KNOCK_AGAIN_S = 1.0
 _UNREACHED = -1
 _SIGNALLED = 128
 _LINES = 20
@@ -115,6 +118,8 @@ class SlurmFleet:
         self._run = run
         self._launcher = LocalLauncher()
         self._here = LocalFleet(self._launcher, run)
+        self._news: list[NodeNews] = []
+        self._knocking: dict[str, asyncio.Task[None]] = {}
 
     async def start(self, launch: Launch) -> ProcessHandle:
         """As `Fleet`; the handle is that of `srun`, on the controller's node."""
@@ -138,8 +143,28 @@ class SlurmFleet:
         return [replace(one, code=exit_code(one.code)) for one in self._here.ended(seats)]
 
     def news(self) -> list[NodeNews]:
-        """None: a node that is lost is told by the leases of what ran there."""
-        return []
+        """As `Fleet`, of nodes that were in doubt: Slurm itself takes minutes to see a node go."""
+        news, self._news = self._news, []
+        return news
+
+    def doubt(self, node: str, address: str, port: int) -> None:
+        """As `Fleet`: knock there until it answers."""
+        if node not in self._knocking:
+            knocking = self._knock(node, address, port)
+            self._knocking[node] = asyncio.get_running_loop().create_task(knocking, name=f"knock {node}")
+
+    async def _knock(self, node: str, address: str, port: int) -> None:
+        lost = False
+        try:
+            while not await reaches(address, port, KNOCK_S):
+                if not lost:
+                    lost = True
+                    self._news.append(NodeNews(node, False, f"{address} does not answer"))
+                await asyncio.sleep(KNOCK_AGAIN_S)
+            if lost:
+                self._news.append(NodeNews(node, True))
+        finally:
+            del self._knocking[node]
 
     async def signal(self, seated: Seated, signum: int) -> bool:
         """As `Fleet`. SIGTERM is sent as the signal that only our own processes act on."""
@@ -193,6 +218,10 @@ class SlurmFleet:
 
     async def close(self) -> None:
         """As `Fleet`. The steps end with the job."""
+        tasks = list(self._knocking.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _steps(self) -> list[StepRow]:
         jobs = self._site.part_ids or (self._site.job_id,)

@@ -86,6 +86,8 @@ class Slurm(SlurmPart):
         None
     )
     """Give each role a part of the job of its own: true, or what is different for a role."""
+    spares: Annotated[int, Field(ge=0)] = 0
+    """Further nodes, in each part of the job, that take over from lost ones; no_kill then holds too."""
     no_kill: bool = False
     """When a node is lost, go on with the others; else Slurm ends the job. Not if it is the first node."""
     comment: Word = ""

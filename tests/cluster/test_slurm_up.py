@@ -314,6 +314,25 @@ def test_a_lost_node_costs_its_workers_and_not_the_service(login: Login) -> None
             assert login.jobs() == []
 
 
+def test_workers_of_a_lost_node_are_ready_on_a_spare_one(login: Login) -> None:
+    with served(login, "slurm.spares=1", "slurm.nodes=2"):
+        nodes = {row["instance"]: row["node"] for row in login.ps()}
+        lost = nodes["aggregated-1"]
+        assert len(set(nodes.values())) == 2
+        with login.cluster.off(lost):
+
+            def moved() -> bool:
+                rows = {row["instance"]: row for row in login.ps()}
+                return (
+                    bool(rows["aggregated-1"]["ready"]) and rows["aggregated-1"]["node"] not in nodes.values()
+                )
+
+            eventually(moved, "ready on the spare node", 60)
+            assert login.status()["ready"]
+            assert login.run("down", login.name, "--timeout", "5s").returncode == 0
+            assert login.jobs() == []
+
+
 RESUBMIT = ("slurm.time=10m", "slurm.warning=30", "slurm.resubmit=60")
 
 
