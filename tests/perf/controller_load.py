@@ -50,7 +50,8 @@ from dynctl.recipe.lock import lock_text
 from dynctl.topology.ports import first_port_of
 from dynctl.transport.control import ControlClient, ControlServer, read_body
 from dynctl.transport.keys import Keys
-from tests.perf.serving import ROOT, cpu_s, write
+from tests.deployment import ROOT
+from tests.perf.serving import cpu_s, write
 
 CLIENTS = 8
 """Control clients that all workers share."""
@@ -83,6 +84,9 @@ class IdleFleet:
     def news(self) -> list[NodeNews]:
         """As `Fleet`."""
         return []
+
+    def doubt(self, node: str, address: str, port: int) -> None:
+        """As `Fleet`."""
 
     async def signal(self, seated: Seated, signum: int) -> bool:
         """As `Fleet`."""
