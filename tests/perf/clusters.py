@@ -37,7 +37,7 @@ from tests.cluster import environment
 from tests.cluster.cluster import Cluster, running, why_not
 from tests.cluster.commands import eventually
 from tests.cluster.hosts import USER
-from tests.cluster.ssh_deployment import Laptop, deployed, under_load
+from tests.cluster.ssh_deployment import Laptop, Load, deployed, under_load
 from tests.deployment import counter
 from tests.perf.serving import write
 
@@ -149,11 +149,10 @@ class FirstLine:
 
     def _look(self) -> None:
         while not self._over.wait(POLL_S):
-            for file in self._folder.glob(self._pattern):
-                with suppress(OSError):
-                    if file.stat().st_size:
-                        self.at = time.time()
-                        return
+            with suppress(OSError):  # A folder that has just got another name.
+                if any(file.stat().st_size for file in self._folder.glob(self._pattern)):
+                    self.at = time.time()
+                    return
 
 
 def bare(cluster: Cluster, home: Path) -> float:
@@ -270,6 +269,11 @@ class Cut:
                 return
 
 
+def total(load: Load) -> int:
+    """Requests that have ended, however."""
+    return sum(list(load.outcomes.values()))
+
+
 def node(cluster: Cluster, into: Measured) -> None:
     """One round: a host without power under load, its worker ready on the spare one."""
     name = token()
@@ -287,11 +291,11 @@ def node(cluster: Cluster, into: Measured) -> None:
 
             with under_load(told["url"]) as load, Routed(told["url"], 4) as routed, Cut(VICTIM) as cut:
                 eventually(lambda: load.outcomes["whole"] > 24, "streams flow", 60.0)
-                before = sum(load.outcomes.values())
+                before = total(load)
                 with cluster.off(VICTIM):
                     eventually(lambda: moved_at() > 0 and routed.again_at > 0, "moved", MOVED_S)
-                    seen = sum(load.outcomes.values())
-                    eventually(lambda: sum(load.outcomes.values()) > seen + 24, "streams go on", 60.0)
+                    seen = total(load)
+                    eventually(lambda: total(load) > seen + 24, "streams go on", 60.0)
                     load.over.set()
             events = events_of(laptop.there / "runs")
             lost = first(events, "node.lost", cut.at)
@@ -305,7 +309,7 @@ def node(cluster: Cluster, into: Measured) -> None:
             into["until its worker is ready elsewhere"].append(moved_at() - cut.at)
             into["until the frontend routes to that"].append(routed.again_at - cut.at)
             into["requests whole"].append(load.outcomes["whole"] - before)
-            into["requests broken"].append(sum(load.outcomes.values()) - load.outcomes["whole"])
+            into["requests broken"].append(total(load) - load.outcomes["whole"])
             for outcome in load.outcomes:
                 if outcome != "whole":
                     sys.stderr.write(f"\n{outcome}\n")
