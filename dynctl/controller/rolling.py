@@ -123,6 +123,14 @@ def moves(state: RunState, frozen: Collection[str] = ()) -> list[Move]:
     return made or _next_halt(able, units)
 
 
+def settled(state: RunState) -> bool:
+    """Whether there are no moves and nothing is changing, by one quick look at each seat."""
+    return not any(
+        seat.state == "waiting" or seat.asked or seat.rolled or seat.surge or _stale(seat)
+        for seat in state.seats
+    )
+
+
 def units_of(state: RunState) -> list[Unit]:
     """The replicas, workers before frontends."""
     found: dict[tuple[bool, str, int], list[SeatRecord]] = {}

@@ -67,6 +67,8 @@ POLL_STOPPING_S = 0.02
 KILLED_WITHIN_S = 5.0
 SAVE_AGAIN_S = 5.0
 FAILED_DRAIN_S = 1.0
+REST = 3.0
+"""After looking at everything it waits so many times as long, whatever happens, if not for the next poll."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,8 @@ class Controller:
         self._moved_from: dict[str, dict[str, int]] = {}
         self._wake = asyncio.Event()
         self._saved = b""
+        self._on_disk: dict[str, int] = {}
+        self._seated: dict[str, Seated] = {}
         self._save_at = 0.0
         self._left = False
         self._finishing = False
@@ -225,8 +229,13 @@ class Controller:
 
     def _poll(self) -> None:
         """Look which processes have ended."""
-        seated = [_seated(seat) for seat in self._state.seats if seat.pid]
-        for one in self._parts.fleet.ended(seated):
+        before, self._seated = self._seated, {}
+        for seat in self._state.seats:
+            if seat.pid:
+                known = before.get(seat.id)
+                same = known and (known.incarnation, known.handle.pid) == (seat.incarnation, seat.pid)
+                self._seated[seat.id] = known if known and same else _seated(seat)
+        for one in self._parts.fleet.ended(list(self._seated.values())):
             self._registry.gone(one.seat, one.incarnation)
             self._feed(Exited(one.seat, one.incarnation, one.code, one.words, one.lines))
 
@@ -275,6 +284,7 @@ class Controller:
 
     async def _work(self) -> None:
         while not (self._finished() or self._left):
+            begun = time.monotonic()
             self._wake.clear()
             self._hear()
             self._poll()
@@ -283,7 +293,10 @@ class Controller:
             self._day2.prune()
             self._save(again=False)
             if not (self._finished() or self._left):
-                await self._pause(POLL_STOPPING_S if self._supervisor.stopping else POLL_S)
+                limit_s = POLL_STOPPING_S if self._supervisor.stopping else POLL_S
+                await asyncio.sleep(min(limit_s, REST * (time.monotonic() - begun)))
+                await self._pause(limit_s)
+        self._save()
         if self._left:
             self._note("controller.left", {"pid": self._state.controller.pid})
 
@@ -308,7 +321,7 @@ class Controller:
                 except Exception:
                     # The top of a task: one order that breaks must not stop those behind it.
                     logger.exception("order.failed node=%s order=%s", node, instruction)
-                self._save(again=False)
+                self._wake.set()
         finally:
             del self._working[node]
             self._wake.set()
@@ -332,7 +345,7 @@ class Controller:
         seat = self._state.seat(seat_id)
         if seat is None or seat.incarnation != incarnation or seat.state != "starting":
             return  # overtaken by a later decision
-        if not self._save():
+        if self._on_disk.get(seat_id) != incarnation and not self._save():
             message = "the run directory cannot be written"
             self._feed(StartFailed(seat_id, incarnation, message, permanent=False))
             return
@@ -364,13 +377,13 @@ class Controller:
         `again` false: not so soon after a failure. Before the deployment has ever been ready, a state that
         cannot be written ends it: nobody could see or find it.
         """
-        encoded = encode_state(self._state)
+        encoded = msgspec.json.encode(self._state)
         if encoded == self._saved:
             return True
         if not again and time.monotonic() < self._save_at:
             return False
         try:
-            write_atomic(self._parts.run.state, encoded)
+            write_atomic(self._parts.run.state, encode_state(self._state))
         except OSError as error:
             # A full disk must not end what serves: said in the log, tried again a little later.
             logger.error("state.unwritable path=%s error=%s", self._parts.run.state, error)
@@ -379,6 +392,7 @@ class Controller:
                 self._feed(Stop(FAILED_DRAIN_S, f"the run directory cannot be written: {error.strerror}"))
             return False
         self._saved = encoded
+        self._on_disk = {seat.id: seat.incarnation for seat in self._state.seats}
         return True
 
     def _note(self, event: str, fields: dict[str, str | int | float]) -> None:

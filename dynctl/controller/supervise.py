@@ -31,7 +31,7 @@ from dynctl.controller.moves import (
     Terminate,
     Tick,
 )
-from dynctl.controller.rolling import Drop, Halt, Open, Part, changing, moves
+from dynctl.controller.rolling import Drop, Halt, Open, Part, changing, moves, settled
 from dynctl.controller.verdict import Failure, describe_exit, gives_up, signature
 from dynctl.deploy.state import RunState, SeatKind, SeatRecord, stop_margin_of
 from dynctl.protocol.deployment import Phase
@@ -288,8 +288,10 @@ class Supervisor:
 
     def _tick(self, event: Tick, now: float) -> None:
         for seat in self.state.seats:
+            if seat.state not in ("backoff", "starting", "lost"):
+                continue
             watch = self._watch[seat.id]
-            if seat.state not in ("backoff", "starting", "lost") or now < watch.deadline:
+            if now < watch.deadline:
                 continue
             if self._stopping is not None:
                 continue
@@ -320,7 +322,7 @@ class Supervisor:
 
     def _roll(self, now: float) -> None:
         """Replace, drain, add and remove as `rolling` has it."""
-        for move in moves(self.state, self._lost_nodes):
+        for move in [] if settled(self.state) else moves(self.state, self._lost_nodes):
             seat = self.state.seat(move.id)
             if seat is None:
                 continue
@@ -336,7 +338,8 @@ class Supervisor:
                     self.state.seats.remove(seat)
                     self.state.retired[seat.id] = seat.incarnation
         self._hurry(now)
-        said, self.state.changing = self.state.changing, changing(self.state)
+        said = self.state.changing
+        self.state.changing = "" if settled(self.state) else changing(self.state)
         if said and not self.state.changing:
             self._out.append(Note("deployment.changed", {}))
 
@@ -360,9 +363,9 @@ class Supervisor:
 
     def _hurry(self, now: float) -> None:
         for seat in self.state.seats:
-            watch = self._watch[seat.id]
             if seat.state != "stopping" or seat.node in self._lost_nodes:
                 continue
+            watch = self._watch[seat.id]
             if watch.hurry_at and now >= watch.hurry_at:
                 watch.hurry_at = 0.0
                 self._out.append(Terminate(seat.id))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from random import Random
+from typing import Any, get_args
 
 from dynctl.controller.moves import Begin, Instruction, Kill, NodeLost, Seen, Start, Terminate
+from dynctl.controller.rolling import changing, moves, settled
 from dynctl.deploy.state import SeatKind, SeatRecord
-from tests.unit.test_controller_supervise import Bench, seat
+from dynctl.protocol.deployment import SeatState
+from tests.unit.test_controller_supervise import Bench, run_state, seat
 
 
 def built(seat_id: str, **fields: Any) -> SeatRecord:
@@ -43,6 +46,28 @@ def started(done: list[Instruction]) -> list[str]:
 
 def asked_to_end(done: list[Instruction]) -> list[str]:
     return [one.id for one in done if isinstance(one, Terminate)]
+
+
+def test_what_is_said_to_be_settled_has_no_moves_and_nothing_to_say() -> None:
+    rng, found = Random(1), 0
+    for _ in range(3000):
+        seats = [
+            built(
+                seat_id,
+                state=rng.choice([*get_args(SeatState), *["ready"] * 9]),
+                asked=rng.choice(["restart", "drain", "leave", *[""] * 9]),
+                built=rng.choice(["old", *["new"] * 9, ""]),
+                pid=rng.choice([0, 7]),
+                surge=rng.random() < 0.1,
+                rolled=rng.random() < 0.1,
+            )
+            for seat_id in ("frontend-0", "decode-0", "decode-1")
+        ]
+        state = run_state(*seats)
+        if settled(state):
+            found += 1
+            assert (moves(state), changing(state)) == ([], ""), state
+    assert found > 300
 
 
 def test_two_workers_of_a_role_are_never_away_at_once() -> None:
