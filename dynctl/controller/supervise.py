@@ -32,7 +32,7 @@ from dynctl.controller.moves import (
     Tick,
 )
 from dynctl.controller.rolling import Drop, Halt, Open, Part, changing, moves, settled
-from dynctl.controller.verdict import Failure, describe_exit, gives_up, signature
+from dynctl.controller.verdict import URGENCY, Failure, describe_exit, gives_up, reason_of, signature
 from dynctl.deploy.state import RunState, SeatKind, SeatRecord, stop_margin_of
 from dynctl.protocol.deployment import Phase
 
@@ -282,7 +282,7 @@ class Supervisor:
         seat.state = "failed"
         self._note("process.gave_up", seat, message=failure.message)
         if not self.state.ready_once:
-            self._stop(Stop(self._times.failed_drain_s, _reason(seat)), now)
+            self._stop(Stop(self._times.failed_drain_s, reason_of(seat)), now)
 
     # Time
 
@@ -442,6 +442,9 @@ class Supervisor:
 
     def _finish(self, stopping: _Stopping) -> None:
         self._finished = True
+        for seat in self.state.seats:
+            if seat.pid and seat.node in self._lost_nodes:
+                self._note("process.left_behind", seat, node=seat.node)
         self.state.phase = stopping.final
         self._out.append(Note(f"deployment.{stopping.final}", {"reason": self.state.reason}))
         self._out.append(Finish())
@@ -456,15 +459,17 @@ class Supervisor:
             state.phase, state.ready_once, state.reason = "ready", True, ""
         else:
             state.phase = "degraded" if state.ready_once else "starting"
-            worst = min(waiting, key=lambda s: _URGENCY.get(s.state, 9))
+            worst = min(waiting, key=lambda s: URGENCY.get(s.state, 9))
             why = self._lost_nodes.get(worst.node)
             lost = f"node {worst.node} cannot be reached ({why}): " if why is not None else ""
-            state.reason = lost + _reason(worst)
+            state.reason = lost + reason_of(worst)
         if state.phase != before:
             self._out.append(Note(f"deployment.{state.phase}", {"reason": state.reason}))
 
     def _alive(self, kind: SeatKind) -> list[SeatRecord]:
-        return [seat for seat in self.state.seats if seat.kind == kind and seat.pid]
+        """Who lives and can be ended: not what is on a lost node."""
+        alive = [seat for seat in self.state.seats if seat.kind == kind and seat.pid]
+        return [seat for seat in alive if seat.node not in self._lost_nodes]
 
     def _current(self, seat_id: str, incarnation: int) -> SeatRecord | None:
         """The seat, if this incarnation of it is the current one."""
@@ -477,21 +482,3 @@ class Supervisor:
     def _note(self, event: str, seat: SeatRecord, **fields: Any) -> None:
         kept = {k: v for k, v in fields.items() if v is not None}
         self._out.append(Note(event, {"id": seat.id, "incarnation": seat.incarnation, **kept}))
-
-
-_URGENCY = {"failed": 0, "lost": 1, "silent": 2, "backoff": 3, "draining": 4, "starting": 5}
-
-
-def _reason(seat: SeatRecord) -> str:
-    """Why this seat is not ready, in one line."""
-    if seat.state == "failed":
-        return f"{seat.id} gave up: {seat.last_exit}"
-    if seat.state == "backoff":
-        return f"{seat.id} will be restarted: {seat.last_exit}"
-    if seat.state == "starting" and seat.was_ready:
-        return f"{seat.id} has not registered with the new controller yet"
-    if seat.state == "drained":
-        return f"{seat.id} is drained; dynctl undrain {seat.id} brings it back"
-    if seat.state == "starting" and seat.last_exit:
-        return f"{seat.id} is starting again: {seat.last_exit}"
-    return f"{seat.id} is {seat.state}"

@@ -1,4 +1,4 @@
-"""Why a process ended, and whether it would end the same way again. Pure."""
+"""Why a process ended, whether it would end the same way again, and why one is not ready. Pure."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dynctl.deploy.state import SeatRecord
 from dynctl.protocol.exits import LastWords
 
 MAX_FAILED_STARTS = 5
@@ -74,3 +75,22 @@ def signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
+
+
+URGENCY = {"failed": 0, "lost": 1, "silent": 2, "backoff": 3, "draining": 4, "starting": 5}
+"""Of states: which of several seats that are not ready says best why the deployment is not."""
+
+
+def reason_of(seat: SeatRecord) -> str:
+    """Why this seat is not ready, in one line."""
+    if seat.state == "failed":
+        return f"{seat.id} gave up: {seat.last_exit}"
+    if seat.state == "backoff":
+        return f"{seat.id} will be restarted: {seat.last_exit}"
+    if seat.state == "starting" and seat.was_ready:
+        return f"{seat.id} has not registered with the new controller yet"
+    if seat.state == "drained":
+        return f"{seat.id} is drained; dynctl undrain {seat.id} brings it back"
+    if seat.state == "starting" and seat.last_exit:
+        return f"{seat.id} is starting again: {seat.last_exit}"
+    return f"{seat.id} is {seat.state}"

@@ -514,6 +514,18 @@ def test_a_restart_on_a_node_that_is_lost_waits_for_another_node() -> None:
     assert any(isinstance(one, Start) for one in bench.tell(Moved({"decode-0": "n3"})))
 
 
+def test_the_way_down_does_not_wait_for_what_a_lost_node_has() -> None:
+    bench = Bench(seat("frontend-0", "frontend"), seat("decode-0"), seat("decode-1"))
+    bench.ready("frontend-0", "decode-0", "decode-1")
+    bench.state.seats[2].node = "n2"
+    bench.tell(NodeLost("n2", "no answer"))
+    bench.tell(Stop(30.0))
+    bench.exit("frontend-0", 0)
+    assert Terminate("decode-1") not in bench.exit("decode-0", 0)
+    assert bench.finished
+    assert "process.left_behind" in bench.noted()
+
+
 def test_an_engine_that_stops_answering_shows_and_comes_back() -> None:
     bench = Bench()
     bench.ready()
