@@ -136,9 +136,11 @@ async def test_a_drain_cuts_no_request_and_outlives_the_controller(cli: Cli) -> 
 async def test_frontends_are_replaced_without_a_refused_connection_and_a_changed_recipe_rolls(
     cli: Cli, tmp_path: Path
 ) -> None:
-    with up(cli, QUICKSTART, *FREE_PORT, *SLOW, "--set", "frontend.replicas=2") as served:
+    # A stream cannot leave its frontend: all have the time to end there.
+    two = ("--set", "frontend.replicas=2", "--set", "engine.drain_timeout=60s")
+    with up(cli, QUICKSTART, *FREE_PORT, *two) as served:
         port = served.url.rpartition(":")[2]
-        recipe = (str(QUICKSTART), *SLOW, "--set", f"frontend.port={port}", "--set", "frontend.replicas=2")
+        recipe = (str(QUICKSTART), *two, "--set", f"frontend.port={port}")
         changed = (*recipe, "--set", "engine.args.max-num-seqs=50", "--set", "router.temperature=0.2")
         pids = {r["id"]: r["pid"] for r in served.ps()}
         async with clients(served):

@@ -131,12 +131,14 @@ def test_too_few_gpus_are_one_fault_beside_the_others(cli: Cli) -> None:
     assert "needs 16 GPUs" in told(report, "fail")["placement"]
 
 
-def test_hosts_that_cannot_be_asked_are_not_passed(cli: Cli, tmp_path: Path) -> None:
+def test_hosts_that_cannot_be_reached_are_not_passed(cli: Cli, tmp_path: Path) -> None:
     hosts = tmp_path / "hosts.yaml"
-    hosts.write_text("hosts: [{name: n1, gpus: 8}, {name: n2, gpus: 8}]")
+    there = [{"name": f"n{i}", "host": f"127.0.0.{i}", "port": 1, "gpus": 8} for i in (1, 2)]
+    hosts.write_text(json.dumps({"hosts": there}))
     done = cli.run("doctor", "llama70b-disagg", "--inventory", str(hosts))
-    assert done.returncode == 0
-    assert done.stdout.splitlines()[-1] == "2 hosts: 0 well, 2 could not be checked"
+    assert done.returncode == 8
+    assert done.stdout.splitlines()[-1] == "2 hosts: 0 well, 2 wrong"
+    assert "refused" in done.stdout
 
 
 def test_a_wrong_recipe_ends_with_its_own_code(cli: Cli, tmp_path: Path) -> None:
