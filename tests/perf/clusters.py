@@ -198,17 +198,14 @@ def slurm(cluster: Cluster, into: Measured) -> None:
 
 
 def engines_own(runs: Path) -> float:
-    """The longest any engine took from its start to its own word that it is ready."""
+    """The longest any engine took from its start until its sidecar found it ready."""
 
     def at(log: Path, event: str) -> float:
         line = next(line for line in log.read_text().splitlines() if f" {event} " in line)
         return datetime.fromisoformat(line.split()[0]).timestamp()
 
-    logs = [log for log in runs.glob("*/logs/aggregated-*.engine.log")]
-    return max(
-        at(log, "engine.ready") - at(log.with_name(log.name.replace(".engine", "")), "engine.started")
-        for log in logs
-    )
+    logs = [log for log in runs.glob("*/logs/aggregated-*.log") if ".engine" not in log.name]
+    return max(at(log, "worker.ready") - at(log, "engine.started") for log in logs)
 
 
 class Routed:
@@ -233,7 +230,7 @@ class Routed:
             with suppress(OSError):
                 with urllib.request.urlopen(f"{self._url}/metrics", timeout=10.0) as answer:
                     text = answer.read().decode()
-                workers = counter(text, "dynctl_router_workers", role="aggregated")
+                workers = counter(text, "dynctl_frontend_router_workers", role="aggregated")
                 if workers < self._workers and not self.fewer_at:
                     self.fewer_at = time.time()
                 if workers == self._workers and self.fewer_at and not self.again_at:
