@@ -9,6 +9,7 @@ from dynctl.command import MASK, Command
 from dynctl.doctor import across, devices, machine, programs
 from dynctl.doctor.findings import ALL_HOSTS, Finding, Verdict, findings_of, unknown
 from dynctl.doctor.subject import Subject, Wanted
+from dynctl.hub import BUILTIN
 from dynctl.protocol.hosts import EngineQuestion, HostFacts, HostQuestion
 from dynctl.topology.inventory import Host
 
@@ -91,7 +92,7 @@ def question(
     if recipe is not None and subject.has_engine:
         given = (recipe.model.tokenizer, recipe.model.chat_template, recipe.engine.container or "")
         paths += [path for path in given if os.path.isabs(path)]
-        if "model" in topics and not recipe.engine.container:
+        if "model" in topics and not recipe.engine.container and not recipe.model.path.startswith(BUILTIN):
             at = f"@{recipe.model.revision}" if recipe.model.revision else ""
             model = recipe.model.path + ("" if os.path.isabs(recipe.model.path) else at)
     return HostQuestion(

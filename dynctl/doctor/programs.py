@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dynctl.doctor.findings import Verdict, fail, note, ok, unknown, warn
 from dynctl.doctor.subject import Subject
 from dynctl.engines.inquiry import doubts
+from dynctl.hub import BUILTIN
 from dynctl.protocol.hosts import PathFacts
 from dynctl.recipe.check import role_settings
 
@@ -110,6 +111,8 @@ def model(subject: Subject) -> list[Verdict]:
     found = list(_other_files(subject, (recipe.model.tokenizer, recipe.model.chat_template)))
     if recipe.engine.container:
         return [*found, unknown(f"{path} is a path of the image: whether it is mounted there is not known")]
+    if path.startswith(BUILTIN):
+        return [*found, ok(f"{path} comes with dynctl")]
     if not os.path.isabs(path):
         return [*found, _hub(subject, path)]
     at = facts.paths.get(path)

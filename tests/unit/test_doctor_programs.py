@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from dynctl.doctor import programs
+from dynctl.doctor.checks import question
 from dynctl.doctor.subject import Wanted
 from dynctl.protocol.hosts import ContainerFacts, EngineFacts, PathFacts
-from tests.unit.host_samples import FLAGS, MODEL, levels, loaded, only, subject, wanted
+from tests.unit.host_samples import FLAGS, HOSTS, MODEL, levels, loaded, only, subject, wanted
 
 HUB = "model.path=org/llama"
 
@@ -138,3 +139,9 @@ def test_a_container_without_its_runtime_or_image(tmp_path: Path) -> None:
 
 def test_flags_of_the_sample_are_those_of_help() -> None:
     assert sorted(FLAGS) == FLAGS
+
+
+def test_a_model_that_comes_with_dynctl_is_where_dynctl_is(tmp_path: Path) -> None:
+    want = wanted(loaded(tmp_path, "target=ssh", "model.path=builtin:tiny"))
+    assert only(programs.model(subject(want, model_at="")), "ok").message == "builtin:tiny comes with dynctl"
+    assert question(HOSTS[0], want, ()).model == ""
