@@ -40,6 +40,7 @@ class Plane:
         self.run_id = f"{RUN_ID}-{os.getpid()}"
         self.launcher = LocalLauncher()
         self.endpoints = {f"n{i}": f"tcp://127.0.0.1:{port}" for i, port in enumerate(ports, 1)}
+        self.started: list[ProcessHandle] = []
         self.agents = {name: self.start_agent(name) for name in self.endpoints}
         self.fleet = AgentFleet(self.keys, self.endpoints, "n1", self.run_dir("n1") / "logs")
 
@@ -63,7 +64,8 @@ class Plane:
             self.endpoints[node],
         )
         launch = Launch(f"agent-{node}", 1, Command(argv), node)
-        return self.launcher.start(launch, RunRef(self.run_id, folder))
+        self.started.append(self.launcher.start(launch, RunRef(self.run_id, folder)))
+        return self.started[-1]
 
     async def start(
         self, code: str, node: str = "n1", seat: str = "decode-0", incarnation: int = 1
@@ -79,7 +81,9 @@ class Plane:
         await self.fleet.close()
         self.launcher.kill(self.launcher.owned(self.run_id))
         await until(lambda: not self.launcher.owned(self.run_id))
-        self.launcher.poll(list(self.agents.values()))
+        self.launcher.poll(self.started)
+        for handle in self.started:  # one that dies this moment is nobody's any more, but no zombie yet
+            self.launcher.release(handle)
 
 
 async def until(look: Callable[[], T]) -> T:
