@@ -52,6 +52,8 @@ class Index:
         self._live = 0
         self._masks: dict[Tier, dict[int, int]] = {"G1": {}}
         self.evicted = 0
+        self.generation = 0
+        """Another number whenever a key has got, or lost, its slot."""
 
     def __len__(self) -> int:
         """Blocks remembered; one that several workers hold is one."""
@@ -116,6 +118,7 @@ class Index:
         slot = self._slots.pop(key, None)
         if slot is not None:
             self._live &= ~slot.bit
+            self.generation += 1
             self._retired.append(slot)
 
     def remove_worker(self, worker: str) -> None:
@@ -134,27 +137,43 @@ class Index:
         Keys that hold not even the first block are left out. `keys` None = all.
         """
         alive = self._live if keys is None else self._bits(keys)
+        slots = self._by_number
+        return {slots[i].key: depth for i, depth in enumerate(self._walk(hashes, alive, tiers)) if depth}
+
+    def depths(self, hashes: Sequence[int], tiers: Sequence[Tier] = _OWN_TIER) -> list[int]:
+        """`match` for all keys, by the numbers that `places` gives. The last entry is 0."""
+        return self._walk(hashes, self._live, tiers)
+
+    def places(self, keys: Iterable[SlotKey]) -> list[int]:
+        """Where each of `keys` is in `depths`, while `generation` stays the same."""
+        slots = self._slots
+        return [slots[key].number if key in slots else -1 for key in keys]
+
+    def _walk(self, hashes: Sequence[int], alive: int, tiers: Sequence[Tier]) -> list[int]:
+        """Depths by slot number, of the slots in `alive`; one entry more is for whoever has no slot.
+
+        Blocks stored together share a mask object, so that most of a prompt is passed over by identity.
+        """
+        found = [0] * (len(self._by_number) + 1)
         lookup = self._lookup(tiers)
-        depths: dict[SlotKey, int] = {}
         last: int | None = -1
-        for start in range(0, len(hashes), _STRIDE):
+        start, total = 0, len(hashes)
+        while start < total and alive:
             masks = list(map(lookup, hashes[start : start + _STRIDE]))
-            if masks.count(last) == len(masks):
-                continue
-            for depth, mask in enumerate(masks, start):
-                if mask == last:
-                    continue
-                last = mask
-                still = alive & mask if mask is not None else 0
-                if still != alive:
-                    if depth:
-                        self._settle(depths, alive & ~still, depth)
-                    alive = still
-                    if not still:
-                        return depths
-        if hashes:
-            self._settle(depths, alive, len(hashes))
-        return depths
+            if masks[-1] is not last or masks.count(last) != len(masks):
+                for depth, mask in enumerate(masks, start):
+                    if mask is last:
+                        continue
+                    last = mask
+                    still = alive & mask if mask else 0
+                    if still != alive:
+                        for number in places_of(alive ^ still):
+                            found[number] = depth
+                        alive = still
+            start += _STRIDE
+        for number in places_of(alive):
+            found[number] = total
+        return found
 
     @property
     def tiered(self) -> bool:
@@ -174,12 +193,6 @@ class Index:
             return mask
 
         return anywhere
-
-    def _settle(self, depths: dict[SlotKey, int], bits: int, depth: int) -> None:
-        """Note `depth` for each slot of `bits`."""
-        slots = self._by_number
-        for number in places_of(bits):
-            depths[slots[number].key] = depth
 
     def _bits(self, keys: Iterable[SlotKey]) -> int:
         bits = 0
@@ -218,6 +231,7 @@ class Index:
         slot = self._slots[key] = _Slot(number, 1 << number, key)
         self._by_number[number : number + 1] = [slot]
         self._live |= slot.bit
+        self.generation += 1
         return slot
 
 

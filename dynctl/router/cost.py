@@ -102,13 +102,12 @@ def pick(prices: Sequence[float], temperature: float, rng: Random) -> int:
     """
     low = min(prices)
     if temperature <= 0.0:
-        return _any_of([i for i, value in enumerate(prices) if value == low], rng)
+        if prices.count(low) == 1:
+            return prices.index(low)
+        ties = [i for i, value in enumerate(prices) if value == low]
+        return ties[rng.randrange(len(ties))]
     span = max(prices) - low
     if span == 0.0:
         return rng.randrange(len(prices))
     weights = [math.exp(-(value - low) / span / temperature) for value in prices]
     return rng.choices(range(len(prices)), weights)[0]
-
-
-def _any_of(indices: list[int], rng: Random) -> int:
-    return indices[0] if len(indices) == 1 else indices[rng.randrange(len(indices))]

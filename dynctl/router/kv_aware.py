@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from random import Random
 
 import msgspec
 
 from dynctl.kv.hashing import OF_BYTES
 from dynctl.kv.index import Index
+from dynctl.protocol.instances import Role
 from dynctl.protocol.specs import RouterSpec
 from dynctl.router.active import Footprint
 from dynctl.router.approximate import Recent
@@ -39,6 +41,28 @@ class _Holdings(msgspec.Struct, frozen=True, gc=False):
     running: list[int]
 
 
+class _Field:
+    """A list of candidates and what is read of each in every choice. Made anew when the list is another."""
+
+    __slots__ = ("_generation", "_slots", "candidates", "likenesses", "loads", "memories", "running")
+
+    def __init__(self, candidates: Sequence[Candidate]) -> None:
+        self.candidates = candidates
+        self.loads = [one.load for one in candidates]
+        self.running = [load.place for load in self.loads]
+        self.memories = [one.memory for one in candidates]
+        self.likenesses = [one.likeness for one in candidates]
+        self._slots: list[int] = []
+        self._generation = -1
+
+    def slots(self, index: Index) -> list[int]:
+        """Where each is in `Index.depths`."""
+        if self._generation != index.generation:
+            self._slots = index.places(one.key for one in self.candidates)
+            self._generation = index.generation
+        return self._slots
+
+
 class KvAware:
     """The lowest cost by `router.cost` among those that `router.guard` lets through; by requests alone
     for a prompt of unknown length.
@@ -48,6 +72,7 @@ class KvAware:
         self._spec = spec
         self._known = knowledge
         self._rng = rng
+        self._fields: dict[Role, _Field] = {}
 
     def pick(self, request: RouteRequest, candidates: Sequence[Candidate], block_size: int) -> Picked:
         if not request.prompt_tokens:
@@ -64,13 +89,14 @@ class KvAware:
         return Picked(candidates[place], overlap, Footprint(tokens, hashes, blocks), best)
 
     def weigh(self, request: RouteRequest, candidates: Sequence[Candidate], block_size: int) -> Weighed:
-        loads = [one.load for one in candidates]
+        field = self._field(request.role, candidates)
+        loads = field.loads
         out = crowded(self._spec.guard, loads)
         if not request.prompt_tokens:
             return Weighed([load.requests for load in loads], [0] * len(loads), out)
         size, prefills = block_size, request.prefills
         demand = Demand(request.prompt_tokens, request.blocks(size), size, prefills, request.decodes)
-        held = self._holdings(request.hashes if prefills else None, candidates)
+        held = self._holdings(request.hashes if prefills else None, field)
         extra = self._spec.adapter_load_tokens if request.adapter else 0
         loading = [0 if one.has(request.adapter) else extra for one in candidates] if extra else None
         standings = Standings(loads, held.credits, held.running, loading)
@@ -78,7 +104,7 @@ class KvAware:
 
     def took(self, request: RouteRequest, picked: Picked) -> None:
         if request.hashes and picked.overlap:
-            self._known.index.touch(request.hashes[: picked.overlap])
+            self._known.index.touch(islice(request.hashes, picked.overlap))
 
     def _cheapest(self, weighed: Weighed) -> int:
         prices, out = weighed.prices, weighed.barred
@@ -87,43 +113,48 @@ class KvAware:
         free = [place for place, no in enumerate(out) if not no]
         return free[pick([prices[place] for place in free], self._spec.temperature, self._rng)]
 
-    def _holdings(self, hashes: Sequence[int] | None, candidates: Sequence[Candidate]) -> _Holdings:
+    def _field(self, role: Role, candidates: Sequence[Candidate]) -> _Field:
+        """The same one as long as the role's candidates are the same list: until the membership changes."""
+        field = self._fields.get(role)
+        if field is None or field.candidates is not candidates:
+            field = self._fields[role] = _Field(candidates)
+        return field
+
+    def _holdings(self, hashes: Sequence[int] | None, field: _Field) -> _Holdings:
         """A prompt that runs there counts as cached: it will be, when this request's turn comes."""
         if not hashes:
-            none = [0] * len(candidates)
+            none = [0] * len(field.loads)
             return _Holdings(none, none, none)
         known = self._known
         here = known.running.depths(hashes)
-        running = [here[one.load.place] for one in candidates]
-        told = known.index.match(hashes)
-        device = running
-        if told:
-            device = [
-                depth if (seen := told.get(one.key, 0)) < depth else seen
-                for one, depth in zip(candidates, running, strict=True)
-            ]
+        running = [here[place] for place in field.running]
+        device = _deeper(running, known.index.depths(hashes), field.slots(known.index))
         recent = known.recent.depths(hashes, known.clock())
         if recent is not None:
-            of_bytes = hashes[0] >= OF_BYTES
-            places = [one.likeness if of_bytes else one.memory for one in candidates]
-            device = [
-                max(depth, recent[place]) if place >= 0 else depth
-                for place, depth in zip(places, device, strict=True)
-            ]
+            recent.append(0)
+            device = _deeper(device, recent, field.likenesses if hashes[0] >= OF_BYTES else field.memories)
         if not known.index.tiered:
             return _Holdings(device, device, running)
-        return self._with_tiers(hashes, candidates, device, running)
+        return self._with_tiers(hashes, field, device, running)
 
     def _with_tiers(
-        self, hashes: Sequence[int], candidates: Sequence[Candidate], device: list[int], running: list[int]
+        self, hashes: Sequence[int], field: _Field, device: list[int], running: list[int]
     ) -> _Holdings:
         """Host and disk count for what they hold beyond the faster tiers."""
-        match, spec = self._known.index.match, self._spec
-        host_depths, disk_depths = match(hashes, None, ("G1", "G2")), match(hashes, None, ("G1", "G2", "G3"))
-        host = [max(host_depths.get(one.key, 0), own) for one, own in zip(candidates, device, strict=True)]
-        disk = [max(disk_depths.get(one.key, 0), own) for one, own in zip(candidates, host, strict=True)]
+        index, spec = self._known.index, self._spec
+        slots = field.slots(index)
+        host = _deeper(device, index.depths(hashes, ("G1", "G2")), slots)
+        disk = _deeper(host, index.depths(hashes, ("G1", "G2", "G3")), slots)
         credits = [
             fast + spec.host_tier_credit * (middle - fast) + spec.disk_tier_credit * (all_ - middle)
             for fast, middle, all_ in zip(device, host, disk, strict=True)
         ]
         return _Holdings(disk, credits, running)
+
+
+def _deeper(depths: list[int], others: Sequence[int], places: Sequence[int]) -> list[int]:
+    """For each candidate the larger of its depth and the one of `others` at its place, -1 = the last."""
+    return [
+        other if (other := others[place]) > depth else depth
+        for depth, place in zip(depths, places, strict=True)
+    ]

@@ -16,11 +16,13 @@ from itertools import repeat
 from dynctl.kv.index import places_of
 
 _STRIDE = 16
-_NOWHERE = repeat(0)
 
 
 class SharedBlocks:
-    """Which blocks are held where. A place is a small number from `open`, given back with `close`."""
+    """Which blocks are held where. A place is a small number from `open`, given back with `close`.
+
+    Neighbouring blocks that the same places hold share one mask object: a walk tells them by identity.
+    """
 
     def __init__(self) -> None:
         self._masks: dict[int, int] = {}
@@ -49,18 +51,27 @@ class SharedBlocks:
         all between them have too; only the other strides are walked.
         """
         found = [0] * len(self._needs)
-        get = self._masks.get
+        get, total = self._masks.get, len(hashes)
         held = get(hashes[0], 0) if hashes else 0
+        last: int | None = held
         depth = 1
-        while held and depth < len(hashes):
-            end = min(depth + _STRIDE, len(hashes))
+        while held and depth < total:
+            end = min(depth + _STRIDE, total)
             if get(hashes[end - 1], 0) != held:
-                for i, mask in enumerate(map(get, hashes[depth:end], _NOWHERE), depth):
-                    if mask != held:
-                        _note(found, held & ~mask, i)
-                        held &= mask
+                for i, mask in enumerate(map(get, hashes[depth:end]), depth):
+                    if mask is last:
+                        continue
+                    last = mask
+                    if mask == held:
+                        continue
+                    still = held & mask if mask else 0
+                    if still != held:
+                        for place in places_of(held ^ still):
+                            found[place] = i
+                        held = still
             depth = end
-        _note(found, held, depth)
+        for place in places_of(held):
+            found[place] = depth
         return found
 
     def add(self, place: int, hashes: Sequence[int]) -> int:
@@ -68,9 +79,14 @@ class SharedBlocks:
         masks, bit = self._masks, 1 << place
         here = _first(hashes, 0, lambda h: not masks.get(h, 0) & bit)
         anywhere = _first(hashes, here, lambda h: h not in masks)
+        before, after = 0, bit
         for h in hashes[here:anywhere]:
-            masks[h] = masks.get(h, 0) | bit
-        masks.update(dict.fromkeys(hashes[anywhere:], bit))
+            mask = masks.get(h, 0)
+            if mask is not before:
+                before, after = mask, mask | bit
+            masks[h] = after
+        for h in hashes[anywhere:]:
+            masks[h] = bit
         if here:
             needs, end = self._needs[place], hashes[here - 1]
             needs[end] = needs.get(end, 0) + 1
@@ -90,14 +106,17 @@ class SharedBlocks:
     def _leave(self, bit: int, hashes: Sequence[int]) -> int:
         """Take `bit` off these, one by one. Returns of how many it was on."""
         masks, gone = self._masks, 0
+        before, after = bit, 0
         for h in hashes:
             mask = masks.get(h, 0)
             if mask & bit:
                 gone += 1
-                if mask == bit:
-                    del masks[h]
+                if mask is not before:
+                    before, after = mask, mask ^ bit
+                if after:
+                    masks[h] = after
                 else:
-                    masks[h] = mask ^ bit
+                    del masks[h]
         return gone
 
     def _still_needed(self, place: int, hashes: Sequence[int]) -> int:
@@ -117,8 +136,3 @@ class SharedBlocks:
 def _first(hashes: Sequence[int], start: int, absent: Callable[[int], bool]) -> int:
     """The first position from `start` on whose hash is absent; from there on all are."""
     return bisect_left(hashes, True, start, key=absent)
-
-
-def _note(found: list[int], places: int, depth: int) -> None:
-    for place in places_of(places):
-        found[place] = depth
