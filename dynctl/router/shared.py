@@ -2,7 +2,8 @@
 
 A request holds a whole prefix, so on each worker the held blocks form trees. That makes three things cheap: a
 prompt's held part ends where it ends (no holes), a new request adds only what lies beyond that end, and one
-that leaves takes with it only its own tail, up to the first block that another request still needs.
+that leaves takes with it only its own tail, up to the first block that another request still needs. What one
+request alone holds, mostly the larger part of its prompt, is kept as that: its hashes from a position on.
 """
 
 from __future__ import annotations
@@ -13,9 +14,26 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import repeat
 
+import msgspec
+
 from dynctl.kv.index import places_of
 
 _STRIDE = 16
+
+
+# gc=False: numbers only, so it can be part of no cycle.
+class _Tail(msgspec.Struct, frozen=True, gc=False):
+    """Blocks that one request at `place` alone holds: its `hashes` from `start` on."""
+
+    hashes: Sequence[int]
+    start: int
+    place: int
+
+    def common(self, hashes: Sequence[int], at: int) -> int:
+        """How many blocks it begins with that `hashes` has from `at` on: equal hashes have equal prefixes."""
+        own, start = self.hashes, self.start
+        most = range(min(len(own) - start, len(hashes) - at))
+        return bisect_left(most, True, key=lambda i: own[start + i] != hashes[at + i])
 
 
 class SharedBlocks:
@@ -26,12 +44,13 @@ class SharedBlocks:
 
     def __init__(self) -> None:
         self._masks: dict[int, int] = {}
+        self._tails: dict[int, _Tail] = {}
         self._needs: list[dict[int, int]] = []
         self._free: list[int] = []
 
     def __len__(self) -> int:
         """How many different blocks are held, wherever."""
-        return len(self._masks)
+        return len(self._masks) + sum(len(tail.hashes) - tail.start for tail in self._tails.values())
 
     def open(self) -> int:
         """A new place, which holds nothing."""
@@ -54,54 +73,77 @@ class SharedBlocks:
         get, total = self._masks.get, len(hashes)
         held = get(hashes[0], 0) if hashes else 0
         last: int | None = held
-        depth = 1
+        depth, end = 1, 0
         while held and depth < total:
-            end = min(depth + _STRIDE, total)
-            if get(hashes[end - 1], 0) != held:
-                for i, mask in enumerate(map(get, hashes[depth:end]), depth):
+            until = min(depth + _STRIDE, total)
+            if get(hashes[until - 1], 0) != held:
+                for i, mask in enumerate(map(get, hashes[depth:until]), depth):
                     if mask is last:
                         continue
                     last = mask
-                    if mask == held:
-                        continue
                     still = held & mask if mask else 0
                     if still != held:
                         for place in places_of(held ^ still):
                             found[place] = i
-                        held = still
-            depth = end
+                        held, end = still, i
+            depth = until
         for place in places_of(held):
             found[place] = depth
+        if not held and hashes:
+            tail = self._tails.get(hashes[end])
+            if tail is not None:
+                found[tail.place] = end + tail.common(hashes, end)
         return found
 
     def add(self, place: int, hashes: Sequence[int]) -> int:
         """Hold `hashes`, a whole prefix. Returns how many were not held there yet."""
-        masks, bit = self._masks, 1 << place
+        masks, bit, total = self._masks, 1 << place, len(hashes)
+        anywhere = _first(hashes, 0, lambda h: h not in masks)
+        if anywhere < total and hashes[anywhere] in self._tails:
+            anywhere += self._share(hashes, anywhere)
         here = _first(hashes, 0, lambda h: not masks.get(h, 0) & bit)
-        anywhere = _first(hashes, here, lambda h: h not in masks)
         before, after = 0, bit
         for h in hashes[here:anywhere]:
             mask = masks.get(h, 0)
             if mask is not before:
-                before, after = mask, mask | bit
+                before, merged = mask, mask | bit
+                after = after if merged == after else merged
             masks[h] = after
-        for h in hashes[anywhere:]:
-            masks[h] = bit
+        if anywhere < total:
+            self._tails[hashes[anywhere]] = _Tail(hashes, anywhere, place)
         if here:
             needs, end = self._needs[place], hashes[here - 1]
             needs[end] = needs.get(end, 0) + 1
-        return len(hashes) - here
+        return total - here
+
+    def _share(self, hashes: Sequence[int], start: int) -> int:
+        """Have what `hashes` has of the tail that is there at `start` held as shared. Returns how much."""
+        tail = self._tails.pop(hashes[start])
+        common = tail.common(hashes, start)
+        end, bit = tail.start + common, 1 << tail.place
+        for h in tail.hashes[tail.start : end]:
+            self._masks[h] = bit
+        if end < len(tail.hashes):
+            self._tails[tail.hashes[end]] = _Tail(tail.hashes, end, tail.place)
+        return common
 
     def remove(self, place: int, hashes: Sequence[int]) -> int:
         """End one `add` of the same hashes. Returns how many are held no more."""
         masks, bit = self._masks, 1 << place
         kept = self._still_needed(place, hashes)
-        alone = bisect_left(hashes, True, kept, key=lambda h: masks.get(h, bit) == bit)
-        tail = hashes[alone:]
-        if set(map(masks.get, tail)) == {bit}:
-            deque(map(masks.pop, tail, repeat(0)), maxlen=0)
-            return len(tail) + self._leave(bit, hashes[kept:alone])
-        return self._leave(bit, hashes[kept:])
+        end = _first(hashes, kept, lambda h: h not in masks)
+        gone = 0
+        if end < len(hashes):
+            tail = self._tails.get(hashes[end])
+            if tail is not None and tail.place == place:
+                del self._tails[hashes[end]]
+                gone = len(tail.hashes) - tail.start
+        alone = bisect_left(hashes, True, kept, end, key=lambda h: masks.get(h, bit) == bit)
+        own = hashes[alone:end]
+        if set(map(masks.get, own)) == {bit}:
+            deque(map(masks.pop, own, repeat(0)), maxlen=0)
+            return gone + len(own) + self._leave(bit, hashes[kept:alone])
+        return gone + self._leave(bit, hashes[kept:end])
 
     def _leave(self, bit: int, hashes: Sequence[int]) -> int:
         """Take `bit` off these, one by one. Returns of how many it was on."""

@@ -156,7 +156,15 @@ def held_depth(live: Sequence[tuple[int, list[int]]], place: int, hashes: list[i
     return next((depth for depth, h in enumerate(hashes) if not counts[h]), len(hashes))
 
 
-@given(st.lists(st.tuples(st.integers(0, 2), PATHS, st.booleans()), max_size=25), PATHS)
+LONG_PATHS = st.lists(st.integers(0, 1).map(lambda step: (step,) * 11), max_size=5).map(
+    lambda runs: tuple(step for run in runs for step in run)[:-2]
+)
+"""Longer than a stride, parting where none ends."""
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2), PATHS | LONG_PATHS, st.booleans()), max_size=25), PATHS | LONG_PATHS
+)
 def test_shared_blocks_equal_a_count_per_block(
     steps: list[tuple[int, tuple[int, ...], bool]], probe: tuple[int, ...]
 ) -> None:
@@ -170,12 +178,14 @@ def test_shared_blocks_equal_a_count_per_block(
         else:
             live.pop(len(path) % len(live))[2].finish()
         held = [(where, hashes) for where, hashes, _ in live]
+        assert len(shared) == len({h for _, hashes in held for h in hashes})
         for number, load in enumerate(loads):
             assert load.blocks == len({h for where, hashes in held if where == number for h in hashes})
             assert shared.depths(prefixes(probe))[number] == held_depth(held, number, prefixes(probe))
     for _, _, ticket in live:
         ticket.finish()
     assert not shared._masks
+    assert not shared._tails
     assert not any(shared._needs)
 
 
