@@ -24,7 +24,7 @@ SlotKey = tuple[str, int]
 
 DEFAULT_LIMIT = 8_000_000
 EVICTED_AT_ONCE = 1024
-_STRIDE = 32
+_STRIDE = 64
 _OWN_TIER: tuple[Tier, ...] = ("G1",)
 
 

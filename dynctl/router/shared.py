@@ -18,7 +18,7 @@ import msgspec
 
 from dynctl.kv.index import places_of
 
-_STRIDE = 16
+_STRIDE = 32
 
 
 # gc=False: numbers only, so it can be part of no cycle.

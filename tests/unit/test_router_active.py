@@ -156,7 +156,7 @@ def held_depth(live: Sequence[tuple[int, list[int]]], place: int, hashes: list[i
     return next((depth for depth, h in enumerate(hashes) if not counts[h]), len(hashes))
 
 
-LONG_PATHS = st.lists(st.integers(0, 1).map(lambda step: (step,) * 11), max_size=5).map(
+LONG_PATHS = st.lists(st.integers(0, 1).map(lambda step: (step,) * 19), max_size=5).map(
     lambda runs: tuple(step for run in runs for step in run)[:-2]
 )
 """Longer than a stride, parting where none ends."""
