@@ -20,6 +20,10 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 READY_S = 400.0
 TOKENS = 1200
+TRIES = 5
+KILL_AFTER = 30
+"""Characters: each is at most a token."""
+TEXTS = ("text", "content", "reasoning", "reasoning_content")
 
 
 def options() -> Sequence[str]:
@@ -41,10 +45,22 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
 
 
 def stream(where: Deployment, path: str, body: dict[str, Any], kill_after: int = 0) -> list[dict[str, Any]]:
-    """The events of a stream, [DONE] last; the engine that serves it is killed after so many of them."""
+    """The events of a stream, [DONE] last; its engine is killed in the middle, after so many characters."""
+    for _ in range(TRIES if kill_after else 1):
+        events, killed = read(where, path, body, kill_after)
+        if killed or not kill_after:
+            return events
+    raise AssertionError(f"{TRIES} times the engine had said all before {kill_after} characters were read")
+
+
+def read(
+    where: Deployment, path: str, body: dict[str, Any], kill_after: int
+) -> tuple[list[dict[str, Any]], bool]:
+    """The events of a stream, and whether its engine was killed."""
     data = json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}}).encode()
     request = urllib.request.Request(where.url + path, data, {"content-type": "application/json"})
     events: list[dict[str, Any]] = []
+    heard, killed = 0, False
     pids = {row["id"]: row["engine_pid"] for row in where.workers("aggregated")}
     with urllib.request.urlopen(request, timeout=300) as answer:
         worker = answer.headers["x-dynctl-workers"]
@@ -54,11 +70,32 @@ def stream(where: Deployment, path: str, body: dict[str, Any], kill_after: int =
                 continue
             if told == "data: [DONE]":
                 assert answer.read().strip() == b""
-                return events
+                return events, killed
             events.append(json.loads(told.removeprefix("data: ")))
-            if len(events) == kill_after:
-                os.kill(pids[worker], signal.SIGKILL)
+            before, heard = heard, heard + characters(events[-1])
+            if before < kill_after <= heard:
+                killed = kill_at_work(where, pids[worker])
     raise AssertionError(f"the stream ended without [DONE], with {events[-1]}")
+
+
+def kill_at_work(where: Deployment, pid: int) -> bool:
+    """Kill an engine that has not yet said all, and tell whether; else leave it be.
+
+    While other work takes the processors, a whole answer may come at once, or lie in the sockets before its
+    beginning is read here. So the engine is stopped, and the frontend, which has read by its second answer
+    all that was sent until then, tells whether the stream goes on.
+    """
+    os.kill(pid, signal.SIGSTOP)
+    pages = [get(where.url + "/metrics") for _ in range(2)]
+    at_work = counter(pages[-1], "dynctl_frontend_inflight_requests") == 1
+    os.kill(pid, signal.SIGKILL if at_work else signal.SIGCONT)
+    return at_work
+
+
+def characters(event: dict[str, Any]) -> int:
+    """How much an event says, as text or reasoning."""
+    told = [choice.get("delta", choice) for choice in event["choices"]]
+    return sum(len(one.get(part) or "") for one in told for part in TEXTS)
 
 
 def usage(events: list[dict[str, Any]]) -> tuple[int, int]:
@@ -98,9 +135,9 @@ def test_a_completion_goes_on_with_the_very_same_tokens(served: Deployment) -> N
         "return_token_ids": True,
     }
     whole = stream(served, "/v1/completions", body)
-    got = stream(served, "/v1/completions", body, kill_after=30)
-    assert migrations(served) == 1
+    got = stream(served, "/v1/completions", body, kill_after=KILL_AFTER)
     assert said(got) == said(whole)
+    assert migrations(served) == 1
     assert finishes(got) == finishes(whole) == ["length"]
     assert usage(got) == usage(whole) == (100, TOKENS)
     assert len({event["id"] for event in got}) == 1
@@ -117,14 +154,14 @@ def test_a_chat_goes_on_and_its_usage_is_one(served: Deployment) -> None:
     }
     whole = stream(served, "/v1/chat/completions", body)
     before = migrations(served)
-    got = stream(served, "/v1/chat/completions", body, kill_after=30)
+    got = stream(served, "/v1/chat/completions", body, kill_after=KILL_AFTER)
     assert migrations(served) == before + 1
     texts = [
         "".join(choice["delta"].get("content") or "" for event in events for choice in event["choices"])
         for events in (whole, got)
     ]
     # The text of random weights is not cut into the same tokens again, so it may go on otherwise.
-    assert texts[1][:30] == texts[0][:30]
+    assert texts[1][:KILL_AFTER] == texts[0][:KILL_AFTER]
     assert sum("role" in choice["delta"] for event in got for choice in event["choices"]) == 1
     assert finishes(got) == ["length"]
     assert usage(got)[0] == usage(whole)[0]
