@@ -119,11 +119,10 @@ class Attempt:
 
     def skips_prefill(self) -> bool:
         """Whether the prompt is better computed where it is decoded. Not if the client names its prefill."""
-        hints = self.call.hints
-        if hints.prefill_worker or not self.parts.router.skips_prefill(self.request("decode")):
+        if self.call.hints.prefill_worker:
             return False
-        self.parts.choices.skipped_prefill()
-        return True
+        full = self.parts.gate.spills and self.parts.gate.full("prefill")
+        return self.parts.router.skips_prefill(self.request("decode"), full=full)
 
     def _note(self, role: Role, choice: Choice, seconds: float) -> None:
         choices = self.parts.choices
@@ -151,6 +150,8 @@ class Attempt:
 
 Flow = Callable[[Attempt], Awaitable[None]]
 """Has an attempt answered, or raises AttemptFailed."""
+Roles = Callable[[Attempt], tuple[Role, ...]]
+"""The roles that an attempt's prompt goes through, in order."""
 
 
 def single_leg(role: Role) -> Flow:

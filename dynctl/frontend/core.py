@@ -15,7 +15,7 @@ from dynctl.engines import catalog
 from dynctl.frontend.accounts import Accounts
 from dynctl.frontend.admission import Models
 from dynctl.frontend.attempt import Parts
-from dynctl.frontend.disagg import flow_for
+from dynctl.frontend.disagg import can_skip, flow_for, roles_for
 from dynctl.frontend.export import exporter
 from dynctl.frontend.gate import Gate
 from dynctl.frontend.gauges import Gauges, ready_by_role
@@ -56,9 +56,11 @@ class Core:
         self.engine_headers = (bearer(load_engine_key(spec.engine_key_file)),) if spec.engine_key_file else ()
         """What engines ask for with every request: their key."""
         self.models = Models(spec.model)
+        self._contract = catalog.contract(spec.backend, spec.kv_transfer)
         self.gate = Gate(
             self.router, _prompt_roles(spec), spec.router.queue, spec.busy, self.metrics, spec.model.name
         )
+        self.gate.spills = "prefill" in spec.roles and can_skip(self._contract) and self.router.spills
         self._client = Client()
         self._client.readers.rest_s = spec.coalesce_s
         self._upstream = Upstream(self._client, spec.limits, self.metrics)
@@ -169,13 +171,12 @@ class Core:
             tell=tell,
             request_timeout_s=spec.limits.request_timeout_s,
         )
-        flow = flow_for(
-            frozenset(spec.roles), catalog.contract(spec.backend, spec.kv_transfer), self._engine.naming
-        )
+        roles = frozenset(spec.roles)
+        flow = flow_for(roles, self._contract, self._engine.naming)
         other: Role = "decode" if "decode" in spec.roles else "aggregated"
         return Edge(
             thresholds=Thresholds(self.gate, spec.model.name, spec.id),
-            pipeline=Pipeline(parts, flow, other),
+            pipeline=Pipeline(parts, flow, roles_for(roles, self._contract), other),
             models=self.models,
             keys=ApiKeys(spec.api_keys, self.metrics),
             accounts=self.accounts,

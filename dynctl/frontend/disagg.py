@@ -19,7 +19,7 @@ import msgspec
 from dynctl.engines.base import Handoff, Meeting, Naming, PrefillDecode
 from dynctl.errors import EngineFailed, LaunchError
 from dynctl.frontend.answer import Answer
-from dynctl.frontend.attempt import Attempt, Flow, single_leg
+from dynctl.frontend.attempt import Attempt, Flow, Roles, single_leg
 from dynctl.frontend.body import encode
 from dynctl.frontend.retry import AttemptFailed
 from dynctl.frontend.upstream import Leg
@@ -42,6 +42,24 @@ def flow_for(roles: frozenset[str], contract: PrefillDecode | None, naming: Nami
             "this backend has no prefill/decode contract", where="roles", hint="use the role `aggregated`"
         )
     return _split_flow(contract)
+
+
+def roles_for(roles: frozenset[str], contract: PrefillDecode | None) -> Roles:
+    """Through which roles a prompt would go now, as `flow_for` has it go."""
+
+    def through(attempt: Attempt) -> tuple[Role, ...]:
+        if "prefill" not in roles or contract is None:
+            return ("aggregated",)
+        splits = contract.splits(attempt.call.body.opened())
+        alone = not splits or (can_skip(contract) and attempt.skips_prefill())
+        return ("decode",) if alone else ("prefill", "decode")
+
+    return through
+
+
+def can_skip(contract: PrefillDecode | None) -> bool:
+    """Whether decode workers of this engine read prompts themselves."""
+    return contract is not None and contract.order == "prefill_first"
 
 
 def _named_leg(role: Role, naming: Naming) -> Flow:
@@ -68,10 +86,11 @@ def _split_flow(contract: PrefillDecode) -> Flow:
     """The flow of an engine's prefill/decode contract. A request it cannot split goes to decode alone."""
     split: Flow = _Concurrent(contract) if contract.order == "concurrent" else _PrefillFirst(contract)
 
-    can_skip = contract.order == "prefill_first"
-
     async def flow(attempt: Attempt) -> None:
-        splits = contract.splits(attempt.call.body.opened()) and not (can_skip and attempt.skips_prefill())
+        splits = contract.splits(attempt.call.body.opened())
+        if splits and can_skip(contract) and attempt.skips_prefill():
+            attempt.parts.choices.skipped_prefill()
+            splits = False
         await (split if splits else decode_alone)(attempt)
 
     async def decode_alone(attempt: Attempt) -> None:

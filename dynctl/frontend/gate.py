@@ -23,7 +23,8 @@ _NOBODY: frozenset[str] = frozenset()
 
 
 class Gate:
-    """Before the router of one frontend. `roles` are those a prompt needs: all are asked for room.
+    """Before the router of one frontend. `roles` are those a prompt needs: all are asked for room, but for
+    the first of several where `spills` says that prompts may go past it.
 
     One turn is given at a time, and the next only after whoever had it has been routed, so that each finds
     the load of those before. `model` is the label in metrics.
@@ -39,6 +40,7 @@ class Gate:
         model: str,
     ) -> None:
         self._router = router
+        self.spills = False
         self._roles = tuple(roles)
         self._spec = spec
         self._busy = Busy(busy, spec.threshold if spec.limit else 0.0)
@@ -78,6 +80,10 @@ class Gate:
             self._refused.inc()
             raise self._queue.refusal()
 
+    def full(self, role: Role) -> bool:
+        """Whether all workers of `role` have enough to do."""
+        return self._busy.all_busy(self._router.eligible(role))
+
     def crowded(self, role: Role) -> frozenset[str]:
         """Workers of `role` over a threshold on all ranks: to be passed over while there are others."""
         if not self._busy.limited:
@@ -114,7 +120,7 @@ class Gate:
             self._queue.leave(place)
 
     def _all_busy(self) -> bool:
-        return any(self._busy.all_busy(self._router.eligible(role)) for role in self._roles)
+        return any(self.full(role) for role in self._roles[self.spills :])
 
     def _wake(self) -> None:
         if not self._scheduled:

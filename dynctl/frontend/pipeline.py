@@ -20,7 +20,7 @@ from functools import partial
 from dynctl.errors import DeadlineExceeded, DynctlError, PeerLost, Rejected
 from dynctl.frontend.admission import check_context
 from dynctl.frontend.answer import Answer
-from dynctl.frontend.attempt import Attempt, Flow, Parts, single_leg
+from dynctl.frontend.attempt import Attempt, Flow, Parts, Roles, single_leg
 from dynctl.frontend.call import Call
 from dynctl.frontend.migrate import PATIENCE_S
 from dynctl.frontend.preview import preview
@@ -36,11 +36,14 @@ _LOOK_AGAIN_S = 0.1
 
 
 class Pipeline:
-    """Serves calls. `flow` makes an attempt at a prompt; other endpoints go to a worker of `other_role`."""
+    """Serves calls. `flow` makes an attempt at a prompt, which goes through `roles`; other endpoints go to a
+    worker of `other_role`.
+    """
 
-    def __init__(self, parts: Parts, flow: Flow, other_role: Role) -> None:
+    def __init__(self, parts: Parts, flow: Flow, roles: Roles, other_role: Role) -> None:
         self._parts = parts
         self._flow = flow
+        self._roles = roles
         self._other_role = other_role
         self._other = single_leg(other_role)
         self._budget = Budget()
@@ -105,7 +108,7 @@ class Pipeline:
         if call.endpoint.waits and not call.hints.dry_run and gate.closed():
             await self._wait_for_turn(attempt)
         if call.hints.dry_run:
-            answer.said(preview(self._parts.router, attempt.prompt, self._roles(call), attempt.request))
+            answer.said(self._preview(attempt))
             return ""
         while True:
             try:
@@ -123,10 +126,11 @@ class Pipeline:
                 attempt.attempts = Attempts(self._parts.rng)
                 await asyncio.sleep(_LOOK_AGAIN_S)
 
-    def _roles(self, call: Call) -> tuple[Role, ...]:
-        """The roles a call goes through, in order."""
-        split = self._other_role == "decode" and call.endpoint.kind != "other"
-        return ("prefill", "decode") if split else (self._other_role,)
+    def _preview(self, attempt: Attempt) -> bytes:
+        other = attempt.call.endpoint.kind == "other"
+        roles = (self._other_role,) if other else self._roles(attempt)
+        request = partial(attempt.request, reads_prompt=not other and len(roles) == 1)
+        return preview(self._parts.router, attempt.prompt, roles, request)
 
     async def _move(self, call: Call, attempt: Attempt, failure: AttemptFailed) -> bool:
         """Have the rest of the answer said elsewhere; False when there is none. Raises what prevents it."""

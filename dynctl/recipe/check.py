@@ -106,6 +106,9 @@ def _frontend(recipe: Recipe, engine: Engine) -> Iterator[Finding]:
         told = f"backend {recipe.backend} publishes no KV events: mode kv guesses what is cached"
         yield Finding("warning", "router.mode", told)
     skips = recipe.router.conditional_disagg.mode != "off" and recipe.roles.prefill is not None
+    if skips and recipe.router.mode != "kv":
+        told = f"mode {recipe.router.mode} does not look at prompts: prefill is never skipped; use mode kv"
+        yield Finding("warning", "router.conditional_disagg.mode", told)
     ways = engine.transfers
     way = ways.get(recipe.engine.kv_transfer) or next(iter(ways.values()), None)
     if skips and way is not None and way.order == "concurrent":

@@ -337,7 +337,9 @@ class ConditionalDisagg(Section):
     max_ratio: Annotated[float, Field(gt=0, le=1)] = 0.7
     """... and they are less than this share of the prompt."""
     prefill_busy_tokens: Count = 65_536
-    """load: the least busy prefill worker has at least so many tokens to compute."""
+    """load: the least busy prefill worker has at least so many tokens to compute, or requests would have to
+    wait for it (`router.queue`, `frontend.admission`).
+    """
 
 
 class Queue(Section):

@@ -20,7 +20,7 @@ from dynctl.protocol.specs import RouterSpec
 from dynctl.router.active import RankLoad
 from dynctl.router.affinity import Sessions
 from dynctl.router.approximate import Keeping, Recent, guessed, keeping
-from dynctl.router.conditional import reads_itself
+from dynctl.router.conditional import reads_itself, spills
 from dynctl.router.eligible import eligible, states
 from dynctl.router.follow import DEFAULT_TIMING, Following, SyncCall, SyncTiming
 from dynctl.router.indexer import StreamState
@@ -74,7 +74,8 @@ class Router:
 
     `peers` is for whoever connects this frontend with others.
 
-    `compares_prompts`: hashes of prompts, or of their bytes, are of use to it.
+    `compares_prompts`: hashes of prompts, or of their bytes, are of use to it. `spills`: prompts need not
+    wait for prefill workers that are all busy, where decode workers can read them.
 
     `block_size` in tokens is what prompts must be hashed with: the workers' own, else the one given; 0 = not
     known yet.
@@ -105,6 +106,7 @@ class Router:
         self._kv = spec.mode == "kv"
         self.compares_prompts = self._kv or spec.mode == "consistent_hash"
         self._conditional = self._kv and spec.conditional_disagg.mode != "off"
+        self.spills = self._kv and spills(spec.conditional_disagg)
         self._workers: dict[str, _Worker] = {}
         self._gone: set[tuple[str, str]] = set()
         self._candidates: dict[str, list[Candidate]] = {}
@@ -157,10 +159,10 @@ class Router:
         """No further request of the session comes."""
         self._sessions.end(session)
 
-    def skips_prefill(self, request: RouteRequest) -> bool:
+    def skips_prefill(self, request: RouteRequest, *, full: bool = False) -> bool:
         """Whether decode is better off to compute this prompt itself (see `router.conditional`).
 
-        `request` is the decode leg's.
+        `request` is the decode leg's; `full`: it would have to wait for any prefill worker.
         """
         if not self._conditional or not request.prompt_tokens:
             return False
@@ -168,7 +170,8 @@ class Router:
         held = self._index.match(request.hashes or (), [one.key for one in decode])
         cached = max(held.values(), default=0) * self.block_size
         queue = min((one.load.prefill_tokens for one in self._candidates.get("prefill", [])), default=0)
-        return reads_itself(self._spec.conditional_disagg, request.prompt_tokens, cached, queue)
+        spec = self._spec.conditional_disagg
+        return reads_itself(spec, request.prompt_tokens, cached, queue, full=full)
 
     def _among(self, request: RouteRequest, now_s: float) -> Sequence[Candidate]:
         candidates = self._candidates.get(request.role, [])

@@ -11,8 +11,15 @@ import pytest
 
 from dynctl.kv.hashing import root_hash, sequence_hashes
 from dynctl.protocol.instances import ModelCard
-from dynctl.protocol.kv_events import Stored
-from dynctl.protocol.specs import AffinitySpec, ConditionalDisaggSpec, FrontendSpec, RouterSpec
+from dynctl.protocol.kv_events import LoadReport, Stored
+from dynctl.protocol.specs import (
+    AffinitySpec,
+    BusySpec,
+    ConditionalDisaggSpec,
+    FrontendSpec,
+    QueueSpec,
+    RouterSpec,
+)
 from tests.integration.frontend_harness import Engine, Front, error_of, frontend, hangs, make_spec
 
 PROMPT = list(range(8, 8 + 160))
@@ -156,6 +163,48 @@ async def test_decode_reads_the_prompt_it_holds_most_of() -> None:
     assert prefill.requests == []
     assert decode.bodies() == [COMPLETION]
     assert "dynctl_frontend_router_prefill_skipped_total 1.0" in metrics
+
+
+async def through(front: Front, **fields: Any) -> list[str]:
+    """The roles that a dry run names."""
+    answer = await front.post("/v1/completions", {**COMPLETION, **fields}, {"x-dynctl-dry-run": "1"})
+    return list(json.loads(answer.body)["roles"])
+
+
+async def test_a_dry_run_names_no_prefill_worker_where_none_would_be_asked() -> None:
+    router = RouterSpec(mode="kv", conditional_disagg=ConditionalDisaggSpec(mode="isl"))
+    spec = make_spec(backend="vllm", roles={"prefill": 1, "decode": 1}, router=router, model=CARD)
+    async with frontend(spec, prefill=[Engine()], decode=[Engine()]) as front:
+        assert await through(front) == ["prefill", "decode"]
+        assert await through(front, n=2) == ["decode"]
+        held = sequence_hashes(PROMPT, 16, root_hash())[:9]
+        front.core.router._index.apply(("decode-0", 0), Stored(held))
+        assert await through(front) == ["decode"]
+        assert "router_prefill_skipped_total 0.0" in await front.metrics(), "nothing went anywhere"
+
+
+async def test_a_prompt_does_not_wait_for_busy_prefill_workers_that_decode_may_spare_it() -> None:
+    """Where requests wait for prefill workers, these never have so much to do that they are passed by."""
+    router = RouterSpec(
+        mode="kv", conditional_disagg=ConditionalDisaggSpec(mode="load"), queue=QueueSpec(limit=0)
+    )
+    spec = make_spec(
+        backend="vllm",
+        roles={"prefill": 1, "decode": 1},
+        router=router,
+        model=CARD,
+        busy=BusySpec(decode_blocks=0.5),
+    )
+    prefill, decode = Engine(), Engine()
+    async with frontend(spec, prefill=[prefill], decode=[decode]) as front:
+        for worker, usage, status in (("prefill-0", 0.9, 200), ("decode-0", 0.9, 429)):
+            report = LoadReport(worker, 1, 0, running=0, waiting=0, kv_usage=usage, kv_blocks=100)
+            front.core.router.on_load(report)
+            assert (await front.post("/v1/completions", COMPLETION)).status == status
+        await front.idle()
+        assert "router_prefill_skipped_total 1.0" in await front.metrics()
+    assert prefill.requests == []
+    assert decode.bodies() == [COMPLETION]
 
 
 async def test_worker_without_events_shows_in_health_and_metrics() -> None:

@@ -192,3 +192,22 @@ def test_how_the_kv_cache_moves_is_the_engines_to_allow(
         assert told in failure(tmp_path, text)
     else:
         check(tmp_path, text)
+
+
+@pytest.mark.usefixtures("model")
+@pytest.mark.parametrize(
+    ("backend", "mode", "told"),
+    [
+        ("vllm", "kv", []),
+        ("vllm", "least_loaded", ["mode least_loaded does not look at prompts: prefill is never skipped"]),
+        ("sglang", "kv", ["decode workers of backend sglang read no prompts: prefill is never skipped"]),
+    ],
+)
+def test_prefill_that_would_never_be_skipped_is_said_to_be_so(
+    tmp_path: Path, backend: str, mode: str, told: list[str]
+) -> None:
+    router = f"router: {{mode: {mode}, conditional_disagg: {{mode: isl}}}}\n"
+    text = HEAD.replace("vllm", backend) + "roles: {prefill: {}, decode: {}}\n" + router
+    warnings = check(tmp_path, text)
+    assert len(warnings) == len(told)
+    assert all(part in warning for part, warning in zip(told, warnings, strict=True))
