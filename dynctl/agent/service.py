@@ -13,6 +13,9 @@ import msgspec
 
 from dynctl.agent.logs import read_logs
 from dynctl.command import Command
+from dynctl.deploy.gpus import hold, others
+from dynctl.deploy.home import Home
+from dynctl.deploy.ports import listening
 from dynctl.errors import DiscoveryError
 from dynctl.launchers.base import Launch, Launcher, ProcessHandle, RunRef, heads
 from dynctl.launchers.fleet import LocalFleet, Seated
@@ -21,6 +24,7 @@ from dynctl.protocol.agent import (
     ClearReply,
     EndedProc,
     Found,
+    HoldCall,
     LivesCall,
     LogCall,
     LookCall,
@@ -30,6 +34,7 @@ from dynctl.protocol.agent import (
     SignalCall,
     StartCall,
 )
+from dynctl.protocol.day2 import NodeRoom
 from dynctl.transport.control import ControlServer, read_body
 from dynctl.transport.keys import Keys
 
@@ -86,10 +91,16 @@ class Agent:
                 return await self._fleet.exec(Launch(asked.seat, 0, command, self._node), asked.timeout_s)
             case "agent.logs":
                 return read_logs(self._run.run_dir / "logs", read_body(body, LogCall))
+            case "agent.room":
+                return await asyncio.to_thread(self._room)
+            case "agent.hold":
+                gpus, folder = read_body(body, HoldCall).gpus, self._run.run_dir
+                await asyncio.to_thread(hold, Home.holding(folder), folder, self._run.run_id, gpus)
+                return None
             case "agent.leave":
                 asyncio.get_running_loop().call_later(0.1, self.leave)
                 return None
-        hint = "agent.start, look, signal, lives, clear, exec, logs or leave"
+        hint = "agent.start, look, signal, lives, clear, exec, logs, room, hold or leave"
         raise DiscoveryError(f"unknown op {op!r}", hint=hint)
 
     async def _start(self, call: StartCall) -> Proc:
@@ -102,6 +113,10 @@ class Agent:
             command = Command(tuple(call.argv), call.env, call.cwd or None, call.files)
             handle = await self._fleet.start(Launch(call.seat, call.incarnation, command, self._node))
             return _proc(call.seat, call.incarnation, handle)
+
+    def _room(self) -> NodeRoom:
+        taken = others(Home.holding(self._run.run_dir), self._run.run_id)
+        return NodeRoom(ports=sorted(listening()), gpus=taken)
 
     def _look(self, procs: list[Proc]) -> LookReply:
         """A child is reaped once, but told of for as long as it is asked for: an answer may be lost."""

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from dynctl.cli import options
-from dynctl.cli.changes import Force, NoWait, Timeout, confirmed, running, see_through
+from dynctl.cli.changes import Force, NoWait, Timeout, confirmed, running, see_through, tell_lost
 from dynctl.cli.exits import INTERRUPTED
 from dynctl.cli.pick import ask, home
 from dynctl.cli.render import data, json_data, prose
@@ -114,7 +114,8 @@ def settle(amended: Amended, who: Actor, asked: Asked) -> int:
         return INTERRUPTED
     changed = {seat: amended.new.process(seat).role for seat in found.changed or {}}
     roles = list(dict.fromkeys(role for role in changed.values() if role != "frontend"))
-    apply(amended, site(LocalLauncher()), who, roles)
+    tell_lost(amended)
+    apply(amended, who, roles)
     code = see_through(amended.run, timeout_s, as_json=asked.as_json, no_wait=asked.no_wait)
     if not asked.as_json and code == 0:
         data(amended.new.url)

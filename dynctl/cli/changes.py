@@ -13,6 +13,7 @@ from dynctl.cli import options
 from dynctl.cli.exits import INTERRUPTED
 from dynctl.cli.pick import ask, pick, state
 from dynctl.cli.render import json_data, program, prose
+from dynctl.deploy.amend import Amended
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.status import ready_counts
 from dynctl.errors import NotReady, PeerLost, ProcessExited, UsageError
@@ -47,6 +48,12 @@ def running(name: str | None) -> RunDir:
             hint=f"{program()} up {run.lock} starts a new one",
         )
     return run
+
+
+def tell_lost(amended: Amended) -> None:
+    """Say which nodes a change does without."""
+    for node, why in amended.room.lost.items():
+        prose(f"{node}: nothing new is started there: {why}", style="warning")
 
 
 def see_through(run: RunDir, timeout_s: float, *, as_json: bool, no_wait: bool = False) -> int:

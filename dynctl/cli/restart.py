@@ -45,10 +45,9 @@ def restart(
     rows = chosen(seen, which)
     roles = list(dict.fromkeys(row.role for row in rows if row.role != "frontend"))
     warn(seen, rows)
-    here = site(LocalLauncher())
-    amended = unchanged(run)
+    amended = unchanged(run, site(LocalLauncher()))
     who = actor("restart", which, force=force)
-    apply(amended, here, who, roles, [row.id for row in rows])
+    apply(amended, who, roles, [row.id for row in rows])
     return see_through(run, timeout, as_json=as_json, no_wait=no_wait)
 
 

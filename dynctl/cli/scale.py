@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dynctl.cli import options
-from dynctl.cli.changes import Force, NoWait, Timeout, running, see_through
+from dynctl.cli.changes import Force, NoWait, Timeout, running, see_through, tell_lost
 from dynctl.cli.render import json_data, prose
 from dynctl.cli.up import site
 from dynctl.deploy.amend import apply, rescaled
@@ -56,7 +56,8 @@ def scale(
     for sign, seats in (("+", found.added), ("-", found.removed)):
         for seat in seats:
             prose(f"{sign} {seat}")
-    apply(amended, here, actor("scale", roles, force=force), ())
+    tell_lost(amended)
+    apply(amended, actor("scale", roles, force=force), ())
     return see_through(run, timeout, as_json=as_json, no_wait=no_wait)
 
 

@@ -10,10 +10,12 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
+from functools import partial
 
 from dynctl import procfs
 from dynctl.controller.service import Controller, Parts, run_dir_of
-from dynctl.deploy.home import RunDir
+from dynctl.deploy.gpus import hold
+from dynctl.deploy.home import Home, RunDir
 from dynctl.deploy.plan import Plan
 from dynctl.deploy.state import ENDED, ControllerRecord, load_state
 from dynctl.errors import DynctlError, LaunchError, UsageError
@@ -110,7 +112,8 @@ def fleet_of(plan: Plan, run: RunDir, keys: Keys) -> Fleet:
     agents = {node.name: node.agent for node in plan.nodes if node.agent}
     if agents:
         return AgentFleet(keys, agents, plan.process(PROCESS_ID).node, run.logs)
-    return LocalFleet(LocalLauncher(), RunRef(run.run_id, run.path))
+    claim = partial(hold, Home.holding(run.path), run.path, run.run_id)
+    return LocalFleet(LocalLauncher(), RunRef(run.run_id, run.path), claim)
 
 
 def leave_word(run: RunDir, incarnation: int, kind: str, message: str) -> None:

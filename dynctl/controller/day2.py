@@ -14,14 +14,13 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
+from dynctl.controller.claims import Claims
 from dynctl.controller.rolling import changing
 from dynctl.deploy.audit import audit
 from dynctl.deploy.beside import EXEC_MOST_S, beside
-from dynctl.deploy.gpus import FILE as GPUS_FILE
-from dynctl.deploy.gpus import claim_of
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.plan import Plan
-from dynctl.deploy.replan import gpus_here, plan_digest
+from dynctl.deploy.replan import plan_digest
 from dynctl.deploy.reseat import reseat
 from dynctl.deploy.run import SEAT_KINDS, same_text
 from dynctl.deploy.state import LockRecord, RunState
@@ -45,6 +44,7 @@ class Desk:
     run: RunDir
     state: RunState
     fleet: Fleet
+    claims: Claims
     changed: Callable[[], None]
 
 
@@ -67,7 +67,7 @@ class Day2:
         call = read_body(body, kinds[op])
         try:
             self._require_unlocked(call)
-            answer = await self._exec(call) if isinstance(call, ExecCall) else self._change(call)
+            answer = await self._exec(call) if isinstance(call, ExecCall) else await self._change(call)
         except DynctlError as error:
             self._audit(call.actor, f"refused: {error.message}")
             raise
@@ -85,7 +85,6 @@ class Day2:
         run = self._desk.run
         try:
             write_atomic(run.plan, plan.to_json())
-            write_atomic(run.path / GPUS_FILE, claim_of(plan.name, plan.run_id, gpus_here(plan)))
         except OSError as error:
             # What has left is not started again; the file is written with the next change.
             logger.error("plan.unwritable error=%s", error)
@@ -103,10 +102,10 @@ class Day2:
         reseat(self._desk.state, plan)
         return True
 
-    def _change(self, call: ApplyCall | DrainCall | LockCall) -> Done:
+    async def _change(self, call: ApplyCall | DrainCall | LockCall) -> Done:
         match call:
             case ApplyCall():
-                self._apply(call)
+                await self._apply(call)
             case DrainCall():
                 self._drain(call)
             case LockCall():
@@ -126,9 +125,20 @@ class Day2:
                 hint="dynctl unlock, or --force",
             )
 
-    def _apply(self, call: ApplyCall) -> None:
-        run, state = self._desk.run, self._desk.state
+    async def _apply(self, call: ApplyCall) -> None:
         plan = Plan.from_json(call.plan)
+        self._require_base(call, plan)
+        async with self._desk.claims.growing(self.plan, plan):
+            self._require_base(
+                call, plan
+            )  # others may have changed it, or ended all, while GPUs were claimed
+            self._require_unlocked(call)
+            self._write(call, plan)
+            self.plan = plan
+            reseat(self._desk.state, plan, call.restart)
+
+    def _require_base(self, call: ApplyCall, plan: Plan) -> None:
+        run, state = self._desk.run, self._desk.state
         if call.base != plan_digest(self.plan):
             raise UsageError(f"'{state.name}' has changed meanwhile", where=str(run.path), hint="try again")
         if (plan.run_id, plan.registry, plan.membership) != (
@@ -137,18 +147,18 @@ class Day2:
             self.plan.membership,
         ):
             raise UsageError("that is the plan of another run", where=plan.run_id)
+
+    def _write(self, call: ApplyCall, plan: Plan) -> None:
+        run = self._desk.run
         try:
             former = run.lock.read_text()
             if not same_text(former, call.lock):
                 write_atomic(run.path / next_former(run), former)
-            write_atomic(run.path / GPUS_FILE, claim_of(plan.name, plan.run_id, gpus_here(plan)))
             write_atomic(run.plan, plan.to_json())
             write_atomic(run.lock, call.lock)
         except OSError as error:
             message = f"the run directory cannot be written: {error.strerror}"
             raise LaunchError(message, where=str(run.path)) from error
-        self.plan = plan
-        reseat(state, plan, call.restart)
 
     def _drain(self, call: DrainCall) -> None:
         for seat_id in call.seats:

@@ -8,6 +8,7 @@ from dynctl.deploy.amend import hosts_of
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.plan import Plan
 from dynctl.deploy.rehome import rehome
+from dynctl.deploy.replan import Room
 from dynctl.deploy.slurm_size import on_its_parts
 from dynctl.deploy.slurm_up import staged_recipe
 from dynctl.deploy.state import RunState
@@ -25,8 +26,8 @@ def stranded(state: RunState, lost: Collection[str]) -> frozenset[str]:
     return frozenset({seat.node for seat in there if seat.state in ("lost", "backoff")} - serving)
 
 
-def elsewhere(run: RunDir, plan: Plan, nodes: Collection[str], lost: Collection[str]) -> Plan:
-    """The plan without workers on `nodes`, and with none that it moves to one of the `lost`.
+def elsewhere(run: RunDir, plan: Plan, nodes: Collection[str], room: Room) -> Plan:
+    """The plan without workers on `nodes`; what is moved goes where `room` leaves some.
 
     Raises PlacementError when there is no room, RecipeError, CodecError for a run that cannot be read. Reads
     files: not for the event loop.
@@ -34,4 +35,4 @@ def elsewhere(run: RunDir, plan: Plan, nodes: Collection[str], lost: Collection[
     loaded = load_recipe(run.lock, (), (), files_here=False)
     if loaded.recipe.target == "slurm":
         loaded = on_its_parts(staged_recipe(loaded))
-    return rehome(loaded, hosts_of(run, plan), plan, (), nodes, lost)
+    return rehome(loaded, hosts_of(run, plan), plan, room, nodes)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import msgspec
 
+from dynctl.controller.claims import Claims
 from dynctl.controller.day2 import OPS, Day2, Desk
 from dynctl.controller.moves import (
     Begin,
@@ -45,6 +46,7 @@ from dynctl.deploy.events import append_event
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.plan import Plan
 from dynctl.deploy.rehome import moved_seats
+from dynctl.deploy.replan import Room, merged
 from dynctl.deploy.state import RunState, SeatRecord, encode_state
 from dynctl.deploy.status import view_of
 from dynctl.discovery.adapters import Adapters
@@ -54,6 +56,7 @@ from dynctl.errors import DiscoveryError, DynctlError, LaunchError
 from dynctl.launchers.base import Launch, ProcessHandle
 from dynctl.launchers.files import write_atomic
 from dynctl.launchers.fleet import Fleet, Seated
+from dynctl.protocol.day2 import RoomReply
 from dynctl.protocol.deployment import DownCall, DownReply
 from dynctl.transport.control import ControlServer, read_body
 from dynctl.transport.event_plane import Publisher
@@ -63,6 +66,8 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.1
 MOVE_AGAIN_S = 2.0
+NO_ROOM_AGAIN_S = 30.0
+"""Others may have made room meanwhile."""
 POLL_STOPPING_S = 0.02
 KILLED_WITHIN_S = 5.0
 SAVE_AGAIN_S = 5.0
@@ -88,7 +93,8 @@ class Controller:
         self._parts = parts
         self._state = state
         self._nodes: dict[str, str] = {}
-        self._day2 = Day2(Desk(parts.run, state, parts.fleet, self._changed), parts.plan)
+        self._claims = Claims(parts.fleet, state)
+        self._day2 = Day2(Desk(parts.run, state, parts.fleet, self._claims, self._changed), parts.plan)
         self._supervisor = Supervisor(state)
         self._publisher = Publisher(parts.keys, parts.plan.membership)
         self._registry = Registry(self._publisher, on_change=self._members_changed)
@@ -122,6 +128,7 @@ class Controller:
             await self._work()
         finally:
             await self._end_lanes()
+            await self._claims.close()
             if self._finishing:
                 await self._parts.fleet.dismiss()
             await self._parts.fleet.close()
@@ -222,9 +229,11 @@ class Controller:
             drain_s = read_body(body, DownCall).drain_s
             self._feed(Stop(max(0.0, drain_s)))
             return DownReply(controller_pid=self._state.controller.pid)
+        if op == "controller.room":
+            return RoomReply(nodes=await self._parts.fleet.room())
         if op in OPS:
             return await self._day2.handle(op, body)
-        hint = "registry.*, adapters.*, controller.ps, .status, .down, .apply, .drain, .lock or .exec"
+        hint = "registry.*, adapters.*, controller.ps, .status, .down, .room, .apply, .drain, .lock or .exec"
         raise DiscoveryError(f"unknown op {op!r}", hint=hint)
 
     def _poll(self) -> None:
@@ -244,6 +253,7 @@ class Controller:
         for news in self._parts.fleet.news():
             if news.reachable:
                 self._lost.discard(news.node)
+                self._claims.forget(news.node)
                 self._feed(NodeBack(news.node))
                 for seat_id, incarnation in self._moved_from.pop(news.node, {}).items():
                     self._order(news.node, Kill(seat_id, incarnation))
@@ -258,21 +268,27 @@ class Controller:
             return
         tried = (nodes, frozenset(self._lost), self._day2.plan)
         at_it = self._moving is not None and not self._moving.done()
-        if at_it or time.monotonic() < self._move_at or tried == self._no_room:
+        wait_s = NO_ROOM_AGAIN_S if tried == self._no_room else 0.0
+        if at_it or time.monotonic() < self._move_at + wait_s:
             return
         self._move_at = time.monotonic() + MOVE_AGAIN_S
         self._moving = asyncio.get_running_loop().create_task(self._move(*tried), name="move")
 
     async def _move(self, nodes: frozenset[str], lost: frozenset[str], before: Plan) -> None:
-        """Start the workers of these nodes on others, if there is room."""
+        """Start the workers of these nodes on others, if there is room, which their GPUs are claimed for."""
         try:
-            plan = await asyncio.to_thread(elsewhere, self._parts.run, before, nodes, lost)
+            room = merged(Room(lost=dict.fromkeys(lost, "")), await self._parts.fleet.room())
+            plan = await asyncio.to_thread(elsewhere, self._parts.run, before, nodes, room)
+            async with self._claims.growing(before, plan):
+                if lost == self._lost and self._day2.plan is before and not self._supervisor.stopping:
+                    self._take_moved(before, plan)  # else it is seen to anew, as it is by then
         except DynctlError as error:
-            self._no_room = (nodes, lost, before)
-            self._note("node.no_room", {"node": ", ".join(sorted(nodes)), "message": str(error)})
-            return
-        if lost != self._lost or self._day2.plan is not before or self._supervisor.stopping:
-            return  # seen to anew, as it is by then
+            tried = (nodes, lost, before)
+            if tried != self._no_room:
+                self._note("node.no_room", {"node": ", ".join(sorted(nodes)), "message": str(error)})
+            self._no_room = tried
+
+    def _take_moved(self, before: Plan, plan: Plan) -> None:
         left = {seat: before.process(seat).node for seat in moved_seats(before, plan)}
         seats = [seat for seat in self._state.seats if seat.id in left]
         for seat in seats:
@@ -291,6 +307,8 @@ class Controller:
             self._see_to_moves()
             self._feed(Tick())
             self._day2.prune()
+            if not self._supervisor.stopping:
+                self._claims.see_to(self._day2.plan, {*self._working, *self._lost})
             self._save(again=False)
             if not (self._finished() or self._left):
                 limit_s = POLL_STOPPING_S if self._supervisor.stopping else POLL_S

@@ -9,14 +9,22 @@ from pathlib import Path
 import msgspec
 
 from dynctl.deploy.ask import ask_controller
-from dynctl.deploy.gpus import require_free
+from dynctl.deploy.gpus import others
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.plan import Plan
 from dynctl.deploy.ports import listening
-from dynctl.deploy.replan import as_before, gpus_here, plan_digest, replan, with_stand_ins, without_stand_ins
+from dynctl.deploy.replan import (
+    Room,
+    as_before,
+    merged,
+    plan_digest,
+    replan,
+    with_stand_ins,
+    without_stand_ins,
+)
 from dynctl.deploy.run import INVENTORY, Site, reserved_ports
-from dynctl.errors import CodecError, LaunchError, PlacementError, UsageError
-from dynctl.protocol.day2 import Actor, ApplyCall, Done
+from dynctl.errors import CodecError, LaunchError, UsageError
+from dynctl.protocol.day2 import Actor, ApplyCall, Done, NodeRoom, RoomReply
 from dynctl.recipe.check import check_recipe
 from dynctl.recipe.load import LoadedRecipe, load_recipe
 from dynctl.recipe.lock import lock_text
@@ -28,13 +36,14 @@ FORMER = "recipe.lock.*.yaml"
 
 @dataclass(frozen=True, slots=True)
 class Amended:
-    """A deployment that runs, and what it is to become."""
+    """A deployment that runs, and what it is to become in the `room` that there is."""
 
     run: RunDir
     old: Plan
     new: Plan
     loaded: LoadedRecipe
     lock: str
+    room: Room
 
 
 def read_plan(run: RunDir) -> Plan:
@@ -79,18 +88,21 @@ def former_recipe(run: RunDir) -> LoadedRecipe:
 def amend(run: RunDir, loaded: LoadedRecipe, site: Site, inventory: Inventory | None = None) -> Amended:
     """What the run becomes with this recipe. Raises PlacementError, PortInUse, RecipeError."""
     old = read_plan(run)
-    new = replan(loaded, inventory or hosts_of(run, old), old, _taken(old, site))
-    return Amended(run, old, new, loaded, lock_text(loaded, site.version))
+    room = room_of(run, old, site)
+    new = replan(loaded, inventory or hosts_of(run, old), old, room)
+    return Amended(run, old, new, loaded, lock_text(loaded, site.version), room)
 
 
-def unchanged(run: RunDir) -> Amended:
+def unchanged(run: RunDir, site: Site) -> Amended:
     """The run as it is. Raises RecipeError when something that its recipe names is no longer there."""
     plan = read_plan(run)
     try:
         lock = run.lock.read_text()
     except OSError as error:
         raise LaunchError(f"it cannot be read: {error.strerror}", where=str(run.lock)) from error
-    return Amended(run, plan, without_stand_ins(plan), load_recipe(run.lock, environ={}), lock)
+    return Amended(
+        run, plan, without_stand_ins(plan), load_recipe(run.lock, environ={}), lock, room_of(run, plan, site)
+    )
 
 
 def rescaled(run: RunDir, roles: dict[str, int], site: Site) -> Amended:
@@ -99,21 +111,14 @@ def rescaled(run: RunDir, roles: dict[str, int], site: Site) -> Amended:
     return replace(amended, new=as_before(amended.old, amended.new))
 
 
-def apply(
-    amended: Amended, site: Site, who: Actor, roles: Sequence[str], restart: Sequence[str] = ()
-) -> Done:
+def apply(amended: Amended, who: Actor, roles: Sequence[str], restart: Sequence[str] = ()) -> Done:
     """Have the controller do it, with one more replica of each of `roles` meanwhile where there is room.
 
-    Raises TransportError, PlacementError when another deployment has a GPU, and what the controller refuses
-    it with.
+    Raises TransportError, PlacementError when another deployment has just taken a GPU, and what the
+    controller refuses it with.
     """
     run, old = amended.run, amended.old
-    _require_free(amended.new, old, site)
-    plan = with_stand_ins(amended.loaded, hosts_of(run, old), amended.new, _taken(old, site), roles)
-    try:
-        _require_free(plan, old, site)
-    except PlacementError:
-        plan = amended.new  # another deployment has what stand-ins would need
+    plan = with_stand_ins(amended.loaded, hosts_of(run, old), amended.new, amended.room, roles)
     call = ApplyCall(
         actor=who, base=plan_digest(old), plan=plan.to_json(), lock=amended.lock, restart=list(restart)
     )
@@ -133,12 +138,13 @@ def hosts_of(run: RunDir, plan: Plan) -> Inventory:
         raise CodecError(f"not an inventory: {error}", where=str(run.path / INVENTORY)) from error
 
 
-def _require_free(plan: Plan, old: Plan, site: Site) -> None:
-    """See that nobody else has the GPUs that are new on this machine. Raises PlacementError."""
-    new = gpus_here(plan) - gpus_here(old)
-    require_free(site.home, site.launcher, sorted(new), old.run_id)
-
-
-def _taken(plan: Plan, site: Site) -> set[tuple[str, int]]:
+def room_of(run: RunDir, plan: Plan, site: Site) -> Room:
+    """What is not to be had, here and, as the controller tells, on the other nodes. Raises TransportError."""
     head = plan.process("controller").node
-    return {(head, port) for port in (*listening(), *reserved_ports(site))}
+    ports = {(head, port) for port in (*listening(), *reserved_ports(site))}
+    gpus = {(head, gpu) for gpu in others(site.home, run.run_id)} if plan.target != "slurm" else set()
+    asked: dict[str, NodeRoom] = {}
+    if plan.target == "ssh":
+        told = ask_controller(run, plan.registry, "controller.room", None, RoomReply, deadline_s=ANSWER_S)
+        asked = told.nodes
+    return merged(Room(frozenset(ports), frozenset(gpus)), asked)

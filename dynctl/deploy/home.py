@@ -103,6 +103,11 @@ class Home:
         named = environ.get("DYNCTL_HOME")
         return Home(Path(named).expanduser().absolute() if named else Path.home() / ".dynctl")
 
+    @staticmethod
+    def holding(folder: Path) -> Home:
+        """The one that this directory of a run is in, be it the head's or that of another node."""
+        return Home(folder.parents[1] if folder.parent.name == "runs" else folder.parents[2])
+
     @property
     def runs(self) -> Path:
         """All runs."""

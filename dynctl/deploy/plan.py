@@ -80,10 +80,14 @@ class PlannedProcess:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What a plan takes over from the one before: where replicas are, ports by owner ("decode-0:events")."""
+    """What a plan takes over from the one before: where replicas are, ports by owner ("decode-0:events").
+
+    `others` are GPUs (node, index) that other deployments have.
+    """
 
     placement: Placement
     ports: Mapping[str, int]
+    others: frozenset[tuple[str, int]] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,10 +191,11 @@ def build_plan(
     recipe = loaded.recipe
     engine = catalog.get(recipe.backend)
     try:
-        placement = place(needs(recipe, engine, inventory), inventory, kept.placement if kept else None)
+        kept = kept or Kept({}, {})
+        placement = place(needs(recipe, engine, inventory), inventory, kept.placement, kept.others)
     except PlacementError as error:
         raise PlacementError(error.message, where=loaded.where(error.where), hint=error.hint) from error
-    ports = PortAllocator(taken_ports, run.first_port, kept.ports if kept else None)
+    ports = PortAllocator(taken_ports, run.first_port, kept.ports)
     head = inventory.hosts[0]
     doors = _frontend_hosts(loaded, inventory)
     public = _public_port(loaded, doors, ports)

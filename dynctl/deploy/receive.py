@@ -13,7 +13,7 @@ import msgspec
 
 from dynctl.command import Command
 from dynctl.deploy.gpus import FILE as GPUS_FILE
-from dynctl.deploy.gpus import claim_of, require_free
+from dynctl.deploy.gpus import claim_of, locked, require_free
 from dynctl.deploy.home import LOCK_S, Home, RunDir
 from dynctl.deploy.run import may_adopt, new_controller, same_recipe
 from dynctl.deploy.state import ENDED, load_state, readable_state, save_state
@@ -125,7 +125,7 @@ def _look(call: Look, home: Home, launcher: Launcher) -> Answer:
 
 def _claim(call: Claim, home: Home, launcher: Launcher) -> Answer:
     home.prepare()
-    with home.locked(call.name, deadline_s=LOCK_S):
+    with home.locked(call.name, deadline_s=LOCK_S), locked(home):
         if call.adopt:
             run = RunDir(home.runs / call.run_id)
             if any(one.process_id == CONTROLLER for one in launcher.owned(call.run_id)):
@@ -138,7 +138,7 @@ def _claim(call: Claim, home: Home, launcher: Launcher) -> Answer:
             before = home.run_of(call.name)
             if before is not None and launcher.owned(before.run_id):
                 raise UsageError(f"'{call.name}' has just been started by another", where=str(before.path))
-            run = home.create_run(call.run_id, _with_gpus(call, home, launcher))
+            run = home.create_run(call.run_id, _with_gpus(call, home))
             home.point(call.name, run)
         _spawn(call.spawn, launcher, RunRef(call.run_id, run.path))
     return Answer(run_dir=str(run.path))
@@ -146,16 +146,18 @@ def _claim(call: Claim, home: Home, launcher: Launcher) -> Answer:
 
 def _join(call: Join, home: Home, launcher: Launcher) -> Answer:
     home.prepare()
-    there = home.create_node(call.run_id, call.node, _with_gpus(call, home, launcher))
-    _spawn(call.spawn, launcher, RunRef(call.run_id, there.path))
+    with locked(home):  # until its agent lives, by which the claim counts
+        there = home.create_node(call.run_id, call.node, _with_gpus(call, home))
+        _spawn(call.spawn, launcher, RunRef(call.run_id, there.path))
     return Answer(run_dir=str(there.path))
 
 
-def _with_gpus(call: Claim | Join, home: Home, launcher: Launcher) -> dict[str, str]:
+def _with_gpus(call: Claim | Join, home: Home) -> dict[str, str]:
     """The files of the directory, and the GPUs taken. Raises PlacementError when another has them."""
     if not call.share_gpus:
-        require_free(home, launcher, call.gpus, call.run_id)
-    return {**call.files, GPUS_FILE: claim_of(call.name, call.run_id, call.gpus)}
+        require_free(home, call.gpus, call.run_id)
+    claim = claim_of(call.name, call.run_id, call.gpus, shared=call.share_gpus)
+    return {**call.files, GPUS_FILE: claim}
 
 
 def _sweep(call: Sweep, home: Home, launcher: Launcher) -> Answer:

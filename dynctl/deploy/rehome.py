@@ -6,11 +6,9 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from dynctl.deploy.plan import Kept, Plan, PlannedProcess, build_plan
-from dynctl.deploy.replan import Taken, context_of, kept_of, ports_taken
+from dynctl.deploy.replan import Room, context_of, keeping_off, kept_of, ports_taken
 from dynctl.errors import PlacementError
-from dynctl.protocol.instances import Role
 from dynctl.recipe.load import LoadedRecipe
-from dynctl.recipe.schema import RoleSection
 from dynctl.topology.inventory import Inventory
 
 
@@ -18,24 +16,25 @@ def rehome(
     loaded: LoadedRecipe,
     inventory: Inventory,
     old: Plan,
-    taken: Taken,
+    room: Room,
     lost: Collection[str],
-    shunned: Collection[str] = (),
 ) -> Plan:
     """`old` with every replica that has a part on a `lost` node on others of the inventory, where its role
     may run: on GPUs that are free, or, when it uses none, on a spare node, one without workers. Frontends
-    stay: clients know where they are. Nothing is moved to a `shunned` node. Raises PlacementError when there
-    is no room.
+    stay: clients know where they are. Nothing is moved to a node that `room` says is lost. Raises
+    PlacementError when there is no room.
     """
     moved = {(p.role, p.index) for p in old.processes if p.kind == "worker" and p.node in lost}
-    kept = kept_of(old)
+    kept = kept_of(old, room)
     mine = {p.id for p in old.processes if (p.role, p.index) in moved}
     still = Kept(
         {replica: ranks for replica, ranks in kept.placement.items() if replica not in moved},
         {owner: port for owner, port in kept.ports.items() if owner.partition(":")[0] not in mine},
+        kept.others,
     )
-    narrowed = _without(loaded, inventory, {role for role, _ in moved}, _unfit(old, moved, {*lost, *shunned}))
-    new = build_plan(narrowed, inventory, ports_taken(old, taken), context_of(old), still)
+    off = _unfit(old, moved, {*lost, *room.lost})
+    narrowed = keeping_off(loaded, inventory, {role for role, _ in moved}, off)
+    new = build_plan(narrowed, inventory, ports_taken(old, room.ports), context_of(old), still)
     plan = replace(new, processes=_as_before(old, new, mine), roles=old.roles)
     if {p.id for p in plan.processes} != {p.id for p in old.processes}:
         raise PlacementError("the replicas of the lost node would be cut up in another way elsewhere")
@@ -59,21 +58,3 @@ def _unfit(old: Plan, moved: Collection[tuple[str, int]], lost: Collection[str])
 def _as_before(old: Plan, new: Plan, mine: Collection[str]) -> tuple[PlannedProcess, ...]:
     known = {process.id: process for process in old.processes}
     return tuple(p if p.id in mine else known.get(p.id, p) for p in new.processes)
-
-
-def _without(
-    loaded: LoadedRecipe, inventory: Inventory, roles: Collection[Role | str], off: Collection[str]
-) -> LoadedRecipe:
-    """The recipe in which these roles keep off some nodes. Raises PlacementError when no other is left."""
-    sections = loaded.recipe.roles
-    update: dict[str, RoleSection] = {}
-    for role, section in sections.present().items():
-        if role not in roles:
-            continue
-        may = inventory.select(section.hosts) if section.hosts else inventory.hosts
-        living = [host.name for host in may if host.name not in off]
-        if not living:
-            raise PlacementError(f"no spare host is left that {role} may run on", where=f"roles.{role}.hosts")
-        update[role] = section.model_copy(update={"hosts": living})
-    recipe = loaded.recipe.model_copy(update={"roles": sections.model_copy(update=update)})
-    return replace(loaded, recipe=recipe)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from dynctl.deploy.digest import digest_of, reasons
 from dynctl.deploy.plan import Kept, Plan, PlannedProcess, build_plan
@@ -12,12 +12,25 @@ from dynctl.deploy.run import SEAT_KINDS
 from dynctl.deploy.seats import NodeContext, RunContext
 from dynctl.engines.base import Rank
 from dynctl.errors import PlacementError, RecipeError
+from dynctl.protocol.day2 import NodeRoom
 from dynctl.recipe.check import parallel_of
 from dynctl.recipe.load import LoadedRecipe
+from dynctl.recipe.schema import RoleSection
 from dynctl.topology.inventory import Inventory
 from dynctl.topology.ports import first_port_of
 
 Taken = Iterable[tuple[str, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What is not to be had: ports in use and GPUs of other deployments, as (node, number); nodes that do not
+    answer, and why.
+    """
+
+    ports: frozenset[tuple[str, int]] = frozenset()
+    gpus: frozenset[tuple[str, int]] = frozenset()
+    lost: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +50,17 @@ def plan_digest(plan: Plan) -> str:
     return hashlib.sha256(plan.to_json().encode()).hexdigest()[:16]
 
 
-def replan(loaded: LoadedRecipe, inventory: Inventory, old: Plan, taken: Taken) -> Plan:
-    """The plan of `loaded` for the run of `old`. Raises PlacementError, PortInUse, and RecipeError for what
-    cannot be changed while it serves.
+def merged(room: Room, asked: Mapping[str, NodeRoom]) -> Room:
+    """The room with what the nodes have told of themselves."""
+    ports = {(node, port) for node, told in asked.items() for port in told.ports}
+    gpus = {(node, gpu) for node, told in asked.items() for gpu in told.gpus}
+    lost = {node: told.lost for node, told in asked.items() if told.lost}
+    return Room(room.ports | ports, room.gpus | gpus, {**room.lost, **lost})
+
+
+def replan(loaded: LoadedRecipe, inventory: Inventory, old: Plan, room: Room) -> Plan:
+    """The plan of `loaded` for the run of `old`; nothing new is on a lost node. Raises PlacementError,
+    PortInUse, and RecipeError for what cannot be changed while it serves.
     """
     recipe = loaded.recipe
     fixed = {
@@ -49,19 +70,23 @@ def replan(loaded: LoadedRecipe, inventory: Inventory, old: Plan, taken: Taken) 
         "model.served_name": (old.model, recipe.model.name),
         "roles": (sorted(old.roles), sorted(recipe.roles.present())),
     }
-    for field, (was, now) in fixed.items():
+    for what, (was, now) in fixed.items():
         if was != now:
-            raise _unrollable(f"{field} changes from {_words(was)} to {_words(now)}", loaded.where(field))
-    plan = build_plan(loaded, _used(inventory, old), ports_taken(old, taken), context_of(old), kept_of(old))
+            raise _unrollable(f"{what} changes from {_words(was)} to {_words(now)}", loaded.where(what))
+    hosts = _used(inventory, old)
+    more = [role for role, one in recipe.roles.present().items() if one.replicas > old.roles[role]]
+    living = keeping_off(loaded, hosts, more, room.lost)
+    plan = build_plan(living, hosts, ports_taken(old, room.ports), context_of(old), kept_of(old, room))
     _require_places(old, plan, loaded)
     return plan
 
 
 def with_stand_ins(
-    loaded: LoadedRecipe, inventory: Inventory, plan: Plan, taken: Taken, roles: Sequence[str]
+    loaded: LoadedRecipe, inventory: Inventory, plan: Plan, room: Room, roles: Sequence[str]
 ) -> Plan:
     """`plan` with one replica more of each of these roles, as far as there is room."""
-    listed, processes, sections = list(taken), plan.processes, loaded.recipe.roles
+    processes, sections = plan.processes, loaded.recipe.roles
+    hosts = _used(inventory, plan)
     for role in roles:
         section = sections.present().get(role)  # type: ignore[call-overload]
         if section is None or section.urls:
@@ -70,12 +95,13 @@ def with_stand_ins(
         wider = sections.model_copy(update={role: more})
         base = replace(plan, processes=processes)
         try:
+            wanted = replace(loaded, recipe=loaded.recipe.model_copy(update={"roles": wider}))
             grown = build_plan(
-                replace(loaded, recipe=loaded.recipe.model_copy(update={"roles": wider})),
-                _used(inventory, plan),
-                ports_taken(base, listed),
+                keeping_off(wanted, hosts, [role], room.lost),
+                hosts,
+                ports_taken(base, room.ports),
                 context_of(plan),
-                kept_of(base),
+                kept_of(base, room),
             )
         except PlacementError:
             continue
@@ -93,10 +119,22 @@ def as_before(old: Plan, new: Plan) -> Plan:
     return replace(new, processes=tuple(known.get(p.id, p) for p in new.processes))
 
 
-def gpus_here(plan: Plan) -> set[int]:
-    """GPUs of the node that the controller is on."""
-    head = plan.process("controller").node
-    return {gpu for p in plan.processes if p.node == head for gpu in p.gpus}
+def keeping_off(
+    loaded: LoadedRecipe, inventory: Inventory, roles: Collection[str], off: Collection[str]
+) -> LoadedRecipe:
+    """The recipe in which these roles keep off some nodes. Raises PlacementError when no other is left."""
+    sections = loaded.recipe.roles
+    update: dict[str, RoleSection] = {}
+    for role, section in sections.present().items():
+        if role not in roles or not off:
+            continue
+        may = inventory.select(section.hosts) if section.hosts else inventory.hosts
+        living = [host.name for host in may if host.name not in off]
+        if not living:
+            raise PlacementError(f"no spare host is left that {role} may run on", where=f"roles.{role}.hosts")
+        update[role] = section.model_copy(update={"hosts": living})
+    recipe = loaded.recipe.model_copy(update={"roles": sections.model_copy(update=update)})
+    return replace(loaded, recipe=recipe)
 
 
 def without_stand_ins(plan: Plan) -> Plan:
@@ -130,8 +168,8 @@ def context_of(plan: Plan) -> RunContext:
     return RunContext(plan.run_id, head.command.cwd or "", head.command.argv[0], first, nodes)
 
 
-def kept_of(plan: Plan) -> Kept:
-    """Where everything is."""
+def kept_of(plan: Plan, room: Room) -> Kept:
+    """Where everything is, and what others have."""
     addresses = {node.name: node.address for node in plan.nodes}
     placement: dict[tuple[str, int], tuple[Rank, ...]] = {}
     for process in plan.processes:
@@ -140,7 +178,7 @@ def kept_of(plan: Plan) -> Kept:
             replica = process.role, process.index
             placement[replica] = (*placement.get(replica, ()), rank)
     ports = {f"{p.id}:{name}": port for p in plan.processes for name, port in p.ports.items()}
-    return Kept(placement, ports)
+    return Kept(placement, ports, room.gpus)
 
 
 def _require_places(old: Plan, new: Plan, loaded: LoadedRecipe) -> None:

@@ -15,7 +15,7 @@ import msgspec
 from dynctl import procfs
 from dynctl.deploy.digest import digest_of
 from dynctl.deploy.gpus import FILE as GPUS_FILE
-from dynctl.deploy.gpus import claim_of, require_free
+from dynctl.deploy.gpus import claim_of, locked, require_free
 from dynctl.deploy.home import LOCK_S, Home, RunDir, new_run_id
 from dynctl.deploy.plan import Plan, PlannedProcess, build_plan
 from dynctl.deploy.ports import holder, listen_error, listening
@@ -35,6 +35,7 @@ from dynctl.deploy.state import (
 from dynctl.deploy.stop import CONTROLLER
 from dynctl.errors import CodecError, LaunchError, PortInUse, RecipeError, UsageError
 from dynctl.launchers.base import Launch, Launcher, ProcessHandle, RunRef
+from dynctl.launchers.files import write_atomic
 from dynctl.recipe.check import check_recipe
 from dynctl.recipe.load import LoadedRecipe, load_recipe
 from dynctl.recipe.lock import lock_text
@@ -192,14 +193,18 @@ def begin(checked: Checked, site: Site, *, share_gpus: bool = False) -> Up:
     run_id = new_run_id(name, time.gmtime())
     context = RunContext(run_id, str(site.home.runs / run_id), site.python, first_port_of(run_id))
     # One at a time from looking at ports until the run that has them is written down.
-    with site.home.locked(_PORTS, deadline_s=LOCK_S):
+    with site.home.locked(_PORTS, deadline_s=LOCK_S), locked(site.home):
         plan = plan_run(checked, site, context)
         require_programs(plan, checked.loaded, site.environ)
         require_certificate(checked.loaded)
+        gpus = [gpu for node in plan.nodes for gpu in node.gpus]
         if not share_gpus:
-            require_free(site.home, site.launcher, [gpu for node in plan.nodes for gpu in node.gpus])
+            require_free(site.home, gpus)
         run = write_run(plan, lock_text(checked.loaded, site.version), checked.inventory, site.home)
-    handle = site.launcher.start(controller_of(plan, 1, checked), RunRef(run.run_id, run.path))
+        if share_gpus:
+            with _disk_of(run):
+                write_atomic(run.path / GPUS_FILE, claim_of(name, run_id, gpus, shared=True))
+        handle = site.launcher.start(controller_of(plan, 1, checked), RunRef(run.run_id, run.path))
     return Up(name, run, plan.url, handle, adopted=False)
 
 

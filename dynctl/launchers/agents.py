@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from dynctl.errors import DynctlError, LaunchError, TransportError
+from dynctl.errors import DynctlError, LaunchError, PlacementError, TransportError
 from dynctl.launchers.base import Launch, ProcessHandle
 from dynctl.launchers.fleet import Ended, NodeNews, Seated
 from dynctl.launchers.log_copies import LogCopies
@@ -20,6 +20,7 @@ from dynctl.protocol.agent import (
     ClearCall,
     ClearReply,
     Found,
+    HoldCall,
     LivesCall,
     LogReply,
     LookCall,
@@ -29,7 +30,7 @@ from dynctl.protocol.agent import (
     SignalCall,
     StartCall,
 )
-from dynctl.protocol.day2 import ExecReply
+from dynctl.protocol.day2 import ExecReply, NodeRoom
 from dynctl.transport.control import ControlClient
 from dynctl.transport.keys import Keys
 
@@ -40,6 +41,7 @@ LOOK_DEADLINE_S = 1.5
 LOST_S = 3.0
 START_DEADLINE_S = 15.0
 CALL_DEADLINE_S = 3.0
+HOLD_DEADLINE_S = 5.0
 LEAVE_S = 1.0
 
 
@@ -157,6 +159,30 @@ class AgentFleet:
         )
         deadline_s = timeout_s + CALL_DEADLINE_S
         return await self._node(launch.node).client.call("agent.exec", call, ExecReply, deadline_s)
+
+    async def room(self) -> dict[str, NodeRoom]:
+        """As `Fleet`: all nodes are asked at once; one known to be lost is not."""
+
+        async def ask(node: _Node) -> NodeRoom:
+            if not node.reachable:
+                return NodeRoom(lost="it does not answer")
+            try:
+                return await node.client.call("agent.room", None, NodeRoom, CALL_DEADLINE_S)
+            except DynctlError as error:
+                return NodeRoom(lost=error.message)
+
+        told = await asyncio.gather(*map(ask, self._nodes.values()))
+        return dict(zip(self._nodes, told, strict=True))
+
+    async def hold(self, node: str, gpus: Collection[int]) -> None:
+        """As `Fleet`."""
+        call = HoldCall(gpus=sorted(gpus))
+        try:
+            await self._node(node).client.call("agent.hold", call, type(None), HOLD_DEADLINE_S)
+        except TransportError as error:
+            raise LaunchError(f"its GPUs cannot be claimed: {error.message}", where=node) from error
+        except PlacementError as error:
+            raise PlacementError(error.message, where=node, hint=error.hint) from error
 
     async def dismiss(self) -> None:
         """As `Fleet`: the agents leave too."""

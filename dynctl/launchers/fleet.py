@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +16,7 @@ from dynctl import procfs
 from dynctl.launchers.base import Launch, Launcher, Owned, ProcessHandle, RunRef
 from dynctl.launchers.execute import execute
 from dynctl.launchers.last_lines import tail, telling_lines
-from dynctl.protocol.day2 import ExecReply
+from dynctl.protocol.day2 import ExecReply, NodeRoom
 from dynctl.protocol.exits import LastWords, read_last_words
 
 _SEARCHED_LINES = 200
@@ -98,6 +98,16 @@ class Fleet(Protocol):
         """
         ...
 
+    async def room(self) -> dict[str, NodeRoom]:
+        """What is not to be had on the nodes, as far as it is for the fleet to ask: nodes may be missing."""
+        ...
+
+    async def hold(self, node: str, gpus: Collection[int]) -> None:
+        """Have the run claim just these GPUs of the node. Raises PlacementError for one that another
+        deployment has, other DynctlError when it cannot be done.
+        """
+        ...
+
     async def dismiss(self) -> None:
         """The run has ended: nothing is needed on the nodes any more. Called before `close`, if at all."""
         ...
@@ -108,11 +118,14 @@ class Fleet(Protocol):
 
 
 class LocalFleet:
-    """The one node that this process runs on."""
+    """The one node that this process runs on. `hold` claims GPUs there; None: there is nobody to heed."""
 
-    def __init__(self, launcher: Launcher, run: RunRef) -> None:
+    def __init__(
+        self, launcher: Launcher, run: RunRef, hold: Callable[[Collection[int]], None] | None = None
+    ) -> None:
         self._launcher = launcher
         self._run = run
+        self._hold = hold
 
     async def start(self, launch: Launch) -> ProcessHandle:
         """As `Fleet`."""
@@ -165,6 +178,15 @@ class LocalFleet:
     async def exec(self, launch: Launch, timeout_s: float) -> ExecReply:
         """As `Fleet`."""
         return await execute(launch, self._run.run_id, timeout_s)
+
+    async def room(self) -> dict[str, NodeRoom]:
+        """None: whoever plans is on this node too, and looks by itself."""
+        return {}
+
+    async def hold(self, node: str, gpus: Collection[int]) -> None:
+        """As `Fleet`."""
+        if self._hold is not None:
+            await asyncio.to_thread(self._hold, gpus)
 
     async def dismiss(self) -> None:
         """Nothing was needed."""

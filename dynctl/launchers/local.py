@@ -136,6 +136,13 @@ class LocalLauncher:
             child.returncode = 0
 
 
+def living_runs() -> set[str]:
+    """The ids of all runs of which a process of this user lives here."""
+    pids = procfs.pids_of_user(os.geteuid())
+    alive = (pid for pid in pids if (stat := procfs.stat(pid)) is not None and stat.alive)
+    return {procfs.environment(pid).get(ENV_RUN, "") for pid in alive} - {""}
+
+
 def environment_for(launch: Launch, run_id: str) -> dict[str, str]:
     """What the process is started with: ours, the command's, and the three names by which it is found."""
     return {

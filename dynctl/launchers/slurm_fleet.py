@@ -12,7 +12,7 @@ import os
 import signal as signals
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -26,7 +26,7 @@ from dynctl.launchers.last_lines import tail, telling_lines
 from dynctl.launchers.local import LocalLauncher
 from dynctl.launchers.reach import reaches
 from dynctl.launchers.slurm_client import SlurmClient, StepRow
-from dynctl.protocol.day2 import ExecReply
+from dynctl.protocol.day2 import ExecReply, NodeRoom
 
 logger = logging.getLogger(__name__)
 
@@ -212,6 +212,13 @@ class SlurmFleet:
         except SlurmError as error:
             logger.warning("step.unknown seat=%s error=%s", seated.seat, error)
             return True
+
+    async def room(self) -> dict[str, NodeRoom]:
+        """As `Fleet`: none is asked."""
+        return {}
+
+    async def hold(self, node: str, gpus: Collection[int]) -> None:
+        """As `Fleet`: Slurm has given them."""
 
     async def dismiss(self) -> None:
         """As `Fleet`: steps have ended, and the job ends with the controller."""

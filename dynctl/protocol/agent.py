@@ -86,6 +86,12 @@ class ClearReply(msgspec.Struct, frozen=True, kw_only=True):
     left: list[int]
 
 
+class HoldCall(msgspec.Struct, frozen=True, kw_only=True):
+    """Claim just these GPUs of the node for the run. Refused with a PlacementError for what another has."""
+
+    gpus: list[int]
+
+
 class NodeExec(msgspec.Struct, frozen=True, kw_only=True):
     """Run a command to its end, with this added to the environment. Answer: `protocol.day2.ExecReply`."""
 

@@ -57,6 +57,23 @@ class ExecCall(msgspec.Struct, frozen=True, kw_only=True):
     timeout_s: float = 60.0
 
 
+class NodeRoom(msgspec.Struct, frozen=True, kw_only=True):
+    """What is not to be had on a node: ports in use there, GPUs of other deployments with their names.
+
+    `lost`: why it cannot be asked; "" = it was.
+    """
+
+    ports: list[int] = []
+    gpus: dict[int, str] = {}
+    lost: str = ""
+
+
+class RoomReply(msgspec.Struct, frozen=True, kw_only=True):
+    """What is not to be had, by node; nodes that the controller cannot ask about are missing."""
+
+    nodes: dict[str, NodeRoom]
+
+
 class ExecReply(msgspec.Struct, frozen=True, kw_only=True):
     """`code` is negative for a signal; of long outputs the end is kept."""
 

@@ -8,7 +8,7 @@ may run on few nodes only are placed before those that may run on more.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from dynctl.engines.base import Parallel, Rank
@@ -35,14 +35,21 @@ Placement = Mapping[tuple[str, int], tuple[Rank, ...]]
 """(role, index) → the replica's parts, the head first."""
 
 
-def place(needs: Sequence[Need], inventory: Inventory, kept: Placement | None = None) -> Placement:
-    """A place for every replica: the one it has by `kept`, else a free one.
+def place(
+    needs: Sequence[Need],
+    inventory: Inventory,
+    kept: Placement | None = None,
+    others: Collection[tuple[str, int]] = (),
+) -> Placement:
+    """A place for every replica: the one it has by `kept`, else a free one. `others` are GPUs (node, index)
+    that are not to be had.
 
     Raises PlacementError that names need and have, in total and per node.
     """
     _require_known(needs, inventory)
     placed = _stay(needs, kept or {})
     used = {(rank.node, gpu) for ranks in placed.values() for rank in ranks for gpu in rank.gpus}
+    used.update(others)
     free = {h.name: [gpu for gpu in range(h.gpus) if (h.name, gpu) not in used] for h in inventory.hosts}
     wanted = [(need, index) for need in needs if need.gpus for index in range(need.replicas)]
     wanted = [(need, index) for need, index in wanted if (need.role, index) not in placed]

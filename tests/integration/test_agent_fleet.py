@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -14,7 +15,8 @@ import msgspec
 import pytest
 
 from dynctl.command import Command
-from dynctl.errors import DynctlError, LaunchError
+from dynctl.deploy.home import Home
+from dynctl.errors import DynctlError, LaunchError, PlacementError
 from dynctl.launchers import agents
 from dynctl.launchers.agents import AgentFleet
 from dynctl.launchers.base import Launch, ProcessHandle, RunRef
@@ -34,10 +36,12 @@ T = TypeVar("T")
 class Plane:
     """Two nodes with an agent each, and the fleet."""
 
-    def __init__(self, root: Path, ports: list[int]) -> None:
-        self.root = root
+    def __init__(self, home: Path, ports: list[int], name: str = "one") -> None:
+        self.run_id = f"{RUN_ID}-{name}-{os.getpid()}"
+        Home(home).prepare()
+        self.root = home / "nodes" / self.run_id
+        self.root.mkdir(mode=0o700, parents=True)
         self.keys = Keys.generate()
-        self.run_id = f"{RUN_ID}-{os.getpid()}"
         self.launcher = LocalLauncher()
         self.endpoints = {f"n{i}": f"tcp://127.0.0.1:{port}" for i, port in enumerate(ports, 1)}
         self.started: list[ProcessHandle] = []
@@ -98,6 +102,15 @@ async def until(look: Callable[[], T]) -> T:
 async def plane(tmp_path: Path) -> AsyncIterator[Plane]:
     ports = PortAllocator((), 21_000 + os.getpid() % 5_000)
     made = Plane(tmp_path, [ports.allocate(["n"]) for _ in range(2)])
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+async def other(tmp_path: Path, plane: Plane) -> AsyncIterator[Plane]:
+    """Another run on the same two nodes."""
+    ports = PortAllocator((), 26_500 + os.getpid() % 5_000)
+    made = Plane(tmp_path, [ports.allocate(["n"]) for _ in range(2)], "other")
     yield made
     await made.close()
 
@@ -218,3 +231,33 @@ async def test_agents_leave_when_the_run_has_ended(plane: Plane) -> None:
         for one in await until(lambda: plane.launcher.poll(handles)):
             codes.setdefault(one.handle.pid, one.code)
     assert list(codes.values()) == [0, 0]
+
+
+async def test_two_runs_that_want_the_same_gpus_of_a_node_at_once_do_not_both_get_them(
+    plane: Plane, other: Plane
+) -> None:
+    told = await asyncio.gather(
+        plane.fleet.hold("n2", {0, 1}), other.fleet.hold("n2", {1, 2}), return_exceptions=True
+    )
+    refused = [one for one in told if one is not None]
+    assert len(refused) == 1
+    assert isinstance(refused[0], PlacementError)
+    assert refused[0].where == "n2"
+    assert "has GPU 1 already" in refused[0].message
+    won, lost = (plane, other) if told[0] is None else (other, plane)
+    mine = {0, 1} if won is plane else {1, 2}
+    assert set((await lost.fleet.room())["n2"].gpus) == mine
+    won.launcher.kill(won.launcher.owned(won.run_id))  # both "nodes" are this host
+    await until(lambda: not won.launcher.owned(won.run_id))
+    await lost.fleet.hold("n2", {0, 1, 2})
+
+
+async def test_a_port_in_use_on_another_node_is_told(plane: Plane) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        room = await plane.fleet.room()
+        assert busy.getsockname()[1] in room["n2"].ports
+    os.kill(plane.agents["n1"].pid, signal.SIGKILL)
+    await until(lambda: plane.launcher.poll([plane.agents["n1"]]))
+    room = await plane.fleet.room()
+    assert room["n1"].lost
+    assert not room["n2"].lost

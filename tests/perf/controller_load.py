@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +42,7 @@ from dynctl.launchers.base import Launch, ProcessHandle
 from dynctl.launchers.fleet import Ended, Fleet, NodeNews, Seated
 from dynctl.launchers.local import LocalLauncher
 from dynctl.protocol.agent import ClearReply, LogReply, LookReply, Proc, StartCall
-from dynctl.protocol.day2 import ExecReply
+from dynctl.protocol.day2 import ExecReply, NodeRoom
 from dynctl.protocol.deployment import DeploymentView
 from dynctl.protocol.instances import Instance, ModelCard
 from dynctl.protocol.registry import Member
@@ -103,6 +103,13 @@ class IdleFleet:
     async def exec(self, launch: Launch, timeout_s: float) -> ExecReply:
         """As `Fleet`."""
         raise LaunchError("nothing runs here")
+
+    async def room(self) -> dict[str, NodeRoom]:
+        """As `Fleet`."""
+        return {}
+
+    async def hold(self, node: str, gpus: Collection[int]) -> None:
+        """As `Fleet`."""
 
     async def dismiss(self) -> None:
         """As `Fleet`."""

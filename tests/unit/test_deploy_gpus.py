@@ -2,29 +2,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from dynctl.deploy.gpus import claim_of, require_free
+from dynctl.deploy.gpus import FILE, GpuClaim, Living, claim_of, hold, others, require_free
 from dynctl.deploy.home import Home
 from dynctl.deploy.plan import Plan, PlannedNode
 from dynctl.deploy.remote import HostSite, require_idle
 from dynctl.errors import PlacementError
-from dynctl.launchers.base import Launcher, Owned, ProcessHandle
 
 
-class Living:
-    """A launcher that finds processes of these runs alone."""
-
-    def __init__(self, *runs: str) -> None:
-        self.runs = runs
-
-    def owned(self, run_id: str) -> list[Owned]:
-        one = Owned(ProcessHandle(1, 1, 1), 0, "decode-0", 1)
-        return [one] if run_id in self.runs else []
-
-
-def living(*runs: str) -> Launcher:
-    return Living(*runs)  # type: ignore[return-value]
+def living(*runs: str) -> Living:
+    return lambda: runs
 
 
 @pytest.fixture
@@ -38,28 +27,28 @@ def home(tmp_path: Path) -> Home:
 
 def test_gpus_of_a_living_run_are_not_given_twice(home: Home) -> None:
     with pytest.raises(PlacementError, match="'one' has GPU 1 already") as refused:
-        require_free(home, living("one-1"), [1, 2])
+        require_free(home, [1, 2], living=living("one-1"))
     assert "--share-gpus" in refused.value.hint
     with pytest.raises(PlacementError, match="'two' has GPU 4"):
-        require_free(home, living("two-1"), [4])
+        require_free(home, [4], living=living("two-1"))
 
 
 def test_gpus_of_a_run_that_has_ended_and_ones_own_are_free(home: Home) -> None:
-    require_free(home, living(), [0, 1, 4])
-    require_free(home, living("one-1"), [0], "one-1")
-    require_free(home, living("one-1"), [2, 3])
+    require_free(home, [0, 1, 4], living=living())
+    require_free(home, [0], "one-1", living=living("one-1"))
+    require_free(home, [2, 3], living=living("one-1"))
 
 
 def test_gpus_of_another_host_that_shares_the_directory_are_another_matter(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("socket.gethostname", lambda: "another")
-    require_free(home, living("one-1"), [0])
+    require_free(home, [0], living=living("one-1"))
 
 
 def test_a_claim_that_cannot_be_read_is_in_nobodys_way(home: Home) -> None:
     (home.runs / "one-1" / "gpus.json").write_text("{")
-    require_free(home, living("one-1"), [0])
+    require_free(home, [0], living=living("one-1"))
 
 
 def test_gpus_that_somebody_uses_are_seen_before_the_start() -> None:
@@ -82,3 +71,29 @@ def test_gpus_that_somebody_uses_are_seen_before_the_start() -> None:
     with pytest.raises(PlacementError, match=r"GPU 0 by python \(pid 7\)") as refused:
         require_idle(plan, [idle, busy])
     assert refused.value.where == "n2"
+
+
+def claimed(folder: Path) -> list[int]:
+    return msgspec.json.decode((folder / FILE).read_bytes(), type=GpuClaim).gpus
+
+
+def test_a_claim_grows_only_by_what_is_free_and_else_stays_as_it_was(home: Home) -> None:
+    one, alive = home.runs / "one-1", living("one-1", "two-1")
+    hold(home, one, "one-1", {0, 1, 2}, alive)
+    with pytest.raises(PlacementError, match="'two' has GPU 4"):
+        hold(home, one, "one-1", {0, 4}, alive)
+    assert claimed(one) == [0, 1, 2]
+    hold(home, one, "one-1", {0}, alive)
+    assert others(home, "two-1", alive) == {0: "one"}
+
+
+def test_what_was_killed_claims_nothing(home: Home) -> None:
+    assert others(home, "one-1", living("one-1")) == {}
+    hold(home, home.runs / "one-1", "one-1", {0, 4}, living("one-1"))
+
+
+def test_a_run_that_was_told_to_share_shares_also_what_it_gets_later(home: Home) -> None:
+    home.create_run("three-1", {FILE: claim_of("three", "three-1", [0], shared=True)})
+    hold(home, home.runs / "three-1", "three-1", {0, 4}, living("one-1", "two-1", "three-1"))
+    hold(home, home.runs / "three-1", "three-1", {0, 1, 4}, living("one-1", "two-1", "three-1"))
+    assert claimed(home.runs / "three-1") == [0, 1, 4]

@@ -8,6 +8,7 @@ import pytest
 
 from dynctl.deploy.plan import Plan, PlannedProcess, RunContext, build_plan
 from dynctl.deploy.rehome import moved_seats, rehome
+from dynctl.deploy.replan import Room
 from dynctl.errors import PlacementError
 from dynctl.recipe.load import LoadedRecipe, load_recipe
 from dynctl.topology.inventory import Host, Inventory
@@ -40,7 +41,7 @@ def test_gpu_workers_go_to_free_gpus_and_nobody_else_moves(tmp_path: Path) -> No
     loaded, inventory = load(tmp_path, "gpus"), hosts(4, 3, 4)
     old = build_plan(loaded, inventory, (), RUN)
     lost = workers(old)["decode-2"].node
-    new = rehome(loaded, inventory, old, (), {lost})
+    new = rehome(loaded, inventory, old, Room(), {lost})
     moved = moved_seats(old, new)
     assert moved == [p.id for p in workers(old).values() if p.node == lost]
     assert all(workers(new)[seat].node != lost for seat in moved)
@@ -53,7 +54,7 @@ def test_gpu_workers_go_to_free_gpus_and_nobody_else_moves(tmp_path: Path) -> No
 def test_ports_of_the_next_node_are_its_own(tmp_path: Path) -> None:
     loaded, inventory = load(tmp_path, "gpus"), hosts(4, 3, 4)
     old = build_plan(loaded, inventory, (), RUN)
-    new = rehome(loaded, inventory, old, (), {workers(old)["decode-2"].node})
+    new = rehome(loaded, inventory, old, Room(), {workers(old)["decode-2"].node})
     for name in ("n1", "n2", "n3"):
         ports = [port for p in new.processes if p.node == name for port in p.ports.values()]
         assert len(ports) == len(set(ports))
@@ -63,23 +64,52 @@ def test_without_free_gpus_they_stay_away(tmp_path: Path) -> None:
     loaded, inventory = load(tmp_path, "gpus"), hosts(4, 3)
     old = build_plan(loaded, inventory, (), RUN)
     with pytest.raises(PlacementError):
-        rehome(loaded, inventory, old, (), {"n2"})
+        rehome(loaded, inventory, old, Room(), {"n2"})
 
 
 def test_workers_without_gpus_go_to_a_spare_node_and_to_no_other(tmp_path: Path) -> None:
     loaded = load(tmp_path, "mocker")
     four = build_plan(loaded, hosts(0, 0, 0, 0), (), RUN)
     assert [p.node for p in workers(four).values()] == ["n1", "n2", "n3"]
-    new = rehome(loaded, hosts(0, 0, 0, 0), four, (), {"n2"})
+    new = rehome(loaded, hosts(0, 0, 0, 0), four, Room(), {"n2"})
     assert moved_seats(four, new) == ["aggregated-1"]
     assert workers(new)["aggregated-1"].node == "n4"
     three = build_plan(loaded, hosts(0, 0, 0), (), RUN)
     with pytest.raises(PlacementError, match="no spare host is left"):
-        rehome(loaded, hosts(0, 0, 0), three, (), {"n2"})
+        rehome(loaded, hosts(0, 0, 0), three, Room(), {"n2"})
 
 
 def test_a_role_keeps_to_its_hosts(tmp_path: Path) -> None:
     loaded = load(tmp_path, "mocker", "roles.aggregated.hosts=[n1, n2, n3]")
     plan = build_plan(loaded, hosts(0, 0, 0, 0), (), RUN)
     with pytest.raises(PlacementError):
-        rehome(loaded, hosts(0, 0, 0, 0), plan, (), {"n2"})
+        rehome(loaded, hosts(0, 0, 0, 0), plan, Room(), {"n2"})
+
+
+def test_a_moved_worker_takes_no_port_that_is_busy_on_its_next_node(tmp_path: Path) -> None:
+    loaded, inventory = load(tmp_path, "mocker"), hosts(0, 0, 0, 0)
+    old = build_plan(loaded, inventory, (), RUN)
+
+    def ports(plan: Plan) -> set[int]:
+        return {port for p in plan.processes if p.id.startswith("aggregated-1") for port in p.ports.values()}
+
+    first = ports(rehome(loaded, inventory, old, Room(), {"n2"}))
+    busy = frozenset(("n4", port) for port in first)
+    assert not first & ports(rehome(loaded, inventory, old, Room(busy), {"n2"}))
+
+
+def test_nobody_is_moved_to_gpus_of_another_deployment_or_to_another_lost_node(tmp_path: Path) -> None:
+    loaded, inventory = load(tmp_path, "gpus"), hosts(4, 3, 4)
+    old = build_plan(loaded, inventory, (), RUN)
+    lost = workers(old)["decode-2"].node
+    moved = moved_seats(old, rehome(loaded, inventory, old, Room(), {lost}))
+    free = [
+        (p.node, gpu)
+        for p in workers(rehome(loaded, inventory, old, Room(), {lost})).values()
+        if p.id in moved
+        for gpu in p.gpus
+    ]
+    with pytest.raises(PlacementError):
+        rehome(loaded, inventory, old, Room(gpus=frozenset(free)), {lost})
+    with pytest.raises(PlacementError):
+        rehome(loaded, inventory, old, Room(lost={free[0][0]: "no answer"}), {lost})
