@@ -71,6 +71,23 @@ class Plane:
         self.started.append(self.launcher.start(launch, RunRef(self.run_id, folder)))
         return self.started[-1]
 
+    def agent_pid(self, node: str) -> int:
+        """The agent itself, which its keeper has started; 0 while there is none."""
+        keeper, owned = self.agents[node].pid, self.launcher.owned(self.run_id)
+        return next((one.handle.pid for one in owned if one.ppid == keeper), 0)
+
+    async def next_agent(self, node: str, before: int) -> int:
+        """The pid of the agent after this one."""
+        await until(lambda: self.agent_pid(node) not in (0, before))
+        return self.agent_pid(node)
+
+    async def kill_agent(self, node: str) -> None:
+        """With its keeper, which would start another."""
+        self.launcher.kill(
+            [one for one in self.launcher.owned(self.run_id) if one.process_id == f"agent-{node}"]
+        )
+        await until(lambda: self.launcher.poll([self.agents[node]]))
+
     async def start(
         self, code: str, node: str = "n1", seat: str = "decode-0", incarnation: int = 1
     ) -> Seated:
@@ -137,8 +154,7 @@ async def test_logs_of_another_node_are_read_where_the_controller_is_also_when_i
     copy = logs / "decode-5.log"
     await until(lambda: copy.exists() and copy.read_text() == "a line\n")
     assert copy.stat().st_mode & 0o777 == 0o600
-    os.kill(plane.agents["n2"].pid, signal.SIGKILL)
-    await until(lambda: plane.launcher.poll([plane.agents["n2"]]))
+    await plane.kill_agent("n2")
     plane.agents["n2"] = plane.start_agent("n2")
     with (plane.run_dir("n2") / "logs" / "decode-5.log").open("a") as file:
         file.write("another\nhalf")
@@ -169,8 +185,7 @@ async def test_an_older_incarnation_is_ended_before_the_next_one_starts(plane: P
 
 async def test_a_process_outlives_its_agent_and_is_followed_by_the_next(plane: Plane) -> None:
     seated = await plane.start(SLEEP)
-    os.kill(plane.agents["n1"].pid, signal.SIGKILL)
-    await until(lambda: plane.launcher.poll([plane.agents["n1"]]))
+    await plane.kill_agent("n1")
     plane.agents["n1"] = plane.start_agent("n1")
     assert await plane.fleet.lives(seated)
     assert await plane.fleet.signal(seated, signal.SIGTERM)
@@ -180,9 +195,10 @@ async def test_a_process_outlives_its_agent_and_is_followed_by_the_next(plane: P
 async def test_a_node_that_does_not_answer_is_lost_and_comes_back(
     plane: Plane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agents, "LOST_S", 0.5)
+    await plane.start("pass", "n1", "decode-1")  # or its agent, not there yet, is told of too
     seated = await plane.start(SLEEP, "n2")
-    os.kill(plane.agents["n2"].pid, signal.SIGSTOP)
+    monkeypatch.setattr(agents, "LOST_S", 0.5)
+    os.kill(plane.agent_pid("n2"), signal.SIGSTOP)
     try:
         (lost,) = await until(plane.fleet.news)
         assert (lost.node, lost.reachable) == ("n2", False)
@@ -191,7 +207,7 @@ async def test_a_node_that_does_not_answer_is_lost_and_comes_back(
         other = await plane.start("print()", "n1", "decode-1")
         assert (await plane.end_of(other)).code == 0
     finally:
-        os.kill(plane.agents["n2"].pid, signal.SIGCONT)
+        os.kill(plane.agent_pid("n2"), signal.SIGCONT)
     assert await until(plane.fleet.news) == [NodeNews("n2", True)]
 
 
@@ -256,8 +272,28 @@ async def test_a_port_in_use_on_another_node_is_told(plane: Plane) -> None:
     with socket.create_server(("127.0.0.1", 0)) as busy:
         room = await plane.fleet.room()
         assert busy.getsockname()[1] in room["n2"].ports
-    os.kill(plane.agents["n1"].pid, signal.SIGKILL)
-    await until(lambda: plane.launcher.poll([plane.agents["n1"]]))
+    await plane.kill_agent("n1")
     room = await plane.fleet.room()
     assert room["n1"].lost
     assert not room["n2"].lost
+
+
+async def test_an_agent_that_dies_is_back_by_itself_and_what_it_started_is_not_started_again(
+    plane: Plane,
+) -> None:
+    worker = await plane.start(SLEEP, "n2", "decode-0")
+    first = await until(lambda: plane.agent_pid("n2"))
+    for _ in range(2):
+        os.kill(plane.agent_pid("n2"), signal.SIGKILL)
+        first = await plane.next_agent("n2", first)
+    again = await plane.start(SLEEP, "n2", "decode-0")
+    assert again == worker
+    await plane.fleet.signal(worker, signal.SIGKILL)
+    assert (await plane.end_of(worker)).seat == "decode-0"
+
+
+async def test_an_agent_goes_on_without_its_keeper(plane: Plane) -> None:
+    await until(lambda: plane.agent_pid("n2"))
+    os.kill(plane.agents["n2"].pid, signal.SIGKILL)
+    await until(lambda: plane.launcher.poll([plane.agents["n2"]]))
+    assert await plane.start(SLEEP, "n2")
