@@ -67,7 +67,7 @@ class AgentFleet:
 
     def __init__(self, keys: Keys, endpoints: Mapping[str, str], head: str, logs: Path) -> None:
         self._nodes = {
-            name: _Node(name, ControlClient(keys, at), None if name == head else LogCopies(logs))
+            name: _Node(name, ControlClient(keys, at), None if name == head else LogCopies(logs, name))
             for name, at in endpoints.items()
         }
         self._ended: dict[tuple[str, int], Ended] = {}
