@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -210,6 +211,23 @@ def _hosts(recipe: Recipe, engine: Engine) -> Iterator[Finding]:
             yield _error(f"hosts.{i}.name", f"there are two hosts named '{name}'")
 
 
+def _reach(recipe: Recipe, engine: Engine) -> Iterator[Finding]:
+    """Frontends on other machines that only those themselves can talk to."""
+    host = recipe.frontend.host
+    if recipe.target == "ssh" and _is_loopback(host):
+        told = (
+            f"only the frontend's own host reaches the service at {host}; 0.0.0.0 lets others reach it, too"
+        )
+        yield Finding("warning", "frontend.host", told)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def _args(recipe: Recipe, engine: Engine) -> Iterator[Finding]:
     """Argument names: none that a recipe field sets, none that the engine cannot have."""
     if not engine.features.launches:
@@ -262,4 +280,5 @@ _RULES: tuple[Callable[[Recipe, Engine], Iterator[Finding]], ...] = (
     _environment,
     _urls,
     _hosts,
+    _reach,
 )

@@ -119,6 +119,16 @@ def test_missing_tokenizer_is_a_warning_for_kv_routing(tmp_path: Path, model: Pa
 
 
 @pytest.mark.usefixtures("model")
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "'::1'"])
+def test_by_ssh_a_service_that_only_its_own_host_reaches_is_a_warning(tmp_path: Path, host: str) -> None:
+    away = "target: ssh\nhosts: [{name: n1}]\n"
+    (told,) = check(tmp_path, HEAD + AGGREGATED + away + f"frontend: {{host: {host}}}\n")
+    assert "only the frontend's own host reaches the service" in told
+    assert check(tmp_path, HEAD + AGGREGATED + away + "frontend: {host: 0.0.0.0}\n") == []
+    assert check(tmp_path, HEAD + AGGREGATED + f"frontend: {{host: {host}}}\n") == []
+
+
+@pytest.mark.usefixtures("model")
 def test_an_engine_without_events_routes_by_load_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
