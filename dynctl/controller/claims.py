@@ -68,6 +68,8 @@ class Claims:
         seen = plan, frozenset(seat.id for seat in self._state.seats if seat.asked == "leave")
         if self._seen is None or self._seen[0] is not plan or self._seen[1] != seen[1]:
             self._seen, self._wanted = seen, gpus_of(plan, self._state)
+        if not self._held and not any(self._wanted.values()):
+            return  # it has never used any
         differ = {n: gpus for n, gpus in self._wanted.items() if self._held.get(n) != gpus and n not in busy}
         at_it = self._lock.locked() or (self._task is not None and not self._task.done())
         if differ and not at_it and time.monotonic() >= self._at:
