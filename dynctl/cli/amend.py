@@ -16,7 +16,7 @@ from dynctl.cli.up import site
 from dynctl.cli.wait import wait
 from dynctl.deploy.amend import Amended, amend, apply, former_recipe
 from dynctl.deploy.audit import actor
-from dynctl.deploy.home import NEXT, RunDir
+from dynctl.deploy.home import RunDir
 from dynctl.deploy.replan import Difference, compare
 from dynctl.deploy.run import Checked, same_recipe
 from dynctl.deploy.state import ENDED, readable_state
@@ -30,6 +30,7 @@ CHANGE_S = 1800.0
 """For a change to be done, when nobody says otherwise."""
 
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+Next = Annotated[str, typer.Option("--recipe", metavar="FILE", help="Its name in the run directory.")]
 
 
 def rollback(
@@ -81,6 +82,7 @@ def up_again(checked: Checked, run: RunDir, who: Actor, asked: Asked) -> int:
 
 
 def apply_next(
+    recipe: Next,
     name: options.Name = None,
     yes: Yes = False,
     timeout: Timeout = 1800.0,
@@ -89,9 +91,13 @@ def apply_next(
 ) -> int:
     """Apply the recipe that `up` on another machine has put into the run directory."""
     run = running(name)
-    loaded = load_recipe(run.path / NEXT, environ={})
+    there = run.next(recipe)
+    try:
+        loaded = load_recipe(there, environ={})
+    finally:
+        there.unlink(missing_ok=True)
     check_recipe(loaded)
-    who = actor("up", [NEXT], force=force)
+    who = actor("up", [recipe], force=force)
     return settle(amend(run, loaded, site(LocalLauncher())), who, Asked(timeout, yes, as_json))
 
 

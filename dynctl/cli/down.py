@@ -28,10 +28,18 @@ Timeout = Annotated[
 
 
 Force = Annotated[bool, typer.Option("--force", help="Also when it is locked.")]
+Forget = Annotated[
+    bool,
+    typer.Option("--forget", help="By SSH: free its name although hosts of it are gone for good."),
+]
 
 
 def down(
-    name: options.Name = None, timeout: Timeout = None, force: Force = False, as_json: options.Json = False
+    name: options.Name = None,
+    timeout: Timeout = None,
+    force: Force = False,
+    forget: Forget = False,
+    as_json: options.Json = False,
 ) -> None:
     """Drain and end a deployment.
 
@@ -39,6 +47,8 @@ def down(
     run directory stays: logs, status and events work on.
     """
     run = pick(name)
+    if forget:
+        raise UsageError("no host of it can be gone: it is not run by SSH", hint="down without --forget")
     state = readable_state(run.state)
     drain_s = drain_of(state) if timeout is None else timeout
     called = state.name if state is not None else (name or run.run_id)

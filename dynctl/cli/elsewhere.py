@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
 
 from dynctl.cli.exits import EXIT_CODES
-from dynctl.cli.pick import ENV_NAME
+from dynctl.cli.pick import ENV_NAME, ENV_RUN_ID
 from dynctl.cli.render import prose
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.remote import HostSite, Remote, RemoteHost, sweep
@@ -25,6 +26,7 @@ from dynctl.topology.inventory import Host
 T = TypeVar("T")
 
 _DRAIN_S = 5.0
+FORGET = "--forget"
 
 
 def read_remote(run: RunDir) -> Remote:
@@ -53,13 +55,15 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
 def run_there(run: RunDir, verb: str, args: Sequence[str]) -> int:
     """Run a verb on the head; its exit code. After `down` every host is looked at. Raises SshError."""
     remote = read_remote(run)
+    forget = verb == "down" and FORGET in args
+    there = [word for word in args if word != FORGET]
 
     async def work() -> int:
         async with SshHosts(SshOptions.find(os.environ)) as hosts:
             code = 0
             try:
                 head = await hosts.connect(host_of(remote.head))
-                code = await forward(head, command_there(remote, verb, args))
+                code = await forward(head, command_there(remote, verb, there if forget else args))
             except SshError as error:
                 if verb != "down":
                     raise
@@ -67,7 +71,7 @@ def run_there(run: RunDir, verb: str, args: Sequence[str]) -> int:
             if verb != "down":
                 return code
             try:
-                return await _down(run, remote, hosts, code, force="--force" in args)
+                return await _down(run, remote, hosts, code, How("--force" in args, forget))
             except UsageError as locked:
                 if not code:
                     raise
@@ -80,12 +84,20 @@ def command_there(remote: Remote, verb: str, args: Sequence[str]) -> list[str]:
     """The verb as a command of the head."""
     head = remote.head
     passed = {name: os.environ[name] for name in ("NO_COLOR", "DYNCTL_DEBUG") if name in os.environ}
-    env = {**passed, "DYNCTL_HOME": head.home, ENV_NAME: remote.name}
+    env = {**passed, "DYNCTL_HOME": head.home, ENV_NAME: remote.name, ENV_RUN_ID: remote.run_id}
     words = [f"{name}={value}" for name, value in env.items()]
     return ["env", *words, head.python, "-m", "dynctl.cli.main", verb, *args]
 
 
-async def _down(run: RunDir, remote: Remote, hosts: SshHosts, code: int, *, force: bool) -> int:
+@dataclass(frozen=True, slots=True)
+class How:
+    """`force`: also when it is locked; `forget`: the name is to be free whatever cannot be reached."""
+
+    force: bool
+    forget: bool
+
+
+async def _down(run: RunDir, remote: Remote, hosts: SshHosts, code: int, how: How) -> int:
     """End what the head could not: on hosts that its controller did not reach, or all without one."""
     reached = await hosts.connect_all(host_of(host) for host in remote.hosts)
     sites: list[HostSite] = []
@@ -97,8 +109,17 @@ async def _down(run: RunDir, remote: Remote, hosts: SshHosts, code: int, *, forc
         else:
             failed[host.name] = there
     if sites:
-        failed |= await sweep(sites, remote.run_id, _DRAIN_S, force=force)
-    save_remote(run, msgspec.structs.replace(remote, ended=not failed, left=sorted(failed)))
+        failed |= await sweep(sites, remote.run_id, _DRAIN_S, force=how.force)
+    over = how.forget or not failed
+    save_remote(run, msgspec.structs.replace(remote, ended=over, left=sorted(failed)))
+    if failed and how.forget:
+        told = "".join(f"\n  {error}" for error in failed.values())
+        prose(
+            f"{remote.name} is forgotten, its name is free; not ended, should it live still, is what is on"
+            f" {', '.join(sorted(failed))}:{told}",
+            style="warning",
+        )
+        return 0
     if failed:
         raise _left_behind(remote, failed)
     if code:
@@ -110,7 +131,7 @@ def _left_behind(remote: Remote, failed: dict[str, DynctlError]) -> LaunchError:
     told = "".join(f"\n  {error}" for error in failed.values())
     return LaunchError(
         f"processes of '{remote.name}' may be left on {', '.join(sorted(failed))}:{told}",
-        hint=f"dynctl down {remote.name} again, when they can be reached",
+        hint=f"dynctl down {remote.name} again, when they can be reached; are they gone for good: --forget",
     )
 
 

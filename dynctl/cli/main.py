@@ -15,7 +15,7 @@ from dynctl.cli.terminal import wants_colour
 VERBS: dict[str, tuple[str, str]] = {
     "up": ("dynctl.cli.up:up", "Start what a recipe says and serve it"),
     "attend": ("dynctl.cli.attend:attend", "Wait for a deployment that was just started, as up does"),
-    "apply": ("dynctl.cli.amend:apply_next", "Become what recipe.next.yaml in the run directory says"),
+    "apply": ("dynctl.cli.amend:apply_next", "Become what a recipe put into the run directory says"),
     "down": ("dynctl.cli.down:down", "Drain and end a deployment"),
     "ps": ("dynctl.cli.ps:ps", "Processes of a deployment and their state"),
     "status": ("dynctl.cli.status:status", "Is it ready, and if not, why"),

@@ -21,6 +21,8 @@ from dynctl.protocol.deployment import DeploymentView
 _ANSWER_S = 2.0
 ENV_NAME = "DYNCTL_NAME"
 """Names the deployment for a verb that another machine has this one run."""
+ENV_RUN_ID = "DYNCTL_RUN_ID"
+"""With it: the run that is meant, whatever runs under the name by now."""
 
 
 class Elsewhere(Exception):
@@ -120,6 +122,13 @@ def _pick(name: str | None, *, ended: bool) -> RunDir:
         if run is None:
             listed = f"there are: {', '.join(names)}" if names else "there are none; dynctl up starts one"
             raise UsageError(f"no deployment '{name}'", hint=listed)
+        meant = os.environ.get(ENV_RUN_ID, "")
+        if meant and name == os.environ.get(ENV_NAME) and run.run_id != meant:
+            raise UsageError(
+                f"'{name}' is another run by now: {run.run_id} took the place of {meant}",
+                where=str(run.path),
+                hint="nothing was done; it is looked after from where it was started",
+            )
         return run
     running = running_names()
     if len(running) == 1:

@@ -96,11 +96,12 @@ def up(  # noqa: PLR0913 - one parameter for each option of the verb
         return INTERRUPTED
     refuse_others(checked.loaded.recipe.name, checked.loaded.recipe.target)
     if checked.loaded.recipe.target == "ssh":
+        from dynctl.cli.limit import Limit
         from dynctl.cli.up_ssh import How, up_over_ssh
         from dynctl.cli.up_ssh_again import Change
 
-        change = Change(yes, force, timeout, as_json)
-        how = How(detach, timeout, as_json, bootstrap, wheelhouse, share_gpus, change)
+        change = Change(yes, force, as_json)
+        how = How(detach, Limit.of(timeout), as_json, bootstrap, wheelhouse, share_gpus, change)
         return up_over_ssh(checked, how)
     launcher, way = LocalLauncher(), Way(detach, yes, timeout, as_json, share_gpus)
     if in_job:

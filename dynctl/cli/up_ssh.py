@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from dynctl.cli.elsewhere import command_there, read_remote, run_async, save_remote
+from dynctl.cli.limit import Limit
 from dynctl.cli.pick import home
 from dynctl.cli.render import prose
 from dynctl.cli.up_ssh_again import Change, change_there
@@ -49,7 +50,7 @@ class How:
     """How the user wants it."""
 
     detach: bool
-    timeout_s: float | None
+    limit: Limit
     as_json: bool
     bootstrap: bool
     wheelhouse: Path | None
@@ -64,17 +65,21 @@ def up_over_ssh(checked: Checked, how: How) -> int:
 
 
 async def _up(checked: Checked, how: How) -> int:
+    limit, name = how.limit, checked.loaded.recipe.name
     async with SshHosts(SshOptions.find(os.environ)) as hosts:
-        changed = await change_there(checked, hosts, how.change)
+        changed = await change_there(checked, hosts, how.change, limit)
         if changed is not None:
             return changed
-        reached, missing = await _reach(checked, hosts)
+        async with limit.during(name, "its hosts were being connected to"):
+            reached, missing = await _reach(checked, hosts)
         prose(f"{len(reached)} hosts reached: {', '.join(reached)}", style="dim")
-        checked, sites = await _look(checked, reached, how)
-        run_id = new_run_id(checked.loaded.recipe.name, time.gmtime())
+        async with limit.during(name, "its hosts were being looked at"):
+            checked, sites = await _look(checked, reached, how)
+        run_id = new_run_id(name, time.gmtime())
         lock = lock_text(checked.loaded, metadata.version("dynctl"))
         wanted = Wanted(run_id, lock, how.share_gpus, tuple(missing))
-        started = await start(checked, wanted, sites, note)
+        async with limit.during(name, "it was being started on its hosts"):
+            started = await start(checked, wanted, sites, note)
         for error in missing:
             prose(str(error), style="warning")
         return await _attend(started, sites, reached, how)
@@ -173,7 +178,7 @@ async def _attend(
         prose(f"{plan.name}: a new controller takes over what lives")
     args = [plan.name]
     args += ["--detach"] if how.detach else []
-    args += ["--timeout", f"{how.timeout_s}s"] if how.timeout_s is not None else []
+    args += how.limit.options()
     args += ["--json"] if how.as_json else []
     args += ["--adopted"] if started.adopted else []
     code = await forward(reached[remote.head.name], command_there(remote, "attend", args))

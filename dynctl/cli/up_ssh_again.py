@@ -8,8 +8,9 @@ from importlib import metadata
 import msgspec
 
 from dynctl.cli.elsewhere import command_there, host_of, read_remote
+from dynctl.cli.limit import Limit
 from dynctl.cli.pick import home
-from dynctl.deploy.home import NEXT
+from dynctl.deploy.home import next_name
 from dynctl.deploy.remote import Remote
 from dynctl.deploy.run import Checked, same_text
 from dynctl.errors import LaunchError
@@ -28,14 +29,32 @@ class Change:
 
     yes: bool = False
     force: bool = False
-    timeout_s: float | None = None
     as_json: bool = False
 
 
-async def change_there(checked: Checked, hosts: SshHosts, how: Change) -> int | None:
+async def change_there(checked: Checked, hosts: SshHosts, how: Change, limit: Limit) -> int | None:
     """Change what runs under this name; its exit code. None: no controller looks after it, or its recipe is
     this one; then `up` sees to it that all of it runs.
     """
+    async with limit.during(checked.loaded.recipe.name, "its head was being asked what runs there"):
+        put = await _put_there(checked, hosts)
+    if put is None:
+        return None
+    head, remote, name = put
+    args = [
+        remote.name,
+        "--recipe",
+        name,
+        *(["--yes"] if how.yes else []),
+        *(["--force"] if how.force else []),
+    ]
+    args += limit.options()
+    args += ["--json"] if how.as_json else []
+    return await forward(head, command_there(remote, "apply", args))
+
+
+async def _put_there(checked: Checked, hosts: SshHosts) -> tuple[SshHost, Remote, str] | None:
+    """Put the recipe where it is to be applied: the head, the run, the file's name. None: `change_there`."""
     run = home().note_of(checked.loaded.recipe.name)
     if run is None:
         return None
@@ -50,15 +69,12 @@ async def change_there(checked: Checked, hosts: SshHosts, how: Change) -> int | 
     now = await head.run(["cat", f"{folder}/recipe.lock.yaml"], timeout_s=ANSWER_S)
     if same_text(now.stdout.decode(errors="replace"), lock):
         return None
-    text, path = lock.encode(), f"{folder}/{NEXT}"
-    put = await head.run(["sh", "-c", _PUT, path], stdin=text, timeout_s=ANSWER_S)
+    name = next_name()
+    put = await head.run(["sh", "-c", _PUT, f"{folder}/{name}"], stdin=lock.encode(), timeout_s=ANSWER_S)
     if put.code:
         why = put.stderr.decode(errors="replace").strip()
         raise LaunchError(f"the recipe cannot be written there: {why}", where=remote.head.name)
-    args = [remote.name, *(["--yes"] if how.yes else []), *(["--force"] if how.force else [])]
-    args += ["--timeout", f"{how.timeout_s}s"] if how.timeout_s is not None else []
-    args += ["--json"] if how.as_json else []
-    return await forward(head, command_there(remote, "apply", args))
+    return head, remote, name
 
 
 async def _supervised(head: SshHost, remote: Remote) -> bool:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
+import re
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,8 +19,9 @@ from dynctl.deploy.disk import disk
 from dynctl.errors import LaunchError, UsageError
 from dynctl.launchers.files import write_atomic
 
-NEXT = "recipe.next.yaml"
-"""In a run's directory: a recipe that is to be applied, from another machine."""
+logger = logging.getLogger(__name__)
+
+_NEXT = re.compile(r"recipe\.next\.[0-9a-f]+\.yaml")
 LOCK_S = 10.0
 """For another command on the same name to get out of the way."""
 LEAST_FREE_BYTES = 8 * 1024 * 1024
@@ -44,6 +48,12 @@ class RunDir:
     def remote(self) -> Path:
         """Where the run is, when it is looked after by another machine."""
         return self.path / "remote.json"
+
+    def next(self, name: str) -> Path:
+        """A recipe put there to be applied, under a `next_name`. Raises UsageError for any other name."""
+        if not _NEXT.fullmatch(name):
+            raise UsageError(f"'{name}' is no recipe that was put there to be applied", where=str(self.path))
+        return self.path / name
 
     @property
     def plan(self) -> Path:
@@ -126,8 +136,14 @@ class Home:
     def prepare(self) -> None:
         """Make the directories and see that they can be written to. Raises LaunchError."""
         with disk("the directory of runs cannot be used"):
-            for folder in (self.root, self.runs, self.deployments, self.root / "locks"):
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _require_trusted(self.root)
+            for folder in (self.runs, self.deployments, self.root / "locks"):
+                folder.mkdir(mode=0o700, exist_ok=True)
+            kept = (self.runs, self.deployments, self.root / "locks", self.root / "nodes", self.notes)
+            for folder in kept:
+                if folder.is_dir():
+                    make_private(folder)
             probe = self.runs / f".probe.{os.getpid()}"
             probe.touch(mode=0o600)
             probe.unlink()
@@ -183,7 +199,9 @@ class Home:
         Raises LaunchError.
         """
         there = self.root / "nodes" / run_id / node
-        if not there.is_dir():
+        if there.is_dir():
+            make_private(there)
+        else:
             with disk("the node's directory cannot be written"):
                 there.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             _create(there, files)
@@ -210,6 +228,42 @@ class Home:
             yield
         finally:
             os.close(fd)
+
+
+def make_private(folder: Path) -> None:
+    """Close a directory of ours to others. Raises LaunchError for one of another user."""
+    with disk("the directory cannot be closed to others"):
+        found = folder.stat()
+        if found.st_uid != os.geteuid():
+            raise LaunchError(
+                f"the directory belongs to user {found.st_uid}, not {os.geteuid()}",
+                where=str(folder),
+                hint="let DYNCTL_HOME name a directory of your own",
+            )
+        if found.st_mode & 0o077:
+            folder.chmod(0o700)
+            logger.warning(
+                "%s was open to others (mode %04o), and is no more", folder, found.st_mode & 0o7777
+            )
+
+
+def _require_trusted(folder: Path) -> None:
+    """See that nobody else can put something in the place of what is in there. Raises LaunchError."""
+    found = folder.stat()
+    if found.st_uid not in (os.geteuid(), 0):
+        raise LaunchError(
+            f"the directory belongs to user {found.st_uid}, who could replace what is in it",
+            where=str(folder),
+            hint="let DYNCTL_HOME name a directory of your own",
+        )
+    if found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX:
+        folder.chmod(stat.S_IMODE(found.st_mode) & ~0o022)
+        logger.warning("%s could be written to by others (mode %04o)", folder, stat.S_IMODE(found.st_mode))
+
+
+def next_name() -> str:
+    """A name that nobody else has for a recipe that is to be applied."""
+    return f"recipe.next.{secrets.token_hex(8)}.yaml"
 
 
 def new_run_id(name: str, now: time.struct_time) -> str:

@@ -14,7 +14,7 @@ import msgspec
 from dynctl.command import Command
 from dynctl.deploy.gpus import FILE as GPUS_FILE
 from dynctl.deploy.gpus import claim_of, locked, require_free
-from dynctl.deploy.home import LOCK_S, Home, RunDir
+from dynctl.deploy.home import LOCK_S, Home, RunDir, make_private
 from dynctl.deploy.run import may_adopt, new_controller, same_recipe
 from dynctl.deploy.state import ENDED, load_state, readable_state, save_state
 from dynctl.deploy.status import lock_words
@@ -128,6 +128,7 @@ def _claim(call: Claim, home: Home, launcher: Launcher) -> Answer:
     with home.locked(call.name, deadline_s=LOCK_S), locked(home):
         if call.adopt:
             run = RunDir(home.runs / call.run_id)
+            make_private(run.path)
             if any(one.process_id == CONTROLLER for one in launcher.owned(call.run_id)):
                 return Answer(run_dir=str(run.path))  # somebody else was quicker
             state = load_state(run.state)

@@ -16,7 +16,7 @@ from dynctl import procfs
 from dynctl.deploy.digest import digest_of
 from dynctl.deploy.gpus import FILE as GPUS_FILE
 from dynctl.deploy.gpus import claim_of, locked, require_free
-from dynctl.deploy.home import LOCK_S, Home, RunDir, new_run_id
+from dynctl.deploy.home import LOCK_S, Home, RunDir, make_private, new_run_id
 from dynctl.deploy.plan import Plan, PlannedProcess, build_plan
 from dynctl.deploy.ports import holder, listen_error, listening
 from dynctl.deploy.preflight import require_certificate, require_programs, require_startable
@@ -175,6 +175,7 @@ def new_controller(state: RunState) -> RunState:
 
 def adopt(run: RunDir, checked: Checked, site: Site) -> Up:
     """Start a new controller on a run whose processes live."""
+    make_private(run.path)
     found = load_state(run.state)
     if found is None:
         raise LaunchError("the run has no state", where=str(run.state))

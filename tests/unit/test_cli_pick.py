@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dynctl.cli.elsewhere import save_remote
-from dynctl.cli.pick import ENV_NAME, Elsewhere, pick, running_names, view
+from dynctl.cli.pick import ENV_NAME, ENV_RUN_ID, Elsewhere, pick, running_names, view
 from dynctl.deploy.home import Home, RunDir
 from dynctl.deploy.remote import Remote, RemoteHost
 from dynctl.deploy.state import ControllerRecord, RunState, encode_state
@@ -86,3 +86,15 @@ def test_on_a_home_shared_with_the_head_a_name_means_the_note_and_for_the_head_t
     assert running_names() == ["young"]
     monkeypatch.setenv(ENV_NAME, "young")
     assert pick(None, ended=True).path.resolve() == run.path.resolve()
+
+
+def test_a_verb_for_a_run_that_was_replaced_meanwhile_is_refused(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ENV_NAME, "young")
+    monkeypatch.setenv(ENV_RUN_ID, "young-before")
+    for name in ("young", None):
+        with pytest.raises(UsageError, match=f"another run by now: {RUN_ID} took the place of young-before"):
+            pick(name, ended=True)
+    monkeypatch.setenv(ENV_RUN_ID, RUN_ID)
+    assert pick(None, ended=True) == run

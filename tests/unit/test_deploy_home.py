@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dynctl.deploy.events import append_event, read_events
-from dynctl.deploy.home import Home, RunDir
+from dynctl.deploy.home import Home, RunDir, make_private, next_name
 from dynctl.deploy.state import RunState, SeatRecord, load_state, save_state
 from dynctl.errors import CodecError, LaunchError, UsageError
 
@@ -172,3 +172,41 @@ def test_events_are_read_whole_and_in_order(tmp_path: Path) -> None:
         file.write(json.dumps("x")[1:-1] + '"}\n')
     found, _ = read_events(path, offset)
     assert [e["event"] for e in found] == ["halfx"]
+
+
+def test_directories_that_were_open_to_others_are_closed_with_one_message(
+    home: Home, caplog: pytest.LogCaptureFixture
+) -> None:
+    home.root.chmod(0o777)
+    home.runs.chmod(0o755)
+    home.prepare()
+    assert home.root.stat().st_mode & 0o777 == 0o755
+    assert home.runs.stat().st_mode & 0o777 == 0o700
+    assert caplog.text.count("mode 0755") == 1
+    home.prepare()
+    assert caplog.text.count("mode 0755") == 1
+    there = home.create_node("run-1", "n1", {}).path
+    there.chmod(0o750)
+    home.create_node("run-1", "n1", {})
+    assert there.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_directory_of_another_user_is_refused(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = home.create_run("r-1", {}).path
+    uid = folder.stat().st_uid
+    monkeypatch.setattr("os.geteuid", lambda: uid + 1)
+    with pytest.raises(LaunchError, match=f"belongs to user {uid}, not {uid + 1}") as refused:
+        make_private(folder)
+    assert "DYNCTL_HOME" in refused.value.hint
+    if uid:
+        with pytest.raises(LaunchError, match="could replace what is in it"):
+            home.prepare()
+
+
+def test_two_recipes_that_are_to_be_applied_at_once_have_two_names(home: Home) -> None:
+    run = home.create_run("r-1", {})
+    names = {next_name() for _ in range(10)}
+    assert len({run.next(name) for name in names}) == 10
+    for name in ("recipe.lock.yaml", "../r-2/recipe.next.00.yaml", "recipe.next.yaml"):
+        with pytest.raises(UsageError, match="no recipe that was put there"):
+            run.next(name)
