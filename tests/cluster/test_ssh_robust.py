@@ -108,3 +108,12 @@ def test_a_verb_that_was_meant_for_the_run_before_is_refused(laptop: Laptop) -> 
             assert "is another run by now" in refused.stderr
         note.write_text(now)
         assert {row["id"]: row["pid"] for row in laptop.ps()} == pids
+
+
+def test_the_limit_of_up_is_for_connecting_too(laptop: Laptop) -> None:
+    with laptop.cluster.cut("n4"):
+        refused = laptop.dynctl(*laptop.up_args("--timeout", "2s"), check=False)
+    assert refused.returncode == 6, refused.stderr
+    assert "was not up within 2 s" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert [one.args for one in laptop.cluster.processes() if "dynctl" in one.args] == []
