@@ -3,22 +3,27 @@
     {"version": 1, "name": "...",
      "prefill": {"tokens": [0, 512, ...], "seconds": [0.004, 0.03, ...]},
      "decode": {"batch": [1, 8, ...], "context": [0, 4096, ...], "seconds": [[...], ...]},
-     "transfer": {"bytes_per_token": 131072, "bytes_per_s": 2.5e10, "latency_s": 0.002}}
+     "transfer": {"bytes_per_token": 131072, "bytes_per_s": 2.5e10, "latency_s": 0.002},
+     "limits": {"kv_tokens": 400000, "sequences": 256, "batched_tokens": 8192},
+     "subject": {"model": "...", "backend": "...", "hardware": "...", ...}, "source": "estimate"}
 
 `prefill.seconds[i]` is the time to read `tokens[i]` prompt tokens alone, from an empty context; the value at
 0 is the fixed cost of a step. `decode.seconds[i][j]` is one step of `batch[i]` sequences of `context[j]`
 tokens on average. Between points straight lines are drawn, beyond them the last ones are prolonged.
+`limits`, `subject` and `source` may be left out: the simulated engine has its own flags for the limits.
 """
 
 from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
 from dynctl.errors import ProfileError
 from dynctl.perfmodel.interpolate import bilinear, linear
+from dynctl.perfmodel.layout import Layout
 
 VERSION = 1
 
@@ -46,7 +51,38 @@ class Transfer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     latency_s: float = 0.0
 
 
-class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one replica takes at once, all its ranks together: tokens whose KV it holds, sequences in a batch,
+    tokens computed in one step.
+    """
+
+    kv_tokens: int
+    sequences: int
+    batched_tokens: int
+
+
+class Subject(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What was measured or estimated. `hardware`: the GPU's name in `perfmodel.gpus`, or "cpu", "mocker"."""
+
+    model: str
+    backend: str
+    backend_version: str = ""
+    hardware: str = ""
+    precision: str = ""
+    layout: Layout = Layout()
+
+    def differences(self, other: Subject) -> list[str]:
+        """What is not the same, in words, what is not stated in one of them and layouts left out."""
+        names = ("model", "backend", "backend_version", "hardware", "precision")
+        pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
+        return [
+            f"{name} {mine}, not {theirs}"
+            for name, mine, theirs in pairs
+            if mine and theirs != mine and theirs
+        ]
+
+
+class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """The costs of one replica. Build by `parse_profile`, which checks the shapes."""
 
     version: int
@@ -54,6 +90,9 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     prefill: PrefillCurve
     decode: DecodeGrid
     transfer: Transfer
+    limits: Limits | None = None
+    subject: Subject | None = None
+    source: Literal["", "estimate", "measured"] = ""
 
     def prefill_s(self, start: int, count: int) -> float:
         """Seconds to read `count` prompt tokens after `start` computed ones, the fixed cost left out."""
