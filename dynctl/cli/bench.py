@@ -54,28 +54,10 @@ Out = Annotated[
 ]
 
 
+@asked.takes_load
 def bench(  # noqa: PLR0913 - one parameter for each option of the verb
+    load: Load,
     where: Where = None,
-    concurrency: asked.Concurrency = None,
-    rate: asked.Rate = None,
-    burstiness: asked.Burstiness = None,
-    trace: asked.Trace = None,
-    speedup: asked.Speedup = 1.0,
-    isl: asked.Isl = 512,
-    osl: asked.Osl = 128,
-    spread: asked.Spread = 0.0,
-    shared: asked.Shared = 0,
-    prefixes: asked.Prefixes = 1,
-    turns: asked.Turns = 1,
-    think: asked.Think = 0.0,
-    requests: asked.Requests = None,
-    duration: asked.Duration = 0.0,
-    warmup: asked.Warmup = None,
-    seed: asked.Seed = None,
-    sla: asked.SlaOption = None,
-    api: asked.ApiOption = "chat",
-    ignore_eos: asked.IgnoreEos = True,
-    deadline: asked.Deadline = 600.0,
     model: Model = "",
     tokenizer: Tokenizer = None,
     key_file: asked.KeyFile = None,
@@ -92,30 +74,6 @@ def bench(  # noqa: PLR0913 - one parameter for each option of the verb
 
     dynctl bench --rate 10 --isl 1000 --osl 100 --sla ttft=200ms,itl=20ms
     """
-    load = asked.load_of(
-        asked.Given(
-            concurrency=concurrency,
-            rate=rate,
-            burstiness=burstiness,
-            trace=trace,
-            speedup=speedup,
-            isl=isl,
-            osl=osl,
-            spread=spread,
-            shared=shared,
-            prefixes=prefixes,
-            turns=turns,
-            think=think,
-            requests=requests,
-            duration=duration,
-            warmup=warmup,
-            seed=seed,
-            sla=sla,
-            api=api,
-            deadline=deadline,
-            ignore_eos=ignore_eos,
-        )
-    )
     for path in (csv, out):
         if path is not None:
             writable(path)

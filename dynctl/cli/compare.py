@@ -32,29 +32,11 @@ Timeout = Annotated[
 ]
 
 
+@asked.takes_load
 def compare(  # noqa: PLR0913 - one parameter for each option of the verb
+    load: Load,
     a: A,
     b: B,
-    concurrency: asked.Concurrency = None,
-    rate: asked.Rate = None,
-    burstiness: asked.Burstiness = None,
-    trace: asked.Trace = None,
-    speedup: asked.Speedup = 1.0,
-    isl: asked.Isl = 512,
-    osl: asked.Osl = 128,
-    spread: asked.Spread = 0.0,
-    shared: asked.Shared = 0,
-    prefixes: asked.Prefixes = 1,
-    turns: asked.Turns = 1,
-    think: asked.Think = 0.0,
-    requests: asked.Requests = None,
-    duration: asked.Duration = 0.0,
-    warmup: asked.Warmup = None,
-    seed: asked.Seed = None,
-    sla: asked.SlaOption = None,
-    api: asked.ApiOption = "chat",
-    ignore_eos: asked.IgnoreEos = True,
-    deadline: asked.Deadline = 600.0,
     model: Model = "",
     key_file: asked.KeyFile = None,
     insecure: Insecure = False,
@@ -71,30 +53,6 @@ def compare(  # noqa: PLR0913 - one parameter for each option of the verb
 
     dynctl compare agg.yaml disagg.yaml --rate 10 --isl 4000 --osl 500 --sla ttft=300ms,itl=20ms
     """
-    load = asked.load_of(
-        asked.Given(
-            concurrency=concurrency,
-            rate=rate,
-            burstiness=burstiness,
-            trace=trace,
-            speedup=speedup,
-            isl=isl,
-            osl=osl,
-            spread=spread,
-            shared=shared,
-            prefixes=prefixes,
-            turns=turns,
-            think=think,
-            requests=requests,
-            duration=duration,
-            warmup=warmup,
-            seed=seed,
-            sla=sla,
-            api=api,
-            deadline=deadline,
-            ignore_eos=ignore_eos,
-        )
-    )
     if out is not None:
         writable(out)
     access = Access(model=model, api_key=asked.api_key(key_file), insecure=insecure)

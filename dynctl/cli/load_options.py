@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 import os
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
@@ -179,30 +183,64 @@ KeyFile = Annotated[
 ]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Given:
-    """The options of a load as they were given."""
+    """The options of a load, as they were given."""
 
-    concurrency: int | None
-    rate: float | None
-    burstiness: str | None
-    trace: Path | None
-    speedup: float
-    isl: int
-    osl: int
-    spread: float
-    shared: int
-    prefixes: int
-    turns: int
-    think: float
-    requests: int | None
-    duration: float
-    warmup: int | None
-    seed: int | None
-    sla: Sla | None
-    api: str
-    deadline: float
-    ignore_eos: bool
+    concurrency: Concurrency = None
+    rate: Rate = None
+    burstiness: Burstiness = None
+    trace: Trace = None
+    speedup: Speedup = 1.0
+    isl: Isl = 512
+    osl: Osl = 128
+    spread: Spread = 0.0
+    shared: Shared = 0
+    prefixes: Prefixes = 1
+    turns: Turns = 1
+    think: Think = 0.0
+    requests: Requests = None
+    duration: Duration = 0.0
+    warmup: Warmup = None
+    seed: Seed = None
+    sla: SlaOption = None
+    api: ApiOption = "chat"
+    ignore_eos: IgnoreEos = True
+    deadline: Deadline = 600.0
+
+
+def takes_load(verb: Callable[..., int]) -> Callable[..., int]:
+    """The verb with the options of a load beside its own: it is called with `load`, made of them, first."""
+
+    @functools.wraps(verb)
+    def called(**values: Any) -> int:
+        given = {name: values.pop(name) for name in names}
+        return verb(load=load_of(Given(**given)), **values)
+
+    hints = get_type_hints(Given, include_extras=True)
+    names = tuple(hints)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    added = [
+        inspect.Parameter(field.name, keyword, default=field.default, annotation=hints[field.name])
+        for field in dataclasses.fields(Given)
+    ]
+    own_hints = get_type_hints(verb, include_extras=True)
+    own = [
+        one.replace(kind=keyword, annotation=own_hints[name])
+        for name, one in inspect.signature(verb).parameters.items()
+        if name != "load"
+    ]
+    arguments = [one for one in own if _is_argument(one.annotation)]
+    rest = [one for one in own if one not in arguments]
+    parameters = [*arguments, *added, *rest]
+    called.__signature__ = inspect.Signature(parameters, return_annotation=int)  # type: ignore[attr-defined]
+    called.__annotations__ = {one.name: one.annotation for one in parameters} | {"return": int}
+    return called
+
+
+def _is_argument(annotation: Any) -> bool:
+    kinds = get_args(annotation)[1:]
+    return any(isinstance(kind, type(typer.Argument())) for kind in kinds)
 
 
 def load_of(given: Given) -> Load:
