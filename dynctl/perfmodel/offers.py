@@ -17,7 +17,7 @@ from dynctl.protocol.instances import Role
 _BATCHED = (1024, 2048, 4096, 8192, 16384, 32768)
 """Tokens a step of one rank may compute: what is tried."""
 _FIRST_STEPS = 1.5
-"""After a prompt's KV has come: the rest of the step that runs, half of it on average, and the first own one."""
+"""After a prompt's KV has come: the rest of the step that runs, half of it on average, and its own first."""
 _FULL_LOAD = 0.95
 """How busy readers may be when nothing is asked of the time to first token."""
 _FULL_LINK = 0.9
@@ -141,7 +141,7 @@ class Offers:
         return found is not None and self.in_time(found[0])
 
     def after_s(self, writer: Decode) -> float:
-        """From the arrival of a prompt's KV to its first token, at workers that are as full as they may be."""
+        """From the arrival of a prompt's KV to its first token, at workers as full as they may be."""
         return _FIRST_STEPS * writer.steps[writer.seats]
 
     def reading_rate(self, layout: Layout, replicas: int, after_s: float) -> float:
@@ -204,8 +204,9 @@ class Offers:
             tokens_per_s_per_gpu=rate * self.mix.answer / gpus,
             tokens_per_s_per_user=1.0 / talking.itl_s,
         )
-        mode = "aggregated" if len(pools) == 1 else "disaggregated"
-        return Option(mode=mode, pools=pools, predicted=predicted)
+        return Option(
+            mode="aggregated" if len(pools) == 1 else "disaggregated", pools=pools, predicted=predicted
+        )
 
 
 def budgets(profile: Profile) -> list[int]:

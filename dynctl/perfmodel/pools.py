@@ -1,8 +1,8 @@
 """What users get of a pool of workers at a rate: time to first token and time between tokens. Pure.
 
 The engine is the one of continuous batching: steps that read at most so many prompt tokens, first come first
-served, and give each sequence in the batch one token (`Profile.step_s` tells how long). A request's ITL is the
-mean gap between its tokens.
+served, and give each sequence in the batch one token (`Profile.step_s` tells how long). A request's ITL is
+the mean gap between its tokens.
 """
 
 from __future__ import annotations
@@ -170,7 +170,9 @@ class Decode:
         if reading >= 1.0:
             return None
         pooled = min(replicas, max(1, _POOLED_SEATS // self.seats))
-        steps = [self.steps[-(-count // pooled)] / (1.0 - reading) for count in range(self.seats * pooled + 1)]
+        steps = [
+            self.steps[-(-count // pooled)] / (1.0 - reading) for count in range(self.seats * pooled + 1)
+        ]
         found = in_flight(rate * pooled / replicas * self.mix.answer, steps, share)
         if found is None or found.at >= len(steps) - 1:
             return None
@@ -189,7 +191,8 @@ class Aggregated:
         self._ranks = ranks_of(profile)
         parts = [(prompt, fresh(prompt, mix.hit_rate), share) for prompt, share in mix.prompts]
         self._parts = [
-            (profile.prefill_s(round(p - new), round(new)) / self._ranks, new, share) for p, new, share in parts
+            (profile.prefill_s(round(p - new), round(new)) / self._ranks, new, share)
+            for p, new, share in parts
         ]
         self._work = sum(work * share for work, _, share in self._parts)
         self._tokens = sum(new * share for _, new, share in self._parts)

@@ -24,7 +24,7 @@ _HUGE = 1e250
 
 
 def erlang_b(servers: int, offered: float) -> float:
-    """Share of arrivals that find `servers` servers busy when none may wait. `offered`: rate times mean time."""
+    """Share of arrivals that find all servers busy when none may wait; `offered`: rate times mean time."""
     blocked = 1.0
     for count in range(1, servers + 1):
         blocked = offered * blocked / (count + offered * blocked)
@@ -32,7 +32,7 @@ def erlang_b(servers: int, offered: float) -> float:
 
 
 def erlang_c(servers: int, load: float) -> float:
-    """Share of arrivals that must wait for one of `servers` servers, each busy for `load` (0..1) of the time."""
+    """Share of arrivals that must wait for one of the servers, each busy for `load` (0..1) of the time."""
     blocked = erlang_b(servers, load * servers)
     return blocked / (1.0 - load * (1.0 - blocked))
 
@@ -112,8 +112,8 @@ class Wait:
 def waits(times: Service, servers: int, rate: float, routing: Routing = "least_work") -> Wait | None:
     """The wait of arrivals, `rate` a second, at `servers` servers; None when they cannot keep up.
 
-    Each in turn: arrivals at one server are Erlang-distributed apart, with 1/servers of the variance; the wait
-    is scaled as the mean of Krämer and Langenbach-Belz says, whose share of delayed arrivals is taken too.
+    Each in turn: arrivals at one server are Erlang-distributed apart, with 1/servers of the variance; the
+    wait is scaled as the mean of Krämer and Langenbach-Belz says, and theirs is the share that waits.
     """
     load = rate * times.mean / servers
     if load >= 1.0:
@@ -168,9 +168,9 @@ class InFlight:
 def in_flight(offered: float, step_s: Sequence[float], share: float) -> InFlight | None:
     """What is in flight at workers that take what comes, up to len(step_s) - 1 at once; more waits its turn.
 
-    `offered`: arrivals a second times tokens of each. step_s[k] (k >= 1): seconds in which each of k in flight
-    gets its next token. States k have weight prod offered * step_s[j] / j. The gaps between tokens are seen
-    by arrivals: k - 1 others with those weights. None when they cannot keep up.
+    `offered`: arrivals a second times tokens of each. step_s[k] (k >= 1): seconds in which each of k in
+    flight gets its next token. States k have weight prod offered * step_s[j] / j. The gaps between tokens are
+    seen by arrivals: k - 1 others with those weights. None when they cannot keep up.
     """
     most = len(step_s) - 1
     ratio = offered * step_s[most] / most

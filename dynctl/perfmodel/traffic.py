@@ -1,4 +1,4 @@
-"""A demand as the models of pools need it: a few prompts that stand for all, and the moments of lengths. Pure."""
+"""A demand as pools see it: a few prompts that stand for all, and the moments of lengths. Pure."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from statistics import fmean
 from dynctl.perfmodel.choice import Demand
 
 _CUTS = (*(i / 20 for i in range(19)), 0.95, 0.97, 0.98, 0.985, 0.99, 0.993, 0.996, 0.998, 1.0)
-"""Shares of the prompts, shortest first, between which they are taken together: finer where percentiles are."""
+"""Shares of the prompts, shortest first, between which they are taken together: finer at percentiles."""
 
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
     """`prompts`: (tokens, share of the requests), shortest first, shares adding up to 1.
 
-    `answer`: mean tokens of an answer. `context`, `context_deviation`: tokens a sequence holds while its answer
-    is written, seen at any moment. `longest`: most tokens one request needs.
+    `answer`: mean tokens of an answer. `context`, `context_deviation`: tokens a sequence holds while its
+    answer is written, seen at any moment. `longest`: most tokens one request needs.
     """
 
     prompts: tuple[tuple[float, float], ...]
@@ -41,7 +41,8 @@ def traffic(demand: Demand) -> Traffic:
     spoken = sum(answer for _, answer in demand.lengths)
     context = sum(answer * (prompt + answer / 2) for prompt, answer in demand.lengths) / spoken
     square = (
-        sum(answer * (prompt**2 + prompt * answer + answer**2 / 3) for prompt, answer in demand.lengths) / spoken
+        sum(answer * (prompt**2 + prompt * answer + answer**2 / 3) for prompt, answer in demand.lengths)
+        / spoken
     )
     return Traffic(
         prompts=tuple(prompts),

@@ -44,9 +44,9 @@ def _first_token(offers: Offers) -> str:
     layout, seconds = fastest
     isl = offers.ask.demand.isl
     return (
-        f"a TTFT of {_ms(wanted)} cannot be kept: {layout.label} is the fastest, and reads prompts of {isl:.0f} "
-        f"tokens in {_ms(seconds)} with nobody before them; it would take a TTFT above that, shorter prompts, a "
-        "higher hit rate or faster GPUs"
+        f"a TTFT of {_ms(wanted)} cannot be kept: {layout.label} is the fastest, and reads prompts of "
+        f"{isl:.0f} tokens in {_ms(seconds)} with nobody before them; it would take a TTFT above that, "
+        "shorter prompts, a higher hit rate or faster GPUs"
     )
 
 
@@ -57,8 +57,9 @@ def _gap(offers: Offers) -> str:
         return ""
     layout, seconds = quickest
     return (
-        f"an ITL of {_ms(wanted)} cannot be kept: {layout.label} is the fastest, and takes {_ms(seconds)} a token "
-        "for one user alone; it would take an ITL above that, a smaller model or precision, or faster GPUs"
+        f"an ITL of {_ms(wanted)} cannot be kept: {layout.label} is the fastest, and takes {_ms(seconds)} a "
+        "token for one user alone; it would take an ITL above that, a smaller model or precision, or faster "
+        "GPUs"
     )
 
 

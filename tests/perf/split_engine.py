@@ -1,8 +1,8 @@
-"""A service step by step, as a discrete-event simulation: the truth that predictions of a split are held to.
+"""A service step by step, as a discrete-event simulation: the truth for predictions.
 
-Steps are those of the simulated engine's scheduler (`dynctl.mocker.scheduler`): one token for each sequence in
-the batch, then prompts in their order with what is left of the budget. No blocks and no cache: what is asked
-is time. Steps that only write answers go in runs, until something ends or comes.
+Steps are those of the simulated engine's scheduler (`dynctl.mocker.scheduler`): one token for each sequence
+in the batch, then prompts in their order with what is left of the budget. No blocks and no cache: what is
+asked is time. Steps that only write answers go in runs, until something ends or comes.
 """
 
 from __future__ import annotations
@@ -38,6 +38,15 @@ class Asked:
 
 
 @dataclass(slots=True)
+class Part:
+    """A prompt of which `done` tokens are read and `left` are not."""
+
+    asked: Asked
+    done: int
+    left: int
+
+
+@dataclass(slots=True)
 class Clock:
     """What happens next."""
 
@@ -66,8 +75,8 @@ class Engine:
         self.clock, self.profile, self.read = clock, profile, read
         self.sequences, self.budget = pool.sequences, pool.batched_tokens
         self.kv_tokens = profile.limits.kv_tokens if profile.limits else 1 << 60
-        self.waiting: deque[list[int | Asked]] = deque()
-        self.reading: deque[list[int | Asked]] = deque()
+        self.waiting: deque[Part] = deque()
+        self.reading: deque[Part] = deque()
         self.ends: list[tuple[int, int, Asked]] = []
         self.queued = self.context = self.step = self.held = 0
         self.busy = False
@@ -79,7 +88,7 @@ class Engine:
         """A request of which `cached` prompt tokens are there already."""
         self.queued += asked.prompt - cached
         self.held += asked.prompt
-        self.waiting.append([asked.prompt - cached, cached, asked])
+        self.waiting.append(Part(asked, cached, asked.prompt - cached))
         if not self.busy:
             self.begin()
         elif self.run:
@@ -112,7 +121,8 @@ class Engine:
             self.plan_run(self.clock.now_s, self.profile.step_s(0.0, batch, middle), count)
             return
         batch, context = len(self.ends), self.context
-        budget, work, done, joined = self.budget - batch, 0.0, [], 0
+        done: list[Asked] = []
+        budget, work, joined = self.budget - batch, 0.0, 0
         while budget > 0:
             if not self.reading:
                 full = batch + len(done) >= self.sequences or self.context >= self.kv_tokens
@@ -120,19 +130,18 @@ class Engine:
                     break
                 self.reading.append(self.waiting.popleft())
             part = self.reading[0]
-            count = min(part[0], budget)
-            assert isinstance(count, int)
-            if part[0] == 1:
+            count = min(part.left, budget)
+            if part.left == 1:
                 joined += 1
-                context += part[2].prompt
+                context += part.asked.prompt
             else:
-                work += self.profile.prefill_s(part[1], count)
-            part[0] -= count
-            part[1] += count
+                work += self.profile.prefill_s(part.done, count)
+            part.left -= count
+            part.done += count
             budget -= count
             self.queued -= count
-            if not part[0]:
-                done.append(self.reading.popleft()[2])
+            if not part.left:
+                done.append(self.reading.popleft().asked)
         if batch or done or work:
             self.busy = True
             batch += joined
