@@ -149,7 +149,7 @@ def test_what_is_chosen_keeps_the_sla_when_it_is_simulated() -> None:
 
 
 def test_the_longest_request_must_fit_the_kv() -> None:
-    mix = traffic(Demand(rate=1.0, lengths=((500_000, 10),)))
+    mix = traffic(Demand(rate=1.0, lengths=((2_000_000, 10),)))
     assert Decode(machine(4), mix, None).seats == 0
 
 
