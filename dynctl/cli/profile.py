@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,10 +12,9 @@ import typer
 from dynctl.cli import options
 from dynctl.cli.profile_view import choice_text
 from dynctl.cli.render import data, json_data, program, prose
-from dynctl.deploy.slurm_size import assumed
 from dynctl.engines.catalog import get
 from dynctl.errors import ProfileError, UsageError
-from dynctl.perfmodel.choice import Choice, Demand, Option
+from dynctl.perfmodel.choice import Choice, Demand, Option, Sla
 from dynctl.perfmodel.gpus import Gpu, gpu_named
 from dynctl.perfmodel.profile import Profile, load_profile
 from dynctl.profiler.estimators import estimator_for, shape_for
@@ -22,8 +22,9 @@ from dynctl.profiler.npz import write_npz
 from dynctl.profiler.recipe_out import recipe_text
 from dynctl.profiler.request import demand_from, sla_of
 from dynctl.profiler.service import Asked, Outcome, run
-from dynctl.recipe.check import check_recipe
+from dynctl.recipe.check import check_recipe, parallel_of
 from dynctl.recipe.load import LoadedRecipe, load_recipe
+from dynctl.recipe.schema import RoleSection
 from dynctl.topology.inventory import Host, Inventory, inventory_for
 
 SlaOption = Annotated[
@@ -108,52 +109,64 @@ def profile(  # noqa: PLR0913 - one parameter for each option of the verb
     loaded = load_recipe(recipe, options.with_target(set_, target), unset or (), files_here=False)
     check_recipe(loaded)
     demand = demand_from((isl, osl), trace, rate, hit_rate)
-    level = sla_of(sla, loaded.recipe.sla)
     if gpus is not None and gpus < 1:
         raise UsageError(f"--gpus must be 1 or more, not {gpus}")
-    kind = gpu_named(gpu) if gpu else None
-    simulated = not get(loaded.recipe.backend).features.gpus
-    shape = None if simulated else shape_for(loaded)
-    there = nodes(loaded, inventory, gpus, kind, simulated=simulated)
-    outcome = run(
-        Asked(
-            loaded=loaded,
-            sla=level,
-            demand=demand,
-            inventory=there,
-            gpus=sum(host.gpus for host in there.hosts) if gpus is None else gpus,
-            estimator=estimator_for(loaded, kind, precision),
-            most=rate is None and trace is None,
-            experts=shape is not None and shape.experts is not None,
-            longest=shape.max_context if shape else 0,
-            measured=[(str(path), load_profile(path)) for path in profiles or ()],
-        )
-    )
+    machines = Machines(inventory, gpus, gpu_named(gpu) if gpu else None, precision)
+    asked = asked_of(loaded, machines, sla_of(sla, loaded.recipe.sla), demand)
+    measured = [(str(path), load_profile(path)) for path in profiles or ()]
+    outcome = run(replace(asked, measured=measured, most=rate is None and trace is None))
     folder = out or Path(f"profile-{loaded.recipe.name}")
     written = write_files(folder, loaded, outcome) if outcome.choice.chosen else []
     tell(outcome, loaded, written, as_json=json_)
     return 0 if outcome.choice.chosen else 1
 
 
-def nodes(
-    loaded: LoadedRecipe, inventory: Path | None, gpus: int | None, kind: Gpu | None, *, simulated: bool
-) -> Inventory:
+@dataclass(frozen=True, slots=True)
+class Machines:
+    """What the flags say of the machines to choose for."""
+
+    inventory: Path | None
+    gpus: int | None
+    kind: Gpu | None
+    precision: str
+
+
+def asked_of(loaded: LoadedRecipe, machines: Machines, level: Sla, demand: Demand) -> Asked:
+    """The question for the profiler, with an estimator for the recipe's engine on these machines."""
+    simulated = not get(loaded.recipe.backend).features.gpus
+    estimator = estimator_for(loaded, machines.kind, machines.precision)
+    shape = None if simulated else shape_for(loaded)
+    there = nodes(loaded, machines, simulated=simulated)
+    return Asked(
+        loaded=loaded,
+        sla=level,
+        demand=demand,
+        inventory=there,
+        gpus=machines.gpus or sum(host.gpus for host in there.hosts),
+        estimator=estimator,
+        experts=shape is not None and shape.experts is not None,
+        longest=shape.max_context if shape else 0,
+    )
+
+
+def nodes(loaded: LoadedRecipe, machines: Machines, *, simulated: bool) -> Inventory:
     """The nodes to choose for. Raises UsageError when fewer GPUs are there than are asked for."""
-    recipe = loaded.recipe
-    told = inventory is not None or recipe.hosts or recipe.target == "local"
-    there = inventory_for(recipe, loaded.file, inventory) if told else assumed(loaded)
-    have = sum(host.gpus for host in there.hosts)
-    if simulated or not have or not (inventory or recipe.hosts or recipe.target == "local"):
+    recipe, gpus, kind = loaded.recipe, machines.gpus, machines.kind
+    there = None
+    if machines.inventory is not None or recipe.hosts or recipe.target == "local":
+        there = inventory_for(recipe, loaded.file, machines.inventory)
+    have = sum(host.gpus for host in there.hosts) if there else 0
+    if there is None or simulated or not have:
         # No GPU is known of: as many as are asked for, in nodes as they are made.
-        used = sum(parallel.replicas * _gpus(parallel) for parallel in recipe.roles.present().values())
-        return invented(gpus or used, gpus or used if simulated or kind is None else kind.per_node)
+        used = gpus or sum(section.replicas * _gpus(section) for section in recipe.roles.present().values())
+        return invented(used, used if simulated or kind is None else kind.per_node)
     if gpus is not None and gpus > have:
         raise UsageError(f"--gpus {gpus}, but {there.source} has {have}", hint="fewer, or --inventory FILE")
     return there
 
 
-def _gpus(section: Any) -> int:
-    return int(section.tensor_parallel * section.pipeline_parallel * section.data_parallel)
+def _gpus(section: RoleSection) -> int:
+    return parallel_of(section).gpus
 
 
 def invented(gpus: int, per_node: int) -> Inventory:

@@ -61,7 +61,7 @@ def test_the_recipe_that_is_written_is_taken_by_up(
     roles = loaded.recipe.roles.present()
     assert set(roles) == set(told["chosen"]["roles"])
     for name, pool in told["chosen"]["roles"].items():
-        section = roles[name]  # type: ignore[index]
+        section = roles[name]
         assert (section.replicas, section.tensor_parallel) == (
             pool["replicas"],
             pool["layout"].get("tensor", 1),
