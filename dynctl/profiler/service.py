@@ -69,7 +69,7 @@ def run(asked: Asked) -> Outcome:
     if asked.longest and wanted > asked.longest:
         raise ProfileError(
             f"a prompt and its answer take {wanted} tokens, the model's context is {asked.longest}",
-            hint="smaller --isl and --osl",
+            hint="smaller --isl and --osl, or a trace without such requests",
         )
     profiles, refused = estimated(asked)
     profiles.update(checked(asked.measured, profiles))
