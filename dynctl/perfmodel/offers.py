@@ -117,13 +117,13 @@ class Offers:
                 found[layout] = tried[rates.index(max(rates))]
         return found
 
-    def in_time(self, reading: Reading | None) -> bool:
-        """Whether enough of the first tokens come in time."""
+    def in_time(self, reading: Reading | None, full: float = 0.0) -> bool:
+        """Whether enough of the first tokens come in time; the share `full` that finds no seat does not."""
         if reading is None:
             return False
         if self.ask.sla.ttft_s is None:
             return reading.load <= _FULL_LOAD
-        return reading.late(self.ask.sla.ttft_s) <= 1.0 - self.ask.sla.percentile
+        return reading.late(self.ask.sla.ttft_s) + full <= 1.0 - self.ask.sla.percentile
 
     def reads(self, reader: Disaggregated, rate: float, replicas: int, after_s: float) -> bool:
         """Whether so many replicas read in time, and their links carry the KV."""
@@ -138,7 +138,7 @@ class Offers:
     def does_both(self, one: Aggregated, rate: float, replicas: int) -> bool:
         """Whether so many replicas read and write in time."""
         found = one.both(rate, replicas, self.ask.sla.percentile)
-        return found is not None and self.in_time(found[0])
+        return found is not None and self.in_time(found[0], found[1].full)
 
     def after_s(self, writer: Decode) -> float:
         """From the arrival of a prompt's KV to its first token, at workers as full as they may be."""

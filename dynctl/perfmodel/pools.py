@@ -45,12 +45,16 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Talking:
-    """Answers being written. `mean`: sequences in a worker's batch; `step_s`: of its steps, on average."""
+    """Answers being written. `mean`: sequences in a worker's batch; `step_s`: of its steps, on average.
+
+    `full`: share of the requests that find no seat.
+    """
 
     itl_s: float
     mean: float
     step_s: float
     load: float
+    full: float = 0.0
 
 
 class Prefill:
@@ -179,7 +183,7 @@ class Decode:
         crowded = min(self.seats, -(-(found.at + 1) // pooled))
         batch = found.mean / pooled
         mean = max(1, min(self.seats, round(batch)))
-        return Talking(self.gap_s(crowded), batch, self.steps[mean], batch / self.seats)
+        return Talking(self.gap_s(crowded), batch, self.steps[mean], batch / self.seats, found.full)
 
 
 class Aggregated:

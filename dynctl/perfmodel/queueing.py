@@ -159,10 +159,14 @@ def crossing(tail: Callable[[float], float], share: float, step: float) -> float
 
 @dataclass(frozen=True, slots=True)
 class InFlight:
-    """How many are being worked on at once. `mean`; `at` that many or fewer for the share asked for."""
+    """How many are being worked on at once: `mean`; `at` that many or fewer for the share asked for.
+
+    `full`: share of the arrivals that find no place.
+    """
 
     mean: float
     at: int
+    full: float
 
 
 def in_flight(offered: float, step_s: Sequence[float], share: float) -> InFlight | None:
@@ -194,4 +198,4 @@ def in_flight(offered: float, step_s: Sequence[float], share: float) -> InFlight
         if reached >= share * total:
             at = count
             break
-    return InFlight(mean / total, at)
+    return InFlight(mean / total, at, (weights[-1] + beyond) / total)
