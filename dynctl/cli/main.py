@@ -41,6 +41,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "plan": ("dynctl.cli.plan:plan", "Show nodes, GPUs, ports and every command, start nothing"),
     "doctor": ("dynctl.cli.doctor:doctor", "Check each host before a start: what is wrong, what would help"),
     "profile": ("dynctl.cli.profile:profile", "Choose parallelism and replicas for a service level"),
+    "estimate": ("dynctl.cli.estimate:estimate", "Predict TTFT and TPOT of serving points, without running"),
     "validate": ("dynctl.cli.validate:validate", "Check a recipe, start nothing"),
     "schema": ("dynctl.cli.schema:schema", "JSON Schema of a recipe, for editors"),
     "recipes": ("dynctl.cli.recipes:recipes", "The recipes that come with dynctl"),
@@ -53,7 +54,7 @@ GROUPS = (
     ("Run", ("up", "down")),
     ("Change", ("scale", "restart", "drain", "undrain", "rollback", "lock", "unlock")),
     ("Look", ("ps", "status", "top", "logs", "events", "wait", "chat", "exec", "ls")),
-    ("Measure", ("profile", "bench", "compare")),
+    ("Measure", ("profile", "estimate", "bench", "compare")),
     ("Prepare", ("doctor", "plan", "validate", "schema", "recipes")),
     ("Tool", ("completion", "version")),
 )

@@ -180,10 +180,7 @@ def _variations(ask: Ask, chosen: Option) -> Iterator[Variation]:
     for what in ("isl", "osl", "rate"):
         for factor in _VARIED:
             varied = replace(ask, demand=ask.demand.scaled(**{what: factor}), most=False)
-            found = _ranked(Offers(varied))
-            yield Variation(
-                what=what,
-                factor=factor,
-                option=found[0] if found else None,
-                holds=keeps(varied, chosen),
-            )
+            found, holds = _ranked(Offers(varied)), keeps(varied, chosen)
+            if holds:  # at its very limit, where no other is found
+                found = found or [chosen]
+            yield Variation(what=what, factor=factor, option=found[0] if found else None, holds=holds)

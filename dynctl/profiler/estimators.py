@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +13,13 @@ from dynctl.engines.base import ArgValue
 from dynctl.engines.catalog import get
 from dynctl.errors import ProfileError
 from dynctl.perfmodel.estimate import Estimator
+from dynctl.perfmodel.find_shape import find_shape
 from dynctl.perfmodel.gpus import Gpu
 from dynctl.perfmodel.layout import Layout
 from dynctl.perfmodel.precision import Precision
 from dynctl.perfmodel.profile import DEFAULT, Limits, Profile, Subject, load_profile
 from dynctl.perfmodel.roofline import Roofline
-from dynctl.perfmodel.shapes import ModelShape, known_shape, shape_of
+from dynctl.perfmodel.shapes import ModelShape
 from dynctl.recipe.load import LoadedRecipe
 
 
@@ -40,24 +41,12 @@ def shape_for(loaded: LoadedRecipe) -> ModelShape:
 
     Raises ProfileError when neither has it.
     """
-    model = loaded.recipe.model.path
-    path = Path(loaded.model.directory, "config.json")
-    if loaded.model.directory and path.is_file():
-        try:
-            config = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise ProfileError(f"cannot be read: {error}", where=str(path)) from error
-        if not isinstance(config, dict):
-            raise ProfileError("must be a mapping", where=str(path))
-        return shape_of(config, model, str(path))
-    known = known_shape(model)
-    if known is None:
+    try:
+        return find_shape(loaded.model.directory or loaded.recipe.model.path, os.environ)
+    except ProfileError as error:
         raise ProfileError(
-            f"there is no config.json of {model} here, and its sizes are not known",
-            where=loaded.where("model.path"),
-            hint="download the model, or set model.path to a directory with its config.json",
-        )
-    return known
+            error.message, where=error.where or loaded.where("model.path"), hint=error.hint
+        ) from error
 
 
 def estimator_for(loaded: LoadedRecipe, gpu: Gpu | None, precision: str) -> Estimator:

@@ -18,8 +18,9 @@ from dynctl.recipe.load import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = str(ROOT / "recipes" / "llama70b-disagg.yaml")
-USUAL = ("--gpu", "h200_sxm", "--gpus", "16", "--estimate-only")
-APART = ("--sla", "ttft=3s,itl=16ms", *USUAL)
+ON = ("--gpu", "h200_sxm", "--gpus", "16", "--estimate-only")
+USUAL = ("--sla", "ttft=400ms,itl=20ms", *ON)
+APART = ("--sla", "ttft=3s,itl=16ms", *ON)
 
 
 def asked(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
@@ -39,7 +40,7 @@ def test_sixteen_gpus_give_a_choice_with_all_its_parts(
 ) -> None:
     code, out, err = asked(capsys, RECIPE, *USUAL)
     assert code == 0
-    assert "p95 TTFT ≤ 200ms, ITL ≤ 20.0ms" in out
+    assert "p95 TTFT ≤ 400ms, ITL ≤ 20.0ms" in out
     assert "chosen" in out
     assert "runner-up" in out
     assert "prompts +20%" in out
@@ -77,7 +78,7 @@ def test_json_tells_prediction_and_rejected_layouts(here: Path, capsys: pytest.C
     code, out, _ = asked(capsys, RECIPE, "--json", *USUAL)
     told = json.loads(out)
     assert code == 0
-    assert told["chosen"]["predicted"]["ttft_s"] <= 0.2 * 1.01
+    assert told["chosen"]["predicted"]["ttft_s"] <= 0.4 * 1.01
     assert told["chosen"]["predicted"]["itl_s"] <= 0.02
     assert told["chosen"]["predicted"]["tokens_per_s_per_gpu"] > 0
     assert [one["layout"] for one in told["rejected"]] == ["TP1"]
@@ -110,7 +111,7 @@ def test_profiles_and_npz_are_written_beside_the_recipe(
 def test_without_room_for_the_sla_the_answer_is_why_and_nothing_is_written(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, out, _ = asked(capsys, RECIPE, "--sla", "ttft=1ms,itl=20ms", *USUAL)
+    code, out, _ = asked(capsys, RECIPE, "--sla", "ttft=1ms,itl=20ms", *ON)
     assert code == 1
     assert "nothing keeps this SLA" in out
     assert "a TTFT of 1 ms cannot be kept" in out
@@ -145,7 +146,7 @@ def test_a_rate_beyond_the_gpus_tells_how_many_it_would_take(
         (("--isl", "200000"), 1, "the model's context is 131072"),
         (("--trace", "none.jsonl"), 1, "cannot read the trace"),
         (("--trace", "none.jsonl", "--isl", "5"), 2, "leave --isl and --osl out"),
-        (("--set", "model.path=nobody/knows-it"), 1, "there is no config.json of nobody/knows-it"),
+        (("--set", "model.path=nobody/knows-it"), 1, "model 'nobody/knows-it' has no config"),
         (("--set", "backend=external"), 3, "external"),
     ],
 )
@@ -174,7 +175,7 @@ def test_measuring_is_not_promised(here: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_a_recipe_without_sla_needs_one(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = asked(capsys, RECIPE, "--unset", "sla", *USUAL)
+    code, _, err = asked(capsys, RECIPE, "--unset", "sla", *ON)
     assert code == 2
     assert "no service level is given" in err
 
