@@ -13,7 +13,7 @@ from dynctl.cli.exits import EXIT_CODES
 from dynctl.cli.pick import ENV_NAME
 from dynctl.cli.render import prose
 from dynctl.deploy.home import RunDir
-from dynctl.deploy.remote import HostSite, Remote, RemoteHost, sweep
+from dynctl.deploy.remote_hosts import HostSite, Remote, RemoteHost, sweep
 from dynctl.errors import CodecError, DynctlError, LaunchError, SshError, UsageError
 from dynctl.launchers.files import write_atomic
 from dynctl.launchers.ssh import SshHosts

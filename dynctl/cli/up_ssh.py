@@ -17,17 +17,8 @@ from dynctl.cli.pick import home
 from dynctl.cli.render import prose
 from dynctl.cli.up_ssh_again import Change, change_there
 from dynctl.deploy.home import new_run_id
-from dynctl.deploy.remote import (
-    HostSite,
-    Remote,
-    Started,
-    Wanted,
-    is_ip,
-    raise_first,
-    start,
-    sweep,
-    with_addresses,
-)
+from dynctl.deploy.remote import Started, Wanted, is_ip, start, with_addresses
+from dynctl.deploy.remote_hosts import HostSite, Remote, raise_first, sweep
 from dynctl.deploy.run import Checked
 from dynctl.errors import SshError
 from dynctl.launchers.bootstrap import Bootstrap, bootstrap, find_dynctl, read_wheelhouse

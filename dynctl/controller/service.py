@@ -44,7 +44,7 @@ from dynctl.controller.supervise import Supervisor
 from dynctl.deploy.events import append_event
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.plan import Plan
-from dynctl.deploy.rehome import moved_seats
+from dynctl.deploy.reseat import moved_seats
 from dynctl.deploy.state import RunState, SeatRecord, encode_state
 from dynctl.deploy.status import view_of
 from dynctl.discovery.adapters import Adapters

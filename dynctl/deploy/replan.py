@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dynctl.deploy.digest import digest_of, reasons
-from dynctl.deploy.plan import Kept, Plan, PlannedProcess, build_plan
-from dynctl.deploy.run import SEAT_KINDS
+from dynctl.deploy.plan import Kept, Plan, PlannedProcess
+from dynctl.deploy.planner import build_plan
+from dynctl.deploy.records import SEAT_KINDS
 from dynctl.deploy.seats import NodeContext, RunContext
 from dynctl.engines.base import Rank
 from dynctl.errors import PlacementError, RecipeError
@@ -30,11 +30,6 @@ class Difference:
 
     def __bool__(self) -> bool:
         return bool(self.added or self.removed or self.changed)
-
-
-def plan_digest(plan: Plan) -> str:
-    """A short name for a plan."""
-    return hashlib.sha256(plan.to_json().encode()).hexdigest()[:16]
 
 
 def replan(loaded: LoadedRecipe, inventory: Inventory, old: Plan, taken: Taken) -> Plan:
@@ -91,12 +86,6 @@ def as_before(old: Plan, new: Plan) -> Plan:
     """
     known = {process.id: process for process in old.processes}
     return replace(new, processes=tuple(known.get(p.id, p) for p in new.processes))
-
-
-def gpus_here(plan: Plan) -> set[int]:
-    """GPUs of the node that the controller is on."""
-    head = plan.process("controller").node
-    return {gpu for p in plan.processes if p.node == head for gpu in p.gpus}
 
 
 def without_stand_ins(plan: Plan) -> Plan:
