@@ -123,7 +123,8 @@ class Home:
         with disk("the directory of runs cannot be used"):
             for folder in (self.root, self.runs, self.deployments, self.root / "locks"):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            probe = self.runs / f".probe.{os.getpid()}"
+            # Not named for its pid: hosts that share this home have the same ones.
+            probe = self.runs / f".probe.{secrets.token_hex(6)}"
             probe.touch(mode=0o600)
             probe.unlink()
             free = shutil.disk_usage(self.runs).free

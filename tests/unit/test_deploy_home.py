@@ -172,3 +172,21 @@ def test_events_are_read_whole_and_in_order(tmp_path: Path) -> None:
         file.write(json.dumps("x")[1:-1] + '"}\n')
     found, _ = read_events(path, offset)
     assert [e["event"] for e in found] == ["halfx"]
+
+
+def test_hosts_with_one_home_and_the_same_pid_do_not_take_each_others_probe(home: Home) -> None:
+    failed: list[LaunchError] = []
+
+    def prepare() -> None:
+        try:
+            for _ in range(100):
+                home.prepare()
+        except LaunchError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=prepare) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
