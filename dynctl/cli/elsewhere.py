@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -13,9 +13,9 @@ from dynctl.cli.exits import EXIT_CODES
 from dynctl.cli.pick import ENV_NAME
 from dynctl.cli.render import prose
 from dynctl.deploy.home import RunDir
-from dynctl.deploy.remote_hosts import HostSite, Remote, RemoteHost, sweep
-from dynctl.errors import CodecError, DynctlError, LaunchError, SshError, UsageError
-from dynctl.launchers.files import write_atomic
+from dynctl.deploy.remote_hosts import HostSite, sweep
+from dynctl.deploy.remote_note import Remote, RemoteHost, read_remote, save_keys, save_remote
+from dynctl.errors import DynctlError, LaunchError, SshError, UsageError
 from dynctl.launchers.ssh import SshHosts
 from dynctl.launchers.ssh_config import SshOptions
 from dynctl.launchers.ssh_host import SshHost
@@ -25,24 +25,6 @@ from dynctl.topology.inventory import Host
 T = TypeVar("T")
 
 _DRAIN_S = 5.0
-
-
-def read_remote(run: RunDir) -> Remote:
-    """Where the run is. Raises CodecError, LaunchError."""
-    try:
-        return msgspec.json.decode(run.remote.read_bytes(), type=Remote)
-    except OSError as error:
-        raise LaunchError(f"it cannot be read: {error.strerror}", where=str(run.remote)) from error
-    except msgspec.MsgspecError as error:
-        raise CodecError(f"not the record of a remote run: {error}", where=str(run.remote)) from error
-
-
-def save_remote(run: RunDir, remote: Remote) -> None:
-    """Write down where the run is. Raises LaunchError."""
-    try:
-        write_atomic(run.remote, msgspec.json.encode(remote))
-    except OSError as error:
-        raise LaunchError(f"it cannot be written: {error.strerror}", where=str(run.remote)) from error
 
 
 def run_async(work: Coroutine[Any, Any, T]) -> T:
@@ -56,22 +38,14 @@ def run_there(run: RunDir, verb: str, args: Sequence[str]) -> int:
 
     async def work() -> int:
         async with SshHosts(SshOptions.find(os.environ)) as hosts:
-            code = 0
-            try:
-                head = await hosts.connect(host_of(remote.head))
-                code = await forward(head, command_there(remote, verb, args))
-            except SshError as error:
-                if verb != "down":
-                    raise
-                prose(str(error), style="warning")
             if verb != "down":
-                return code
+                head = await hosts.connect(host_of(remote.head))
+                return await forward(head, command_there(remote, verb, args))
+            others = asyncio.ensure_future(hosts.connect_all(host_of(host) for host in remote.hosts[1:]))
             try:
-                return await _down(run, remote, hosts, code, force="--force" in args)
-            except UsageError as locked:
-                if not code:
-                    raise
-                return EXIT_CODES[locked.kind]  # the head has said so
+                return await _down(run, remote, hosts, others, args)
+            finally:
+                others.cancel()
 
     return run_async(work())
 
@@ -85,9 +59,42 @@ def command_there(remote: Remote, verb: str, args: Sequence[str]) -> list[str]:
     return ["env", *words, head.python, "-m", "dynctl.cli.main", verb, *args]
 
 
-async def _down(run: RunDir, remote: Remote, hosts: SshHosts, code: int, *, force: bool) -> int:
-    """End what the head could not: on hosts that its controller did not reach, or all without one."""
-    reached = await hosts.connect_all(host_of(host) for host in remote.hosts)
+async def _down(
+    run: RunDir,
+    remote: Remote,
+    hosts: SshHosts,
+    others: Awaitable[dict[str, SshHost | SshError]],
+    args: Sequence[str],
+) -> int:
+    """Have the head end it; then what it could not: where its controller did not reach, or all without one.
+    `others` are being dialled meanwhile.
+    """
+    code, head = 0, host_of(remote.head)
+    try:
+        code = await forward(await hosts.connect(head), command_there(remote, "down", args))
+        ended = not code
+    except SshError as error:
+        prose(str(error), style="warning")
+        ended = False
+    reached = await hosts.connect_all([head]) | await others
+    try:
+        return await _sweep(run, remote, reached, code, force="--force" in args, ended=ended)
+    except UsageError as locked:
+        if not code:
+            raise
+        return EXIT_CODES[locked.kind]  # the head has said so
+
+
+async def _sweep(
+    run: RunDir,
+    remote: Remote,
+    reached: Mapping[str, SshHost | SshError],
+    code: int,
+    *,
+    force: bool,
+    ended: bool,
+) -> int:
+    """End what is left on each host, and write down where it could not be looked."""
     sites: list[HostSite] = []
     failed: dict[str, DynctlError] = {}
     for host in remote.hosts:
@@ -97,7 +104,9 @@ async def _down(run: RunDir, remote: Remote, hosts: SshHosts, code: int, *, forc
         else:
             failed[host.name] = there
     if sites:
-        failed |= await sweep(sites, remote.run_id, _DRAIN_S, force=force)
+        failed |= await sweep(sites, remote.run_id, _DRAIN_S, force=force, at_once=ended)
+    if not failed:
+        save_keys(run, "")
     save_remote(run, msgspec.structs.replace(remote, ended=not failed, left=sorted(failed)))
     if failed:
         raise _left_behind(remote, failed)

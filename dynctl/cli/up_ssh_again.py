@@ -7,11 +7,11 @@ from importlib import metadata
 
 import msgspec
 
-from dynctl.cli.elsewhere import command_there, host_of, read_remote
+from dynctl.cli.elsewhere import command_there, host_of
 from dynctl.cli.pick import home
 from dynctl.deploy.claim import same_text
 from dynctl.deploy.home import NEXT
-from dynctl.deploy.remote_hosts import Remote
+from dynctl.deploy.remote_note import Remote, read_remote
 from dynctl.deploy.run import Checked
 from dynctl.errors import LaunchError
 from dynctl.launchers.ssh import SshHosts

@@ -217,7 +217,8 @@ class Controller:
         if op.startswith("adapters."):
             return self._adapters.handle(op, body)
         if op in ("controller.ps", "controller.status"):
-            return view_of(self._state, str(self._parts.run.path), _believed)
+            seen = view_of(self._state, str(self._parts.run.path), _believed)
+            return msgspec.structs.replace(seen, at=time.time())
         if op == "controller.down":
             drain_s = read_body(body, DownCall).drain_s
             self._feed(Stop(max(0.0, drain_s)))

@@ -9,15 +9,17 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dynctl.deploy.gpus import SHARE_HINT
 from dynctl.deploy.plan import Plan, PlannedProcess
 from dynctl.deploy.planner import build_plan
-from dynctl.deploy.receive import Claim, Join, Look, Spawn
-from dynctl.deploy.remote_hosts import ANSWER_S, HostSite, Remote, RemoteHost, raise_first, sweep
+from dynctl.deploy.receive import Answer, Claim, Join, Look, Spawn
+from dynctl.deploy.remote_hosts import ANSWER_S, HostSite, raise_first, sweep
+from dynctl.deploy.remote_note import Remote, RemoteHost
 from dynctl.deploy.run import Checked, run_files
 from dynctl.deploy.seats import ENGINE_KEY_FILE, KEYS_FILE, NodeContext, RunContext
 from dynctl.deploy.stop import CONTROLLER
@@ -94,17 +96,54 @@ class Started:
     adopted: bool
     running: bool
     inventory: Inventory
+    secrets: Mapping[str, str] = field(repr=False)
 
 
 async def start(
-    checked: Checked, wanted: Wanted, sites: Sequence[HostSite], note: Callable[[Remote], None]
+    checked: Checked, wanted: Wanted, sites: Sequence[HostSite], note: Callable[[Remote, str], None]
 ) -> Started:
     """Plan, hand out, start. `sites` has a host for each of the inventory, in its order. `note` is told where
-    the run will be before anything of it is anywhere: whatever becomes of this process, it can be ended.
+    the run will be, and its keys, before anything of it is anywhere: whatever becomes of this process, it can
+    be ended.
 
     When a host fails, nothing is left on any. What lives of the same recipe is given what it lacks: agents, a
     controller. Raises UsageError when the name is taken on the head, PlacementError, PortInUse, LaunchError.
     """
+    async with _opened(sites) as opened:
+        return await _start(checked, wanted, sites, note, opened)
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """dynctl on a host, started and waiting to be told what to do."""
+
+    call: asyncio.Future[Claim | Join]
+    answer: asyncio.Task[Answer]
+
+
+@asynccontextmanager
+async def _opened(sites: Sequence[HostSite]) -> AsyncIterator[dict[str, _Opened]]:
+    """dynctl on each host, which loads while the plan is made; what is told nothing ends with the block."""
+    made = {}
+    for site in sites:
+        call: asyncio.Future[Claim | Join] = asyncio.get_running_loop().create_future()
+        made[site.name] = _Opened(call, asyncio.create_task(site.ask(call, 2 * ANSWER_S)))
+    try:
+        yield made
+    finally:
+        tasks = [one.answer for one in made.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _start(
+    checked: Checked,
+    wanted: Wanted,
+    sites: Sequence[HostSite],
+    note: Callable[[Remote, str], None],
+    opened: Mapping[str, _Opened],
+) -> Started:
     name, head, lock = checked.loaded.recipe.name, sites[0], wanted.lock
     living = await head.ask(Look(name=name, lock=lock))
     if living.run_id:
@@ -116,12 +155,18 @@ async def start(
         if not wanted.share_gpus:
             require_idle(plan, sites)
     used = [site for site in sites if any(node.name == site.name for node in plan.nodes)]
+    adopted = bool(living.run_id)
     started = Started(
-        plan, _remote(plan, used, checked), bool(living.run_id), living.running, checked.inventory
+        plan,
+        _remote(plan, used, checked),
+        adopted,
+        living.running,
+        checked.inventory,
+        await _secrets_of(head, plan.run_id) if adopted else _secrets(),
     )
-    note(started.remote)
+    note(started.remote, started.secrets[KEYS_FILE])
     try:
-        await _hand_out(started, wanted, used)
+        await _hand_out(started, wanted, used, opened)
     except BaseException:
         if not started.adopted:
             await sweep(used, plan.run_id, 0.0)
@@ -129,10 +174,11 @@ async def start(
     return started
 
 
-async def _hand_out(started: Started, wanted: Wanted, sites: Sequence[HostSite]) -> None:
+async def _hand_out(
+    started: Started, wanted: Wanted, sites: Sequence[HostSite], opened: Mapping[str, _Opened]
+) -> None:
     """All at once: whether the name is free has been asked for, and is once more when the head takes it."""
-    plan, head = started.plan, sites[0]
-    secret = await _secrets_of(head, plan.run_id) if started.adopted else _secrets()
+    plan, head, secret = started.plan, sites[0], dict(started.secrets)
     claim = Claim(
         name=plan.name,
         run_id=plan.run_id,
@@ -155,12 +201,13 @@ async def _hand_out(started: Started, wanted: Wanted, sites: Sequence[HostSite])
         for site in sites[1:]
     ]
     calls: list[Claim | Join] = [claim, *joins]
-    asked = [
-        (site, call)
-        for site, call in zip(sites, calls, strict=True)
-        if call is not claim or not started.running
-    ]
-    answers = await asyncio.gather(*(site.ask(call) for site, call in asked), return_exceptions=True)
+    asked = []
+    for site, call in zip(sites, calls, strict=True):
+        if call is not claim or not started.running:
+            if not opened[site.name].call.done():  # its time is up already
+                opened[site.name].call.set_result(call)
+            asked.append(opened[site.name].answer)
+    answers = await asyncio.gather(*asked, return_exceptions=True)
     raise_first(answers)
 
 
@@ -206,4 +253,6 @@ def _secrets() -> dict[str, str]:
 def _remote(plan: Plan, sites: Sequence[HostSite], checked: Checked) -> Remote:
     hosts = [RemoteHost(name=s.name, python=s.python, home=s.home, ssh=s.ssh) for s in sites]
     recipe = str(Path(checked.loaded.file).resolve())
-    return Remote(name=plan.name, run_id=plan.run_id, hosts=hosts, recipe=recipe)
+    at = plan.registry.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+    direct = plan.registry if at and at == sites[0].dialled else ""
+    return Remote(name=plan.name, run_id=plan.run_id, hosts=hosts, recipe=recipe, controller=direct)

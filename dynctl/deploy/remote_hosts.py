@@ -6,7 +6,7 @@ Without recipes and plans, which verbs on what runs do not need.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -50,7 +50,7 @@ class Shell(Protocol):
         self,
         argv: Sequence[str],
         *,
-        stdin: bytes = b"",
+        stdin: bytes | Awaitable[bytes] = b"",
         timeout_s: float,
         env: Mapping[str, str] | None = None,
     ) -> Done: ...
@@ -59,7 +59,7 @@ class Shell(Protocol):
 @dataclass(frozen=True, slots=True)
 class HostSite:
     """What `up` needs of one host: `python` runs dynctl, `home` is its directory, `taken` are ports in use,
-    `ssh` how it is reached, `busy` who uses which GPU.
+    `ssh` how it is reached, `busy` who uses which GPU, `dialled` the address SSH reached it at from here.
     """
 
     name: str
@@ -69,12 +69,17 @@ class HostSite:
     taken: frozenset[int] = frozenset()
     ssh: Ssh = field(default_factory=Ssh)
     busy: Mapping[int, str] = field(default_factory=dict)
+    dialled: str = ""
 
-    async def ask(self, call: Call, timeout_s: float = ANSWER_S) -> Answer:
-        """Have dynctl on the host do something. Raises what it raised there, with the host's name."""
+    async def ask(self, call: Call | Awaitable[Call], timeout_s: float = ANSWER_S) -> Answer:
+        """Have dynctl on the host do something. Raises what it raised there, with the host's name.
+
+        For a call that is still to come, dynctl is started there and waits for it.
+        """
         argv = (self.python, "-m", "dynctl.deploy.receive")
         env = {"DYNCTL_HOME": self.home}
-        done = await self.shell.run(argv, stdin=msgspec.json.encode(call), timeout_s=timeout_s, env=env)
+        stdin = _coming(call) if isinstance(call, Awaitable) else msgspec.json.encode(call)
+        done = await self.shell.run(argv, stdin=stdin, timeout_s=timeout_s, env=env)
         lines = done.stdout.splitlines()
         try:
             told = msgspec.json.decode(lines[-1] if lines else b"", type=Answer)
@@ -88,33 +93,8 @@ class HostSite:
         return told
 
 
-class RemoteHost(msgspec.Struct, frozen=True, kw_only=True):
-    """One host of such a run, as `HostSite` has it."""
-
-    name: str
-    python: str
-    home: str
-    ssh: Ssh
-
-
-class Remote(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a run is that other machines look after. `hosts` in the order of the inventory, the head first.
-
-    `left`: hosts on which processes may be left, since they could not be reached when it was ended.
-    """
-
-    name: str
-    run_id: str
-    hosts: list[RemoteHost]
-    recipe: str
-    ended: bool = False
-    left: list[str] = []
-    version: int = 1
-
-    @property
-    def head(self) -> RemoteHost:
-        """The host that the controller runs on."""
-        return self.hosts[0]
+async def _coming(call: Awaitable[Call]) -> bytes:
+    return msgspec.json.encode(await call)
 
 
 def raise_first(answers: Iterable[object]) -> None:
@@ -131,9 +111,10 @@ def raise_first(answers: Iterable[object]) -> None:
 
 
 async def sweep(
-    sites: Sequence[HostSite], run_id: str, drain_s: float, *, force: bool = True
+    sites: Sequence[HostSite], run_id: str, drain_s: float, *, force: bool = True, at_once: bool = False
 ) -> dict[str, DynctlError]:
     """End what there is of a run: on the head by its controller if it has one, then on all other hosts.
+    `at_once`: on all together, when the head has ended it already.
 
     Gives back why it could not be done, by host: these may have processes left. Raises UsageError for a run
     that is locked, unless by `force`.
@@ -149,6 +130,8 @@ async def sweep(
         except DynctlError as error:
             failed[site.name] = error
 
-    await one(sites[0])
-    await asyncio.gather(*(one(site) for site in sites[1:]))
+    first = 0 if at_once else 1
+    for site in sites[:first]:
+        await one(site)
+    await asyncio.gather(*(one(site) for site in sites[first:]))
     return failed
