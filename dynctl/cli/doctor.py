@@ -20,7 +20,8 @@ from dynctl.cli.exits import UNFIT_FOR, UNFIT_HOST
 from dynctl.cli.plan import PREVIEW
 from dynctl.cli.render import data, json_data, prose
 from dynctl.deploy.home import Home
-from dynctl.deploy.plan import Plan, build_plan
+from dynctl.deploy.plan import Plan
+from dynctl.deploy.planner import build_plan
 from dynctl.doctor.checks import CHECKS, LOGIN, PLACEMENT, REACH
 from dynctl.doctor.findings import ALL_HOSTS, Finding, counts
 from dynctl.doctor.runners import LocalRunner, is_here, way_to
@@ -31,7 +32,8 @@ from dynctl.launchers.wheel import own_wheel
 from dynctl.recipe.check import check_recipe
 from dynctl.recipe.load import LoadedRecipe, load_recipe
 from dynctl.recipe.schema import Slurm
-from dynctl.topology.inventory import LOCAL, Host, Inventory, inventory_for, load_inventory, with_gpus
+from dynctl.topology.inventory import LOCAL, Host, Inventory, with_gpus
+from dynctl.topology.inventory_file import inventory_for, load_inventory
 
 HERE = Inventory((Host(LOCAL, "127.0.0.1"),), "this machine")
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from dynctl import procfs
-from dynctl.deploy.ask import ask_controller
+from dynctl.deploy.ask import ask_controller, listens
 from dynctl.deploy.home import Home, RunDir
 from dynctl.deploy.slurm_view import job_view
 from dynctl.deploy.state import ENDED, RunState, load_state
@@ -19,6 +19,7 @@ from dynctl.launchers.slurm_job import JobLauncher, JobTable, load_record
 from dynctl.protocol.deployment import DeploymentView
 
 _ANSWER_S = 2.0
+_REACHED_S = 0.3
 ENV_NAME = "DYNCTL_NAME"
 """Names the deployment for a verb that another machine has this one run."""
 ENV_RUN_ID = "DYNCTL_RUN_ID"
@@ -77,16 +78,30 @@ def ask(run: RunDir) -> tuple[DeploymentView, str]:
 
     Without an answer it is what `view` gives.
     """
+    if load_record(run.path) is not None and (answer := _answer_of_job(run)) is not None:
+        return answer, ""
     seen = view(run)
     if not seen.controller_pid:
         return seen, ""
     try:
-        endpoint = state(run).registry
-        return ask_controller(
-            run, endpoint, "controller.status", None, DeploymentView, deadline_s=_ANSWER_S
-        ), ""
+        return _answer(run, state(run).registry), ""
     except DynctlError as error:
         return seen, str(error)
+
+
+def _answer_of_job(run: RunDir) -> DeploymentView | None:
+    """What the controller in a job says, without a question to Slurm; None when Slurm has to be asked."""
+    found = state(run)
+    if found.phase in ENDED or not found.registry or not listens(found.registry, _REACHED_S):
+        return None
+    try:
+        return _answer(run, found.registry)
+    except DynctlError:
+        return None
+
+
+def _answer(run: RunDir, endpoint: str) -> DeploymentView:
+    return ask_controller(run, endpoint, "controller.status", None, DeploymentView, deadline_s=_ANSWER_S)
 
 
 def state(run: RunDir) -> RunState:

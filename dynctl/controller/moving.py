@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from dynctl.deploy.amend import hosts_of
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.plan import Plan
-from dynctl.deploy.rehome import rehome
-from dynctl.deploy.replan import Room
-from dynctl.deploy.slurm_size import on_its_parts
-from dynctl.deploy.slurm_up import staged_recipe
+from dynctl.deploy.room import Room
 from dynctl.deploy.state import RunState
-from dynctl.recipe.load import load_recipe
 
 _SERVES = ("ready", "draining", "silent")
 
@@ -32,6 +27,13 @@ def elsewhere(run: RunDir, plan: Plan, nodes: Collection[str], room: Room) -> Pl
     Raises PlacementError when there is no room, RecipeError, CodecError for a run that cannot be read. Reads
     files: not for the event loop.
     """
+    # Here, since recipes are slow to load, and most controllers never move anything.
+    from dynctl.deploy.amend import hosts_of
+    from dynctl.deploy.rehome import rehome
+    from dynctl.deploy.slurm_size import on_its_parts
+    from dynctl.deploy.slurm_up import staged_recipe
+    from dynctl.recipe.load import load_recipe
+
     loaded = load_recipe(run.lock, (), (), files_here=False)
     if loaded.recipe.target == "slurm":
         loaded = on_its_parts(staged_recipe(loaded))

@@ -45,8 +45,8 @@ from dynctl.controller.supervise import Supervisor
 from dynctl.deploy.events import append_event
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.plan import Plan
-from dynctl.deploy.rehome import moved_seats
-from dynctl.deploy.replan import Room, merged
+from dynctl.deploy.reseat import moved_seats
+from dynctl.deploy.room import Room, merged
 from dynctl.deploy.state import RunState, SeatRecord, encode_state
 from dynctl.deploy.status import view_of
 from dynctl.discovery.adapters import Adapters
@@ -224,7 +224,8 @@ class Controller:
         if op.startswith("adapters."):
             return self._adapters.handle(op, body)
         if op in ("controller.ps", "controller.status"):
-            return view_of(self._state, str(self._parts.run.path), _believed)
+            seen = view_of(self._state, str(self._parts.run.path), _believed)
+            return msgspec.structs.replace(seen, at=time.time())
         if op == "controller.down":
             drain_s = read_body(body, DownCall).drain_s
             self._feed(Stop(max(0.0, drain_s)))

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from dynctl.command import Command
-from dynctl.deploy.plan import Plan, RunContext, build_plan
+from dynctl.deploy.plan import Plan
+from dynctl.deploy.planner import build_plan
+from dynctl.deploy.seats import RunContext
 from dynctl.deploy.slurm_inventory import gpus_by_node
 from dynctl.deploy.slurm_size import assumed
 from dynctl.launchers.base import Launch, RunRef
