@@ -13,7 +13,7 @@ from dynctl.cli.pick import ask, launcher_of, pick
 from dynctl.cli.render import STATE_STYLES, data, json_data, paint
 from dynctl.deploy.ask import Health, ask_health
 from dynctl.deploy.home import RunDir
-from dynctl.deploy.slurm_view import follow_ups, job_facts
+from dynctl.deploy.slurm_view import follow_ups, job_facts, no_successor
 from dynctl.deploy.state import ENDED
 from dynctl.deploy.status import Diagnosis, diagnose, ready_counts
 from dynctl.launchers.last_lines import tail
@@ -55,6 +55,7 @@ def status(name: options.Name = None, watch: Watch = False, as_json: options.Jso
         return
     lines = text(run, seen, found)
     lines[2:2] = [job["line"], *(f"follow-up {one['line']}" for one in more)] if job is not None else []
+    lines += [f"no successor: {why}"] if (why := no_successor(run)) and seen.phase not in ENDED else []
     lines += [f"doubt: {doubt}" for doubt in doubts]
     if looked:
         from dynctl.cli.causes import causes_text

@@ -286,3 +286,18 @@ def test_down_ends_the_successor_too(login: Login) -> None:
         login.cluster.run_as_user(["scancel", "--batch", "--signal=USR1", login.job()])
         eventually(lambda: len(login.jobs()) == 2, "a successor", 60)
     eventually(lambda: login.jobs() == [], "both ended", 60)
+
+
+def test_a_successor_that_slurm_refuses_is_tried_again_while_the_old_job_serves(login: Login) -> None:
+    with served(login, *RESUBMIT):
+        first = login.job()
+        with login.cluster.partition_closed("gpu"):
+            login.cluster.run_as_user(["scancel", "--batch", "--signal=USR1", first])
+            eventually(lambda: "successor.refused" in login.run("events", login.name).stdout, "refused", 60)
+            told = login.run("status", login.name).stdout
+            assert "no successor: Slurm refuses the job: " in told
+            assert login.status()["phase"] == "ready"
+        eventually(lambda: login.job() != first, "another job has the name", 120)
+        told = login.run("status", login.name).stdout
+        assert "no successor" not in told
+        assert login.cluster.await_job(first, "COMPLETED", timeout=60) == "COMPLETED"
