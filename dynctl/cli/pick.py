@@ -15,6 +15,7 @@ from dynctl.deploy.stop import CONTROLLER
 from dynctl.errors import CodecError, DynctlError, UsageError
 from dynctl.launchers.local import LocalLauncher
 from dynctl.launchers.slurm_client import SlurmClient
+from dynctl.launchers.slurm_follow import load_follow_ups
 from dynctl.launchers.slurm_job import JobLauncher, JobTable, load_record
 from dynctl.protocol.deployment import DeploymentView
 
@@ -50,9 +51,10 @@ def launcher_of(run: RunDir) -> LocalLauncher | JobLauncher:
         return LocalLauncher()
     place = home()
     if place.root not in _tables:
-        runs = (place.run_of(name) for name in place.names())
-        records = (load_record(one.path) for one in runs if one is not None)
-        _tables[place.root] = JobTable(SlurmClient(), [one for one in records if one is not None])
+        runs = [one for name in place.names() if (one := place.run_of(name)) is not None]
+        records = [found for one in runs if (found := load_record(one.path)) is not None]
+        records += [more.job for one in runs for more in load_follow_ups(one.path)]
+        _tables[place.root] = JobTable(SlurmClient(), records)
     return JobLauncher(_tables[place.root], record, run.path)
 
 

@@ -3,11 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Protocol
 
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.plan import Plan
 from dynctl.deploy.room import Room
 from dynctl.deploy.state import RunState
+
+
+class More(Protocol):
+    """A way to more nodes than a deployment has. `grown` counts how often it has got some."""
+
+    grown: int
+
+    def want(self, nodes: frozenset[str], lost: frozenset[str], plan: Plan) -> None:
+        """There is no room for the workers of `nodes`, among those `lost`; none: no more is wanted.
+
+        Said again and again. Does not block.
+        """
+        ...
+
+    def told(self) -> str:
+        """What it waits for, for people; "" = nothing."""
+        ...
+
+    async def dismiss(self) -> None:
+        """The run has ended: give all back. Called before `close`, if at all."""
+        ...
+
+    async def close(self) -> None:
+        """Look after it no longer; what has been got stays."""
+        ...
+
+
+class NoMore:
+    """The nodes are those of the plan."""
+
+    grown = 0
+
+    def want(self, nodes: frozenset[str], lost: frozenset[str], plan: Plan) -> None:
+        """As `More`."""
+
+    def told(self) -> str:
+        """As `More`."""
+        return ""
+
+    async def dismiss(self) -> None:
+        """As `More`."""
+
+    async def close(self) -> None:
+        """As `More`."""
+
 
 _SERVES = ("ready", "draining", "silent")
 

@@ -101,7 +101,7 @@ def directives(loaded: LoadedRecipe, part: Part, context: JobContext, *, first: 
         "exclusive": own.exclusive,
         "reservation": options.reservation,
         "comment": options.comment,
-        "output": f"{_no_pattern(context.run_dir)}/logs/controller.log" if first else None,
+        "output": f"{no_pattern(context.run_dir)}/logs/controller.log" if first else None,
         "open-mode": "append" if first else None,
         "signal": _warning(options) if first else None,
         "no-kill": options.no_kill or options.spares > 0,
@@ -157,6 +157,6 @@ def _directive(name: str, value: SbatchValue | int | None) -> str:
     return f'--{name}="{escaped}"'
 
 
-def _no_pattern(path: str) -> str:
+def no_pattern(path: str) -> str:
     """A path in which Slurm replaces nothing."""
     return path.replace("%", "%%")

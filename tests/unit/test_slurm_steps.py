@@ -13,7 +13,8 @@ from dynctl.deploy.seats import RunContext
 from dynctl.deploy.slurm_inventory import gpus_by_node
 from dynctl.deploy.slurm_size import assumed
 from dynctl.launchers.base import Launch, RunRef
-from dynctl.launchers.slurm_fleet import JobSite, exit_code, step_argv, step_name
+from dynctl.launchers.slurm_fleet import exit_code
+from dynctl.launchers.slurm_step import JobSite, step_argv, step_name
 from dynctl.recipe.load import load_recipe
 from dynctl.worker.step import engine_argv, engine_environment
 
