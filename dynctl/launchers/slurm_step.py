@@ -78,9 +78,14 @@ class JobSite:
     def withheld(self, node: str) -> frozenset[str]:
         """Variables of our own environment that `srun` for a node must not see."""
         if node in self.others:
-            foreign = ("SLURM_", "SRUN_")
-            return frozenset(k for k in os.environ if k.startswith(foreign) and k not in _OF_NO_JOB)
+            return of_our_job()
         return frozenset(k for k in os.environ if k.startswith(_OF_THE_BATCH))
+
+
+def of_our_job() -> frozenset[str]:
+    """Variables of the job we may be in, of which an `srun` for another job must not see any."""
+    ours = ("SLURM_", "SRUN_")
+    return frozenset(k for k in os.environ if k.startswith(ours) and k not in _OF_NO_JOB)
 
 
 def step_name(seat: str, incarnation: int) -> str:
