@@ -12,7 +12,7 @@ import logging
 import signal
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -40,13 +40,13 @@ from dynctl.controller.moves import (
     Terminate,
     Tick,
 )
-from dynctl.controller.moving import elsewhere, stranded
+from dynctl.controller.moving import More, NoMore, elsewhere, stranded
 from dynctl.controller.supervise import Supervisor
 from dynctl.deploy.events import append_event
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.plan import Plan
-from dynctl.deploy.rehome import moved_seats
-from dynctl.deploy.replan import Room, merged
+from dynctl.deploy.reseat import moved_seats
+from dynctl.deploy.room import Room, merged
 from dynctl.deploy.state import RunState, SeatRecord, encode_state
 from dynctl.deploy.status import view_of
 from dynctl.discovery.adapters import Adapters
@@ -57,7 +57,7 @@ from dynctl.launchers.base import Launch, ProcessHandle
 from dynctl.launchers.files import write_atomic
 from dynctl.launchers.fleet import Fleet, Seated
 from dynctl.protocol.day2 import RoomReply
-from dynctl.protocol.deployment import DownCall, DownReply
+from dynctl.protocol.deployment import DeploymentView, DownCall, DownReply
 from dynctl.transport.control import ControlServer, read_body
 from dynctl.transport.event_plane import Publisher
 from dynctl.transport.keys import Keys
@@ -84,6 +84,7 @@ class Parts:
     plan: Plan
     keys: Keys
     fleet: Fleet
+    more: More = field(default_factory=NoMore)
 
 
 class Controller:
@@ -106,7 +107,8 @@ class Controller:
         self._lost: set[str] = set()
         self._moving: asyncio.Task[None] | None = None
         self._move_at = 0.0
-        self._no_room: tuple[frozenset[str], frozenset[str], Plan] | None = None
+        self._no_room: tuple[frozenset[str], frozenset[str], Plan, int] | None = None
+        self._roomless: frozenset[str] = frozenset()
         self._moved_from: dict[str, dict[str, int]] = {}
         self._wake = asyncio.Event()
         self._saved = b""
@@ -130,7 +132,9 @@ class Controller:
             await self._end_lanes()
             await self._claims.close()
             if self._finishing:
+                await self._parts.more.dismiss()
                 await self._parts.fleet.dismiss()
+            await self._parts.more.close()
             await self._parts.fleet.close()
             await self._server.close()
             await self._registry.close()
@@ -224,7 +228,7 @@ class Controller:
         if op.startswith("adapters."):
             return self._adapters.handle(op, body)
         if op in ("controller.ps", "controller.status"):
-            return view_of(self._state, str(self._parts.run.path), _believed)
+            return self._view()
         if op == "controller.down":
             drain_s = read_body(body, DownCall).drain_s
             self._feed(Stop(max(0.0, drain_s)))
@@ -235,6 +239,11 @@ class Controller:
             return await self._day2.handle(op, body)
         hint = "registry.*, adapters.*, controller.ps, .status, .down, .room, .apply, .drain, .lock or .exec"
         raise DiscoveryError(f"unknown op {op!r}", hint=hint)
+
+    def _view(self) -> DeploymentView:
+        seen = view_of(self._state, str(self._parts.run.path), _believed)
+        why = "; ".join(filter(None, (seen.reason, self._parts.more.told())))
+        return msgspec.structs.replace(seen, reason=why, at=time.time())
 
     def _poll(self) -> None:
         """Look which processes have ended."""
@@ -263,10 +272,13 @@ class Controller:
 
     def _see_to_moves(self) -> None:
         """Have workers of lost nodes started elsewhere, again and again until they are."""
-        nodes = stranded(self._state, self._lost)
-        if not nodes or not self._state.ready_once or self._supervisor.stopping:
+        if not self._state.ready_once or self._supervisor.stopping:
             return
-        tried = (nodes, frozenset(self._lost), self._day2.plan)
+        nodes, more = stranded(self._state, self._lost), self._parts.more
+        more.want(nodes & self._roomless, frozenset(self._lost), self._day2.plan)
+        if not nodes:
+            return
+        tried = (nodes, frozenset(self._lost), self._day2.plan, more.grown)
         at_it = self._moving is not None and not self._moving.done()
         wait_s = NO_ROOM_AGAIN_S if tried == self._no_room else 0.0
         if at_it or time.monotonic() < self._move_at + wait_s:
@@ -274,7 +286,7 @@ class Controller:
         self._move_at = time.monotonic() + MOVE_AGAIN_S
         self._moving = asyncio.get_running_loop().create_task(self._move(*tried), name="move")
 
-    async def _move(self, nodes: frozenset[str], lost: frozenset[str], before: Plan) -> None:
+    async def _move(self, nodes: frozenset[str], lost: frozenset[str], before: Plan, grown: int) -> None:
         """Start the workers of these nodes on others, if there is room, which their GPUs are claimed for."""
         try:
             room = merged(Room(lost=dict.fromkeys(lost, "")), await self._parts.fleet.room())
@@ -283,10 +295,10 @@ class Controller:
                 if lost == self._lost and self._day2.plan is before and not self._supervisor.stopping:
                     self._take_moved(before, plan)  # else it is seen to anew, as it is by then
         except DynctlError as error:
-            tried = (nodes, lost, before)
+            tried = (nodes, lost, before, grown)
             if tried != self._no_room:
                 self._note("node.no_room", {"node": ", ".join(sorted(nodes)), "message": str(error)})
-            self._no_room = tried
+            self._no_room, self._roomless = tried, nodes
 
     def _take_moved(self, before: Plan, plan: Plan) -> None:
         left = {seat: before.process(seat).node for seat in moved_seats(before, plan)}

@@ -12,18 +12,10 @@ import pytest
 
 from dynctl.deploy import run as steps
 from dynctl.deploy.home import Home, RunDir
-from dynctl.deploy.plan import Plan, build_plan
-from dynctl.deploy.run import (
-    Checked,
-    Site,
-    UpRequest,
-    check,
-    claim,
-    controller_of,
-    initial_state,
-    plan_run,
-    write_run,
-)
+from dynctl.deploy.plan import Plan
+from dynctl.deploy.planner import build_plan
+from dynctl.deploy.records import initial_state
+from dynctl.deploy.run import Checked, Site, UpRequest, check, claim, controller_of, plan_run, write_run
 from dynctl.deploy.seats import RunContext
 from dynctl.deploy.state import load_state, save_state
 from dynctl.errors import CodecError, LaunchError, PortInUse, RecipeError, UsageError
