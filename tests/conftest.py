@@ -46,6 +46,12 @@ def _aiperf(mark: pytest.Mark) -> str:
     return environment.why_not_aiperf()
 
 
+def _aiconfigurator(mark: pytest.Mark) -> str:
+    from tests.engines import environment
+
+    return environment.why_not_aiconfigurator()
+
+
 def _cluster(mark: pytest.Mark) -> str:
     from tests.cluster.cluster import why_not
 
@@ -58,6 +64,7 @@ NEEDS: dict[str, Callable[[pytest.Mark], str]] = {
     "vllm": _vllm,
     "sglang": _sglang,
     "aiperf": _aiperf,
+    "aiconfigurator": _aiconfigurator,
     "cluster": _cluster,
 }
 

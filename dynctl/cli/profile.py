@@ -17,6 +17,7 @@ from dynctl.errors import ProfileError, UsageError
 from dynctl.perfmodel.choice import Choice, Demand, Option, Sla
 from dynctl.perfmodel.gpus import Gpu, gpu_named
 from dynctl.perfmodel.profile import Profile, load_profile
+from dynctl.profiler.aiconfigurator import AiConfigurator
 from dynctl.profiler.estimators import estimator_for, shape_for
 from dynctl.profiler.npz import write_npz
 from dynctl.profiler.recipe_out import recipe_text
@@ -65,6 +66,14 @@ ProfileFile = Annotated[
     list[Path] | None,
     typer.Option("--profile", metavar="FILE", help="A measured profile, again for more.", show_default=False),
 ]
+EstimatorOption = Annotated[
+    str,
+    typer.Option(
+        "--estimator",
+        metavar="E",
+        help="roofline, or aiconfigurator[:PYTHON], the Python that has it (docs/profiling.md).",
+    ),
+]
 EstimateOnly = Annotated[bool, typer.Option("--estimate-only", help="Start nothing, measure nothing.")]
 Out = Annotated[
     Path | None,
@@ -84,6 +93,7 @@ def profile(  # noqa: PLR0913 - one parameter for each option of the verb
     precision: Precision = "",
     hit_rate: HitRate = None,
     profiles: ProfileFile = None,
+    estimator: EstimatorOption = "roofline",
     estimate_only: EstimateOnly = False,
     inventory: options.Inventory = None,
     target: options.Target = None,
@@ -111,8 +121,10 @@ def profile(  # noqa: PLR0913 - one parameter for each option of the verb
     demand = demand_from((isl, osl), trace, rate, hit_rate)
     if gpus is not None and gpus < 1:
         raise UsageError(f"--gpus must be 1 or more, not {gpus}")
-    machines = Machines(inventory, gpus, gpu_named(gpu) if gpu else None, precision)
+    machines = Machines(inventory, gpus, gpu_named(gpu) if gpu else None, precision, estimator)
     asked = asked_of(loaded, machines, sla_of(sla, loaded.recipe.sla), demand)
+    if isinstance(asked.estimator, AiConfigurator):
+        prose(f"estimated by {asked.estimator.label}", style="dim")
     measured = [(str(path), load_profile(path)) for path in profiles or ()]
     outcome = run(replace(asked, measured=measured, most=rate is None and trace is None))
     folder = out or Path(f"profile-{loaded.recipe.name}")
@@ -129,12 +141,13 @@ class Machines:
     gpus: int | None
     kind: Gpu | None
     precision: str
+    estimator: str = "roofline"
 
 
 def asked_of(loaded: LoadedRecipe, machines: Machines, level: Sla, demand: Demand) -> Asked:
     """The question for the profiler, with an estimator for the recipe's engine on these machines."""
     simulated = not get(loaded.recipe.backend).features.gpus
-    estimator = estimator_for(loaded, machines.kind, machines.precision)
+    estimator = estimator_for(loaded, machines.kind, machines.precision, machines.estimator)
     shape = None if simulated else shape_for(loaded)
     there = nodes(loaded, machines, simulated=simulated)
     return Asked(

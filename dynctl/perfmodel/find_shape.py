@@ -23,10 +23,8 @@ def find_shape(model: str, environ: Mapping[str, str]) -> ModelShape:
     with it.
     """
     directory = builtin_dir(model)
-    if "\0" not in model:
-        for place in (directory, _cached(model, environ)):
-            if place and os.path.exists(os.path.join(place, "config.json")):
-                return _read(Path(place, "config.json"), model)
+    if place := config_directory(model, environ):
+        return _read(Path(place, "config.json"), model)
     known = known_shape(model)
     if known is not None:
         return known
@@ -40,6 +38,15 @@ def find_shape(model: str, environ: Mapping[str, str]) -> ModelShape:
         f"model {model!r} has no config: {looked}, not in the table of known models",
         hint=f"did you mean {close[0]}?" if close else "a directory with config.json, or download it first",
     )
+
+
+def config_directory(model: str, environ: Mapping[str, str]) -> str:
+    """The directory here that has the model's config.json: itself, or in the hub cache; "" = none."""
+    if "\0" not in model:
+        for place in (builtin_dir(model), _cached(model, environ)):
+            if place and os.path.exists(os.path.join(place, "config.json")):
+                return place
+    return ""
 
 
 def _cached(model: str, environ: Mapping[str, str]) -> str:

@@ -95,7 +95,7 @@ class Roofline:
             decode=DecodeGrid(
                 batch=tuple(map(float, BATCHES)), context=tuple(map(float, CONTEXTS)), seconds=decode
             ),
-            transfer=self._transfer(layout),
+            transfer=self.transfer(layout),
             limits=Limits(
                 kv_tokens=room.kv_tokens,
                 sequences=self.limits.sequences * layout.data,
@@ -108,7 +108,7 @@ class Roofline:
     def _machine(self, layout: Layout) -> Machine:
         return Machine(shape=self.shape, gpu=self.gpu, precision=self.precision, layout=layout)
 
-    def _transfer(self, layout: Layout) -> Transfer:
+    def transfer(self, layout: Layout) -> Transfer:
         """Each GPU of a rank sends its part of the KV through its own network card."""
         senders = layout.pipeline * (1 if self.shape.latent else min(layout.tensor, self.shape.kv_heads))
         return Transfer(

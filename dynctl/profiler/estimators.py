@@ -1,8 +1,11 @@
-"""Who estimates: the roofline for engines on GPUs, the engine's own law for one that is simulated."""
+"""Who estimates: the roofline or AIConfigurator for engines on GPUs, the engine's own law for one that is
+simulated.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +14,16 @@ import msgspec
 
 from dynctl.engines.base import ArgValue
 from dynctl.engines.catalog import get
-from dynctl.errors import ProfileError
+from dynctl.errors import ProfileError, UsageError
 from dynctl.perfmodel.estimate import Estimator
-from dynctl.perfmodel.find_shape import find_shape
+from dynctl.perfmodel.find_shape import config_directory, find_shape
 from dynctl.perfmodel.gpus import Gpu
 from dynctl.perfmodel.layout import Layout
 from dynctl.perfmodel.precision import Precision
 from dynctl.perfmodel.profile import DEFAULT, Limits, Profile, Subject, load_profile
 from dynctl.perfmodel.roofline import Roofline
 from dynctl.perfmodel.shapes import ModelShape
+from dynctl.profiler.aiconfigurator import AiConfigurator
 from dynctl.recipe.load import LoadedRecipe
 
 
@@ -49,8 +53,18 @@ def shape_for(loaded: LoadedRecipe) -> ModelShape:
         ) from error
 
 
-def estimator_for(loaded: LoadedRecipe, gpu: Gpu | None, precision: str) -> Estimator:
-    """The built-in estimator of a recipe's engine. Raises ProfileError when there is nothing to go by."""
+def estimator_for(
+    loaded: LoadedRecipe, gpu: Gpu | None, precision: str, wanted: str = "roofline"
+) -> Estimator:
+    """The estimator of a recipe's engine. `wanted`: "roofline" or "aiconfigurator[:PYTHON]".
+
+    Raises UsageError for another one, ProfileError when there is nothing to go by.
+    """
+    name, _, python = wanted.partition(":")
+    if name not in ("roofline", "aiconfigurator") or (python and name == "roofline"):
+        raise UsageError(
+            f"--estimator: {wanted!r} is not known", hint="roofline, aiconfigurator or aiconfigurator:PYTHON"
+        )
     engine = get(loaded.recipe.backend)
     if not engine.features.launches:
         raise ProfileError(
@@ -58,11 +72,21 @@ def estimator_for(loaded: LoadedRecipe, gpu: Gpu | None, precision: str) -> Esti
             where=loaded.where("backend"),
         )
     if not engine.features.gpus:
+        if name != "roofline":
+            raise ProfileError(
+                f"AIConfigurator knows GPUs, backend {engine.name} is simulated and has a law of its own",
+                where=loaded.where("backend"),
+                hint="without --estimator",
+            )
         return Law(law_of(loaded))
     if gpu is None:
         raise ProfileError("which GPU is not known", hint="--gpu h200_sxm")
     shape = shape_for(loaded)
-    return Roofline(shape, gpu, loaded.recipe.backend, Precision.named(precision) if precision else None)
+    roofline = Roofline(shape, gpu, loaded.recipe.backend, Precision.named(precision) if precision else None)
+    if name == "roofline":
+        return roofline
+    model = loaded.model.directory or loaded.recipe.model.path
+    return AiConfigurator(roofline, config_directory(model, os.environ) or model, python or sys.executable)
 
 
 def law_of(loaded: LoadedRecipe) -> Profile:

