@@ -28,6 +28,7 @@ MOST_DECODES = 5
 _KEPT: Mapping[Role, int] = {"prefill": 2, "decode": 2, "aggregated": 2}
 """So many layouts of each role are looked at."""
 _CLOSE = 0.1
+_HALFWAY = 0.75
 _LEAST_PROMPT = 32
 _MOST_BATCH = 512
 """More streams than one client can read in time tell of the client."""
@@ -128,23 +129,23 @@ def next_decode(
 ) -> DecodeProbe | None:
     """The next batch to try of a layout, whose `profile` has been fitted to what was `seen`; None = enough.
 
-    First half the context, which tells tokens of KV from answers; then between the largest batch within the
-    ITL and the smallest beyond it.
+    Between the largest batch within the ITL and the smallest beyond it; last half the context, which tells
+    tokens of KV from answers.
     """
     context = max(_LEAST_PROMPT, round(mix.context))
     if len(seen) >= MOST_DECODES or not seen:
         return None
     most = largest(profile, context)
-    usual = [point for point in seen if point.context > context * 0.75]
+    usual = [point for point in seen if point.context > context * _HALFWAY]
     inside = max((p.batch for p in usual if itl_s is None or p.seconds <= itl_s), default=0)
     beyond = min((p.batch for p in usual if itl_s is not None and p.seconds > itl_s), default=most + 1)
     if not inside:
         return None  # not even one answer alone
-    short = max(_LEAST_PROMPT, context // 2)
-    if len(usual) == len(seen) and short < context * 0.75:
-        return DecodeProbe(batch=inside, context=short)
-    if beyond - inside <= max(1, round(_CLOSE * inside)):
-        return None
+    found = beyond - inside <= max(1, round(_CLOSE * inside))
+    if found or len(usual) >= MOST_DECODES - 1:
+        short = max(_LEAST_PROMPT, context // 2)
+        done = len(usual) < len(seen) or short > context * _HALFWAY
+        return None if done else DecodeProbe(batch=inside, context=short)
     guess = _within(profile, context, itl_s, most) if itl_s else most
     if not inside < guess < beyond:
         guess = (inside + beyond) // 2

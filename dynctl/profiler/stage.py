@@ -161,7 +161,7 @@ class Stage:
 
 
 async def kv_tokens(endpoint: Endpoint) -> int:
-    """Tokens whose KV the engine behind a frontend holds, as it says itself; 0 = it does not."""
+    """Tokens whose KV a rank of the engine behind a frontend holds, as it says itself; 0 = it does not."""
     origin, path = split_url(endpoint.url)
     client = Client()
     headers = [(b"authorization", f"Bearer {endpoint.api_key}".encode())]

@@ -138,9 +138,9 @@ class Sweep:
         known = self._stage.journal.found(key_of(one.basis, "start"))
         if known is not None:
             raise _Known(msgspec.convert(known, Failure))
-        self._with_room(one, self._stage.journal.found(key_of(one.basis, "room")))
         for probe in search.prefill_probes(asked.demand, asked.longest):
             await self._probe(one, probe, stack)
+        await self._with_room(one)
         for batch in search.decode_probes(self._fit(one), self._mix, asked.sla.itl_s):
             await self._probe(one, batch, stack)
         self._fit(one)
@@ -226,14 +226,17 @@ class Sweep:
             begun_s = time.monotonic()
             async with stage.standing(alone(one.layout), word, hosts) as standing:
                 one.start_s = time.monotonic() - begun_s
-                room = Room(kv_tokens=await kv_tokens(stage.endpoint(standing)))
-                stage.journal.answer(key_of(one.basis, "room"), f"{one.label} room", room)
-                self._with_room(one, msgspec.to_builtins(room))
                 yield standing
 
-    def _with_room(self, one: _One, known: object) -> None:
-        """The limits of the estimate with the KV that the engine really has."""
+    async def _with_room(self, one: _One) -> None:
+        """The limits of the estimate with the KV that the engine really has, which it says after a while."""
+        key = key_of(one.basis, "room")
+        known = self._stage.journal.found(key)
         room = msgspec.convert(known, Room).kv_tokens if known is not None else 0
+        if known is None and one.standing is not None:
+            room = one.layout.data * await kv_tokens(self._stage.endpoint(one.standing))
+            if room:
+                self._stage.journal.answer(key, f"{one.label} room", Room(kv_tokens=room))
         if room and one.estimate.limits is not None:
             limits = msgspec.structs.replace(one.estimate.limits, kv_tokens=room)
             one.estimate = msgspec.structs.replace(one.estimate, limits=limits)
