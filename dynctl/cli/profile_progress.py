@@ -51,7 +51,7 @@ class Progress:
         """What is being done; `done`: a step is behind it."""
         if self._drawn is None:
             if done or doing == "starting":
-                prose(f"{self._passed()}  {row}: {doing}{' measured' if done else ''}", style="dim")
+                prose(f"{self._passed()}  {row}: {doing}", style="dim")
             return
         self._drawn.update(self._rows[row], told=doing, advance=1 if done else 0)
         self._drawn.update(self._rows[""], completed=time.monotonic() - self._begun_s)

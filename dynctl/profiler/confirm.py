@@ -94,7 +94,7 @@ async def confirm(stage: Stage, ask: Ask, option: Option, rate: float, number: i
             load = load_for(ask, rate, requests, random.Random(f"{stage.run}/{number}").randrange(1 << 31))
             stage.shown.step(row, f"{requests} requests at {rate:.3g}/s", done=True)
             got = await run(load, stage.endpoint(standing), Watch())
-            stage.shown.step(row, "ending", done=True)
+            stage.shown.step(row, "loaded, ending", done=True)
     except ProfileError:
         raise
     except DynctlError as error:
