@@ -143,18 +143,31 @@ def profile(  # noqa: PLR0913 - one parameter for each option of the verb
     measured = [(str(path), load_profile(path)) for path in profiles or ()]
     asked = replace(asked, measured=measured, most=rate is None and trace is None)
     folder = out or Path(f"profile-{loaded.recipe.name}")
-    if not estimate_only:
-        from dynctl.cli.profile_measure import How, measured_choice, tell_measured
+    if estimate_only:
+        outcome = run(asked)
+        return finish(loaded, folder, outcome, usable=outcome.choice.chosen is not None, as_json=json_)
+    from dynctl.cli.profile_measure import How, measured_choice, tell_measured
 
-        found = measured_choice(asked, folder, How(budget, resume, parallel, inventory, gpu))
-        written = write_files(folder, loaded, found.outcome) if found.usable else []
-        tell_measured(found.measurement, found.usable)
-        tell(found.outcome, loaded, written, as_json=json_, more=found.measurement)
-        return 0 if found.usable else 1
-    outcome = run(asked)
-    written = write_files(folder, loaded, outcome) if outcome.choice.chosen else []
-    tell(outcome, loaded, written, as_json=json_)
-    return 0 if outcome.choice.chosen else 1
+    found = measured_choice(asked, folder, How(budget, resume, parallel, inventory, gpu))
+    tell_measured(found.measurement, found.usable)
+    return finish(
+        loaded, folder, found.outcome, usable=found.usable, as_json=json_, measured=found.measurement
+    )
+
+
+def finish(
+    loaded: LoadedRecipe,
+    folder: Path,
+    outcome: Outcome,
+    *,
+    usable: bool,
+    as_json: bool,
+    measured: Measurement | None = None,
+) -> int:
+    """Write a choice that is of use, tell it; the exit code."""
+    written = write_files(folder, loaded, outcome) if usable else []
+    tell(outcome, loaded, written, as_json=as_json, measured=measured)
+    return 0 if usable else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,16 +272,16 @@ def tell(
     written: list[Path],
     *,
     as_json: bool,
-    more: Measurement | None = None,
+    measured: Measurement | None = None,
 ) -> None:
     """The choice on standard output, where things are and what comes next on standard error."""
     if as_json:
         told = {**as_object(outcome.choice), "files": [str(path) for path in written]}
-        json_data({**told, "measured": msgspec.to_builtins(more)} if more else told)
+        json_data({**told, "measured": msgspec.to_builtins(measured)} if measured else told)
     else:
         data(choice_text(outcome.choice, loaded.recipe.name))
-        if more is not None:
-            data("\n".join(measured_lines(more)))
+        if measured is not None:
+            data("\n".join(measured_lines(measured)))
     if written:
         prose(f"wrote {', '.join(path.name for path in written)} to {written[0].parent}", style="dim")
         prose(f"next: {program()} up {written[0]}")

@@ -47,7 +47,9 @@ class Found:
         rounds = self.measurement.rounds
         if self.outcome.choice.chosen is None:
             return False
-        return not rounds or confirm.kept(self.outcome.choice.sla, rounds[-1])
+        if not rounds or rounds[-1].problems:
+            return True
+        return confirm.kept(self.outcome.choice.sla, rounds[-1])
 
 
 async def measure(stage: Stage, budget_s: float, *, confirming: bool = True) -> Found:
@@ -122,8 +124,8 @@ async def _confirmed(
             break
         found = await confirm.confirm(stage, ask, option, rate, len(rounds))
         rounds.append(found)
-        if confirm.kept(ask.sla, found):
-            break
+        if confirm.kept(ask.sla, found) or found.problems:
+            break  # what is not to be relied on corrects nothing
         if found.ttft_s is None:
             barred.add(option.label)  # it did not run: corrected times would not change that
         else:
@@ -152,6 +154,9 @@ def _label(pools: tuple[tuple[Layout, int], ...]) -> str:
 def verdict(choice: Choice, rounds: list[Confirmed], layouts: list[LayoutRun]) -> str:
     """In one sentence, whether the SLA is kept, or what is instead."""
     sla, last = choice.sla, rounds[-1] if rounds else None
+    if last is not None and last.problems:
+        seen = "kept" if confirm.kept(sla, last) else "missed"
+        return f"not confirmed: {last.option.label} {seen} the SLA, but {'; '.join(last.problems)}"
     if last is not None and confirm.kept(sla, last):
         return f"confirmed: {last.option.label} keeps the SLA at {last.rate:.3g} requests/s"
     if not any(run.fitted for run in layouts):

@@ -1,7 +1,7 @@
 """One probe on a running engine: a small load, and whether what came of it may be used.
 
 What is not valid is measured once more, with other prompts, then refused with its reason: it is never
-averaged in. Decode is isolated by sending the same prompts twice, first for one token each, so that the
+averaged in. Decode is isolated by sending the same prompts twice, first for a few tokens, so that the
 second pass finds them in the cache; and a step is timed only while all answers of the batch are written.
 """
 
@@ -27,6 +27,8 @@ _LEAST_STEPS = 8
 _HIT = 0.7
 """So much of the prompts must be in the cache at the second pass, where the engine tells."""
 _FILLERS = 8
+_FIRST = 4
+"""Tokens of answers of which only the beginning matters: one alone may be a piece without text."""
 _DEADLINE_S = 120.0
 _PAUSE_S = 1.0
 """Before it is measured again: what spoilt it may be over by then."""
@@ -70,7 +72,7 @@ async def _prefill(probe: PrefillProbe, endpoint: Endpoint, seed: int) -> Prefil
     load = Load(
         arrivals=Closed(concurrency=1),
         isl=Lengths(tokens=probe.isl),
-        osl=Lengths(tokens=1),
+        osl=Lengths(tokens=_FIRST),
         requests=REQUESTS,
         warmup=_WARM,
         api="completions",
@@ -99,7 +101,7 @@ async def _decode(probe: DecodeProbe, endpoint: Endpoint, seed: int, steps: int)
     first = Load(
         arrivals=Closed(concurrency=min(probe.batch, _FILLERS)),
         isl=Lengths(tokens=max(1, probe.context - steps // 2)),
-        osl=Lengths(tokens=1),
+        osl=Lengths(tokens=_FIRST),
         requests=probe.batch,
         api="completions",
         seed=seed,
