@@ -136,6 +136,27 @@ def test_ctrl_c_while_an_engine_starts_leaves_nothing(cli: Cli, recipe: Path, tm
 
 
 @pytest.mark.timeout(120)
+def test_after_kill_9_while_an_engine_starts_the_next_run_ends_it(
+    cli: Cli, recipe: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    slow = ("--set", "engine.args.fault-slow-start=300.0")
+    process = begin(cli, str(recipe), *ASKED, *slow, "--gpus", "1", "--out", str(out))
+    assert eventually(lambda: bool(running(cli)), 30.0)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    first = [line["name"] for line in journal(out) if line["kind"] == "started"]
+    again = begin(cli, str(recipe), *ASKED, "--gpus", "1", "--budget", "30s", "--out", str(out))
+    assert eventually(lambda: bool(finished(out)), 60.0)
+    again.send_signal(signal.SIGINT)
+    _, err = again.communicate(timeout=40.0)
+    assert "ending 1 deployments that an earlier run has left" in err
+    ended = [line["name"] for line in journal(out) if line["kind"] == "ended"]
+    assert set(first) <= set(ended)
+    assert not running(cli)
+
+
+@pytest.mark.timeout(120)
 def test_an_engine_out_of_memory_costs_little_and_is_told_with_its_last_lines(
     cli: Cli, recipe: Path, tmp_path: Path
 ) -> None:

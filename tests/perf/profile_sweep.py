@@ -190,8 +190,8 @@ def text(rows: list[Row], told: Measurement, killed: str) -> str:
     """The section for the docs."""
     lines = [
         f"Four layouts (TP1, 2, 4, 8) of a known law, at most {GPUS} GPUs, {DEMAND.rate:g} requests/s of "
-        f"{DEMAND.isl:.0f} / {DEMAND.osl:.0f} tokens, p95 TTFT 1600 ms, ITL 80 ms. The estimate is off by -30 "
-        "to +40 %.",
+        f"{DEMAND.isl:.0f} / {DEMAND.osl:.0f} tokens, p95 TTFT 1600 ms, ITL 80 ms. The estimate is off by "
+        "-30 to +40 %.",
         "",
         "| | split | GPUs | probes | time |",
         "|---|---|---|---|---|",
