@@ -29,15 +29,29 @@ from dynctl.recipe.load import LoadedRecipe
 
 @dataclass(frozen=True, slots=True)
 class Law:
-    """An estimator for an engine whose costs are a file: one worker is one layout, whatever it is."""
+    """An estimator for an engine whose costs are a file, or a file for each layout."""
 
-    costs: Profile
+    loaded: LoadedRecipe
 
     def profile(self, layout: Layout) -> Profile:
-        """The costs of the file. Raises ProfileError for layouts of more than one rank."""
-        if layout != Layout():
+        """The costs of the file. Raises ProfileError for layouts that have none of their own."""
+        written = _arguments(self.loaded).get("profile")
+        if layout != Layout() and (not isinstance(written, str) or layout.named(written) == written):
             raise ProfileError(f"{layout.label}: a simulated engine is one worker, without parallel ranks")
-        return self.costs
+        return law_of(self.loaded, layout)
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """For hardware of which nothing is known: an invented machine, one worker on each. To be measured."""
+
+    loaded: LoadedRecipe
+
+    def profile(self, layout: Layout) -> Profile:
+        """Raises ProfileError for all but one rank."""
+        if layout != Layout():
+            raise ProfileError(f"{layout.label}: nothing is known of this hardware")
+        return msgspec.structs.replace(law_of(self.loaded, layout), name="guess")
 
 
 def shape_for(loaded: LoadedRecipe) -> ModelShape:
@@ -54,11 +68,12 @@ def shape_for(loaded: LoadedRecipe) -> ModelShape:
 
 
 def estimator_for(
-    loaded: LoadedRecipe, gpu: Gpu | None, precision: str, wanted: str = "roofline"
+    loaded: LoadedRecipe, gpu: Gpu | None, precision: str, wanted: str = "roofline", *, guess: bool = False
 ) -> Estimator:
     """The estimator of a recipe's engine. `wanted`: "roofline" or "aiconfigurator[:PYTHON]".
 
-    Raises UsageError for another one, ProfileError when there is nothing to go by.
+    Raises UsageError for another one, ProfileError when there is nothing to go by, unless it may `guess` what
+    runs on CPUs.
     """
     name, _, python = wanted.partition(":")
     if name not in ("roofline", "aiconfigurator") or (python and name == "roofline"):
@@ -78,7 +93,9 @@ def estimator_for(
                 where=loaded.where("backend"),
                 hint="without --estimator",
             )
-        return Law(law_of(loaded))
+        return Law(loaded)
+    if guess and gpu is None and loaded.recipe.engine.device == "cpu":
+        return Guess(loaded)
     if gpu is None:
         raise ProfileError("which GPU is not known", hint="--gpu h200_sxm")
     shape = shape_for(loaded)
@@ -89,24 +106,26 @@ def estimator_for(
     return AiConfigurator(roofline, config_directory(model, os.environ) or model, python or sys.executable)
 
 
-def law_of(loaded: LoadedRecipe) -> Profile:
+def law_of(loaded: LoadedRecipe, layout: Layout) -> Profile:
     """The costs that a simulated engine is told to have, with the limits that its arguments give."""
     args = _arguments(loaded)
     engine = get(loaded.recipe.backend)
     path = args.get("profile")
     law = DEFAULT
     if isinstance(path, str) and path:
-        law = load_profile(Path(loaded.file).parent / path)
+        law = load_profile(Path(loaded.file).parent / layout.named(path))
     limits = law.limits or Limits(
-        kv_tokens=65_536, sequences=256, batched_tokens=engine.step_tokens[1] or 8192
+        kv_tokens=65_536,
+        sequences=_int(args, engine.sequences_argument, 256),
+        batched_tokens=_int(args, engine.step_tokens[0], engine.step_tokens[1] or 8192),
     )
     limits = msgspec.structs.replace(
         limits,
         kv_tokens=_int(args, "num-gpu-blocks-override", 0) * _int(args, "block-size", 16) or limits.kv_tokens,
     )
-    subject = law.subject or Subject(
-        model=loaded.recipe.model.path, backend=engine.name, hardware=engine.name
-    )
+    hardware = engine.name if not engine.features.gpus else loaded.recipe.engine.device
+    subject = law.subject or Subject(model=loaded.recipe.model.path, backend=engine.name, hardware=hardware)
+    subject = msgspec.structs.replace(subject, layout=layout)
     return msgspec.structs.replace(law, limits=limits, subject=subject, source=law.source or "estimate")
 
 
