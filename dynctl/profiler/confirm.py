@@ -40,6 +40,8 @@ _MOST_FACTOR = 3.0
 _STEP = 1.03
 """A correction is at least this: else the same split would be chosen again."""
 
+NO_TIME = "the budget does not allow enough requests"
+
 Correction = Mapping[Role, tuple[float, float]]
 """Role → by how much longer its reading and its steps take than fitted."""
 NONE: Correction = {}
@@ -89,7 +91,7 @@ async def confirm(stage: Stage, ask: Ask, option: Option, rate: float, number: i
         stage.shown.step(row, "starting")
         async with stage.standing(option, f"confirm-{number}") as standing:
             if not requests_for(ask.sla, rate, stage.left_s):
-                return _without(option, rate, "the budget does not allow enough requests", begun_s)
+                return _without(option, rate, NO_TIME, begun_s)
             result = await _loaded(stage, ask, rate, (row, number), stage.endpoint(standing))
             stage.shown.step(row, "loaded, ending", done=True)
     except ProfileError:
