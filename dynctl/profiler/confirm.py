@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from dynctl.errors import DynctlError, ProfileError
+from dynctl.errors import DynctlError, NotReady, ProfileError
 from dynctl.perfmodel.choice import Option, Sla
 from dynctl.perfmodel.fit import scaled
 from dynctl.perfmodel.layout import Layout
@@ -97,6 +97,8 @@ async def confirm(stage: Stage, ask: Ask, option: Option, rate: float, number: i
     except ProfileError:
         raise
     except DynctlError as error:
+        if isinstance(error, NotReady) and stage.left_s <= 0.0:
+            return _without(option, rate, NO_TIME, begun_s)
         first, lines = lines_of(error)
         return _without(option, rate, "\n".join([first, *lines]), begun_s)
     finally:

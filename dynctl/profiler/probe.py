@@ -33,7 +33,9 @@ _DEADLINE_S = 120.0
 _PAUSE_S = 1.0
 """Before it is measured again: what spoilt it may be over by then."""
 _ANY_S = 3600.0
-"""Nothing is asked of the time to first token when steps are timed: its delay does not spoil them."""
+"""Nothing is asked of the time to first token when steps are timed, nor of steps when that is: how late the
+client may be goes by the time that is measured.
+"""
 
 Point = PrefillPoint | DecodePoint
 
@@ -78,6 +80,7 @@ async def _prefill(probe: PrefillProbe, endpoint: Endpoint, seed: int) -> Prefil
         api="completions",
         seed=seed,
         deadline_s=_DEADLINE_S,
+        sla=Sla(itl_s=_ANY_S),
     )
     return prefill_point(await run(load, endpoint, Watch()))
 
