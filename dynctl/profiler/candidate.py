@@ -36,8 +36,11 @@ def candidate(
     recipe = loaded.recipe
     roles = {pool.role: _section(recipe, pool, hosts) for pool in option.pools}
     digest = "sha256:" + hashlib.sha256(key.encode()).hexdigest()
+    # Who has the key may ask from elsewhere: a load by SSH comes from this machine.
+    host = "0.0.0.0" if recipe.target != "local" else recipe.frontend.host
+    keys = [ApiKey(name="profile", key=digest)]
     frontend = recipe.frontend.model_copy(
-        update={"port": 0, "replicas": 1, "hosts": [], "api_key": [ApiKey(name="profile", key=digest)]}
+        update={"host": host, "port": 0, "replicas": 1, "hosts": [], "api_key": keys}
     )
     made = recipe.model_copy(
         update={"name": name, "description": "", "roles": Roles(**roles), "frontend": frontend}

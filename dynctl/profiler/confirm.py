@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from dynctl.errors import DynctlError, ProfileError
+from dynctl.errors import DynctlError, NotReady, ProfileError
 from dynctl.perfmodel.choice import Option, Sla
 from dynctl.perfmodel.fit import scaled
 from dynctl.perfmodel.layout import Layout
@@ -39,6 +39,8 @@ _TAIL_S = 20.0
 _MOST_FACTOR = 3.0
 _STEP = 1.03
 """A correction is at least this: else the same split would be chosen again."""
+
+NO_TIME = "the budget does not allow enough requests"
 
 Correction = Mapping[Role, tuple[float, float]]
 """Role → by how much longer its reading and its steps take than fitted."""
@@ -89,12 +91,14 @@ async def confirm(stage: Stage, ask: Ask, option: Option, rate: float, number: i
         stage.shown.step(row, "starting")
         async with stage.standing(option, f"confirm-{number}") as standing:
             if not requests_for(ask.sla, rate, stage.left_s):
-                return _without(option, rate, "the budget does not allow enough requests", begun_s)
+                return _without(option, rate, NO_TIME, begun_s)
             result = await _loaded(stage, ask, rate, (row, number), stage.endpoint(standing))
             stage.shown.step(row, "loaded, ending", done=True)
     except ProfileError:
         raise
     except DynctlError as error:
+        if isinstance(error, NotReady) and stage.left_s <= 0.0:
+            return _without(option, rate, NO_TIME, begun_s)
         first, lines = lines_of(error)
         return _without(option, rate, "\n".join([first, *lines]), begun_s)
     finally:

@@ -123,6 +123,8 @@ async def _confirmed(
         if not confirm.requests_for(ask.sla, rate, stage.left_s):
             break
         found = await confirm.confirm(stage, ask, option, rate, len(rounds))
+        if found.failure == confirm.NO_TIME:
+            break
         rounds.append(found)
         if confirm.kept(ask.sla, found) or found.problems:
             break  # what is not to be relied on corrects nothing

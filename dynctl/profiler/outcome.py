@@ -34,7 +34,7 @@ class PrefillPoint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DecodePoint(msgspec.Struct, frozen=True, kw_only=True):
-    """Steps of `batch` answers with `context` tokens each on average: mean `seconds` of a step over `steps`
+    """Steps of `batch` answers with `context` tokens each on average: median `seconds` of a step over `steps`
     steps. `cached`: share of the prompts' tokens found in the cache, None when the engine does not tell.
     """
 

@@ -24,6 +24,7 @@ _WARM = 1
 STEPS = 32
 _MOST_STEPS = 256
 _LEAST_STEPS = 8
+_STRETCH = 4
 _HIT = 0.7
 """So much of the prompts must be in the cache at the second pass, where the engine tells."""
 _FILLERS = 8
@@ -33,7 +34,9 @@ _DEADLINE_S = 120.0
 _PAUSE_S = 1.0
 """Before it is measured again: what spoilt it may be over by then."""
 _ANY_S = 3600.0
-"""Nothing is asked of the time to first token when steps are timed: its delay does not spoil them."""
+"""Nothing is asked of the time to first token when steps are timed, nor of steps when that is: how late the
+client may be goes by the time that is measured.
+"""
 
 Point = PrefillPoint | DecodePoint
 
@@ -78,6 +81,7 @@ async def _prefill(probe: PrefillProbe, endpoint: Endpoint, seed: int) -> Prefil
         api="completions",
         seed=seed,
         deadline_s=_DEADLINE_S,
+        sla=Sla(itl_s=_ANY_S),
     )
     return prefill_point(await run(load, endpoint, Watch()))
 
@@ -140,19 +144,23 @@ def decode_point(got: Measured, batch: int) -> DecodePoint:
     return DecodePoint(
         batch=batch,
         context=fmean(r.input_tokens + r.output_tokens / 2 for r in done),
-        seconds=fmean(seconds / steps for seconds, steps in spans),
+        seconds=fmean(seconds for seconds, _ in spans),
         steps=round(fmean(steps for _, steps in spans)),
         cached=result.cached,
     )
 
 
 def _span(record: Record, begin_s: float, end_s: float) -> tuple[float, float] | None:
-    """(Seconds, tokens) of an answer between the first and the last piece in that time; None for too few."""
+    """(Seconds of a step, steps) of an answer between the first and the last piece in that time; None for too
+    few. Of stretches of some steps the median: what else the machine does for a moment is in few of them.
+    """
     inside = [at_s for at_s in record.times if begin_s <= at_s <= end_s]
-    tokens = (len(inside) - 1) * record.output_tokens / len(record.times)
-    if tokens < _LEAST_STEPS or inside[-1] <= inside[0]:
+    per_piece = record.output_tokens / len(record.times)
+    steps = (len(inside) - 1) * per_piece
+    if steps < _LEAST_STEPS or inside[-1] <= inside[0]:
         return None
-    return inside[-1] - inside[0], tokens
+    stretches = [after - before for before, after in zip(inside, inside[_STRETCH:], strict=False)]
+    return median(stretches) / (_STRETCH * per_piece), steps
 
 
 def lines_of(error: DynctlError) -> tuple[str, tuple[str, ...]]:

@@ -193,6 +193,21 @@ def test_an_engine_that_dies_while_it_is_measured_is_no_point(cli: Cli, recipe: 
     assert not running(cli)
 
 
+@pytest.mark.timeout(120)
+def test_two_runs_at_once_do_not_take_each_others_names_or_ports(
+    cli: Cli, recipe: Path, tmp_path: Path
+) -> None:
+    outs = (tmp_path / "one", tmp_path / "two")
+    both = [begin(cli, str(recipe), *ASKED, "--gpus", "1", "--out", str(out)) for out in outs]
+    assert eventually(lambda: all(finished(out) for out in outs), 60.0)
+    for process in both:
+        process.send_signal(signal.SIGINT)
+    for process in both:
+        _, err = process.communicate(timeout=40.0)
+        assert process.returncode == 130, err
+    assert not running(cli)
+
+
 @pytest.mark.timeout(60)
 def test_a_second_run_with_the_same_directory_is_refused(cli: Cli, recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"

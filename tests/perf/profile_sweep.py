@@ -42,11 +42,11 @@ SLOW = 2.0
 SLA = Sla(ttft_s=1.6, itl_s=0.08)
 DEMAND = Demand(rate=6.0, lengths=((600, 60),))
 GPUS = 8
-ISL = tuple(round(50 + i * (1000 - 50) / 15) for i in range(16))
+ISL = tuple(round(150 + i * (900 - 150) / 15) for i in range(16))
 BATCH = (1, 4, 8, 16, 24, 32)
-CONTEXT = (100, 250, 400, 550, 700, 850)
+CONTEXT = (100, 206, 312, 418, 524, 630)
 _DOCS = Path(__file__).resolve().parents[2] / "docs" / "profiling.md"
-_TRIES = 3
+_TRIES = 15
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,16 @@ def test_a_step_is_timed_while_all_answers_are_written_and_not_before() -> None:
     assert point.batch == 2
 
 
+def test_a_moment_in_which_the_machine_does_something_else_is_not_in_a_step() -> None:
+    records = [record(i, 0.0, 0.02, 40, cached=99) for i in range(2)]
+    for one in records:
+        for i in range(20, 40):
+            one.times[i] += 0.5
+        one.end_s += 0.5
+    point = decode_point(measured(records, 40, repeated=True), 2)
+    assert point.seconds == pytest.approx(0.02, rel=0.02)
+
+
 def test_answers_after_each_other_are_no_batch() -> None:
     records = [record(i, i * 10.0, 0.01, 40, cached=99) for i in range(2)]
     with pytest.raises(Refused, match="not written at the same time"):
