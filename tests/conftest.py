@@ -40,6 +40,12 @@ def _sglang(mark: pytest.Mark) -> str:
     return environment.why_not_sglang()
 
 
+def _aiperf(mark: pytest.Mark) -> str:
+    from tests.engines import environment
+
+    return environment.why_not_aiperf()
+
+
 def _cluster(mark: pytest.Mark) -> str:
     from tests.cluster.cluster import why_not
 
@@ -51,6 +57,7 @@ NEEDS: dict[str, Callable[[pytest.Mark], str]] = {
     "debian": _debian,
     "vllm": _vllm,
     "sglang": _sglang,
+    "aiperf": _aiperf,
     "cluster": _cluster,
 }
 

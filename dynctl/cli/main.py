@@ -32,6 +32,11 @@ VERBS: dict[str, tuple[str, str]] = {
     "unlock": ("dynctl.cli.lock:unlock", "Let it be changed again"),
     "exec": ("dynctl.cli.execute:execute", "Run a command beside a worker, with its environment"),
     "chat": ("dynctl.cli.chat:chat", "Send one prompt, stream the answer"),
+    "bench": ("dynctl.cli.bench:bench", "Send a load and measure what users would get"),
+    "compare": (
+        "dynctl.cli.compare:compare",
+        "Two recipes at the same load: which keeps the SLA, at what cost",
+    ),
     "ls": ("dynctl.cli.ls:ls", "All deployments of this user"),
     "plan": ("dynctl.cli.plan:plan", "Show nodes, GPUs, ports and every command, start nothing"),
     "doctor": ("dynctl.cli.doctor:doctor", "Check each host before a start: what is wrong, what would help"),
@@ -48,6 +53,7 @@ GROUPS = (
     ("Run", ("up", "down")),
     ("Change", ("scale", "restart", "drain", "undrain", "rollback", "lock", "unlock")),
     ("Look", ("ps", "status", "top", "logs", "events", "wait", "chat", "exec", "ls")),
+    ("Measure", ("bench", "compare")),
     ("Prepare", ("doctor", "plan", "profile", "validate", "schema", "recipes")),
     ("Tool", ("completion", "version")),
 )
