@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +20,10 @@ from dynctl.perfmodel.gpus import Gpu, gpu_named
 from dynctl.perfmodel.profile import Profile, load_profile
 from dynctl.profiler.estimators import estimator_for, shape_for
 from dynctl.profiler.npz import write_npz
+from dynctl.profiler.outcome import Measurement
 from dynctl.profiler.recipe_out import recipe_text
+from dynctl.profiler.report.told import Told
+from dynctl.profiler.report.write import write_report
 from dynctl.profiler.request import demand_from, sla_of
 from dynctl.profiler.service import Asked, Outcome, run
 from dynctl.recipe.check import check_recipe, parallel_of
@@ -96,7 +100,7 @@ def profile(  # noqa: PLR0913 - one parameter for each option of the verb
 
     With --rate the fewest GPUs, else the highest rate on --gpus (default: those of the inventory, else as
     many as the recipe uses). Prefill and decode together is always a candidate. What is chosen is written to
-    --out: a recipe for dynctl up, the profiles it rests on, and the choice as JSON.
+    --out: a recipe for dynctl up, the profiles it rests on, the choice as JSON, and a report with plots.
 
     Examples:
 
@@ -117,6 +121,7 @@ def profile(  # noqa: PLR0913 - one parameter for each option of the verb
     outcome = run(replace(asked, measured=measured, most=rate is None and trace is None))
     folder = out or Path(f"profile-{loaded.recipe.name}")
     written = write_files(folder, loaded, outcome) if outcome.choice.chosen else []
+    written += write_pages(folder, loaded, outcome, asked.gpus)
     tell(outcome, loaded, written, as_json=json_)
     return 0 if outcome.choice.chosen else 1
 
@@ -205,6 +210,35 @@ def write_files(folder: Path, loaded: LoadedRecipe, outcome: Outcome) -> list[Pa
     return written
 
 
+def write_pages(
+    folder: Path, loaded: LoadedRecipe, outcome: Outcome, gpus: int, measured: Measurement | None = None
+) -> list[Path]:
+    """The report for people. What is missing for it is said; the run's other results stand without it."""
+    chosen = outcome.choice.chosen
+    told = Told(
+        name=loaded.recipe.name,
+        recipe=loaded.file,
+        choice=outcome.choice,
+        profiles=outcome.profiles,
+        gpus=gpus,
+        next_command=next_command(folder / "recipe.yaml") if chosen else "",
+        measured=measured,
+    )
+    try:
+        written, missing = write_report(folder, told)
+    except OSError as error:
+        prose(f"no report: {error}", style="warning")
+        return []
+    if missing:
+        prose(f"no plots in the report: {missing}", style="warning")
+    return written
+
+
+def next_command(recipe: Path) -> str:
+    """What to run with the written recipe."""
+    return f"{program()} up {shlex.quote(str(recipe))}"
+
+
 def head_of(chosen: Option, file: str) -> str:
     """What the written recipe says of itself."""
     predicted = chosen.predicted
@@ -223,7 +257,8 @@ def tell(outcome: Outcome, loaded: LoadedRecipe, written: list[Path], *, as_json
         data(choice_text(outcome.choice, loaded.recipe.name))
     if written:
         prose(f"wrote {', '.join(path.name for path in written)} to {written[0].parent}", style="dim")
-        prose(f"next: {program()} up {written[0]}")
+    if outcome.choice.chosen:
+        prose(f"next: {next_command(written[0])}")
 
 
 def as_object(choice: Choice) -> dict[str, Any]:
