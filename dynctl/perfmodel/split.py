@@ -49,6 +49,11 @@ def choose(ask: Ask) -> Choice:
     )
 
 
+def best(ask: Ask) -> Option | None:
+    """The best option alone, None when nothing keeps the SLA: what `choose` chooses, in less time."""
+    return next(iter(_ranked(Offers(ask))), None)
+
+
 def keeps(ask: Ask, option: Option) -> bool:
     """Whether the option's pools, as they are, keep the SLA at the demand's rate."""
     offers, rate = Offers(ask), ask.demand.rate * _AT_MOST

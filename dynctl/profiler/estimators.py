@@ -24,15 +24,29 @@ from dynctl.recipe.load import LoadedRecipe
 
 @dataclass(frozen=True, slots=True)
 class Law:
-    """An estimator for an engine whose costs are a file: one worker is one layout, whatever it is."""
+    """An estimator for an engine whose costs are a file, or a file for each layout."""
 
-    costs: Profile
+    loaded: LoadedRecipe
 
     def profile(self, layout: Layout) -> Profile:
-        """The costs of the file. Raises ProfileError for layouts of more than one rank."""
-        if layout != Layout():
+        """The costs of the file. Raises ProfileError for layouts that have none of their own."""
+        written = _arguments(self.loaded).get("profile")
+        if layout != Layout() and (not isinstance(written, str) or layout.named(written) == written):
             raise ProfileError(f"{layout.label}: a simulated engine is one worker, without parallel ranks")
-        return self.costs
+        return law_of(self.loaded, layout)
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """For hardware of which nothing is known: an invented machine, one worker on each. To be measured."""
+
+    loaded: LoadedRecipe
+
+    def profile(self, layout: Layout) -> Profile:
+        """Raises ProfileError for all but one rank."""
+        if layout != Layout():
+            raise ProfileError(f"{layout.label}: nothing is known of this hardware")
+        return msgspec.structs.replace(law_of(self.loaded, layout), name="guess")
 
 
 def shape_for(loaded: LoadedRecipe) -> ModelShape:
@@ -60,8 +74,10 @@ def shape_for(loaded: LoadedRecipe) -> ModelShape:
     return known
 
 
-def estimator_for(loaded: LoadedRecipe, gpu: Gpu | None, precision: str) -> Estimator:
-    """The built-in estimator of a recipe's engine. Raises ProfileError when there is nothing to go by."""
+def estimator_for(loaded: LoadedRecipe, gpu: Gpu | None, precision: str, *, guess: bool = False) -> Estimator:
+    """The built-in estimator of a recipe's engine. Raises ProfileError when there is nothing to go by, unless
+    it may `guess` what runs on CPUs.
+    """
     engine = get(loaded.recipe.backend)
     if not engine.features.launches:
         raise ProfileError(
@@ -69,31 +85,35 @@ def estimator_for(loaded: LoadedRecipe, gpu: Gpu | None, precision: str) -> Esti
             where=loaded.where("backend"),
         )
     if not engine.features.gpus:
-        return Law(law_of(loaded))
+        return Law(loaded)
+    if guess and gpu is None and loaded.recipe.engine.device == "cpu":
+        return Guess(loaded)
     if gpu is None:
         raise ProfileError("which GPU is not known", hint="--gpu h200_sxm")
     shape = shape_for(loaded)
     return Roofline(shape, gpu, loaded.recipe.backend, Precision.named(precision) if precision else None)
 
 
-def law_of(loaded: LoadedRecipe) -> Profile:
+def law_of(loaded: LoadedRecipe, layout: Layout) -> Profile:
     """The costs that a simulated engine is told to have, with the limits that its arguments give."""
     args = _arguments(loaded)
     engine = get(loaded.recipe.backend)
     path = args.get("profile")
     law = DEFAULT
     if isinstance(path, str) and path:
-        law = load_profile(Path(loaded.file).parent / path)
+        law = load_profile(Path(loaded.file).parent / layout.named(path))
     limits = law.limits or Limits(
-        kv_tokens=65_536, sequences=256, batched_tokens=engine.step_tokens[1] or 8192
+        kv_tokens=65_536,
+        sequences=_int(args, engine.sequences_argument, 256),
+        batched_tokens=_int(args, engine.step_tokens[0], engine.step_tokens[1] or 8192),
     )
     limits = msgspec.structs.replace(
         limits,
         kv_tokens=_int(args, "num-gpu-blocks-override", 0) * _int(args, "block-size", 16) or limits.kv_tokens,
     )
-    subject = law.subject or Subject(
-        model=loaded.recipe.model.path, backend=engine.name, hardware=engine.name
-    )
+    hardware = engine.name if not engine.features.gpus else loaded.recipe.engine.device
+    subject = law.subject or Subject(model=loaded.recipe.model.path, backend=engine.name, hardware=hardware)
+    subject = msgspec.structs.replace(subject, layout=layout)
     return msgspec.structs.replace(law, limits=limits, subject=subject, source=law.source or "estimate")
 
 

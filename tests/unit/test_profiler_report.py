@@ -91,12 +91,12 @@ def test_all_that_was_found_is_told() -> None:
     text = words_of(measured())
     assert "runner-up" in text["options"]
     assert "aggregated 1 TP2 2 37 4,096 50%" in text["pools"]
-    assert "TP8 - 0 0 31 s the engine ended with exit code 1" in text["candidates"]
+    assert "TP8 - 0 0 - 31 s the engine ended with exit code 1" in text["candidates"]
     assert "INFO loading weights <1/4> torch.OutOfMemoryError: CUDA out of memory." in text["candidates"]
     assert "decode 256 x 3150 refused: the client was the bottleneck" in text["candidates"]
-    assert "all points measured; 1 taken from the journal" in text["candidates"]
+    assert "TP2 42 s 3 5 1 6 min 28 s measured, but for decode 256 x 3150 refused" in text["candidates"]
     assert "TP16 decode 16 GPUs, the nodes have 8" in text["refused"]
-    assert "96.8% (96.0% to 97.5%) ✓ keeps the SLA" in text["confirmed"]
+    assert "96.8% (96.0% to 97.5%) ✓ enough" in text["confirmed"]
     how = text["how"]
     for words in (
         "Run chat-7f3a, begun 2025-06-15T15:06:40.000Z",
@@ -134,8 +134,10 @@ def test_an_estimate_is_not_sold_as_measured() -> None:
 @pytest.mark.parametrize(
     ("changes", "said", "tone"),
     [
-        ({"meets": "no"}, "✗ Misses the SLA, measured", "bad"),
-        ({"meets": "unsure"}, "Not confirmed: the measurement is too short", "open"),
+        ({"meets": "no", "ttft_s": 0.401}, "✗ Misses the SLA, measured", "bad"),
+        ({"meets": "unsure", "itl_s": 0.0121}, "✗ Misses the SLA, measured", "bad"),
+        ({"meets": "no"}, "TTFT and ITL are each kept, measured, but not both at once", "open"),
+        ({"meets": "unsure"}, "Keeps the SLA, measured, but too close to be sure", "open"),
         (
             {"meets": "", "ttft_s": None, "itl_s": None, "failure": "the frontend did not come up"},
             "Not confirmed: the frontend did not come up",

@@ -223,7 +223,7 @@ def _off(done: Sequence[Record], load: Load) -> list[str]:
 
 def _by_accident(load: Load, result: Result) -> list[str]:
     """Prompts that were in the server's cache though nothing of the load is shared."""
-    if result.cached is None or load.turns > 1 or isinstance(load.arrivals, Replay):
+    if result.cached is None or load.repeated or load.turns > 1 or isinstance(load.arrivals, Replay):
         return []
     shared = load.shared_tokens / load.isl.tokens
     over = result.cached - shared

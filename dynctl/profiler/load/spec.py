@@ -60,6 +60,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     past; `isl` is then the length of what is added in each turn. Of each prompt the first `shared_tokens` are
     one of `prefixes` common beginnings. The first `warmup` requests are sent, but not counted. A request has
     `deadline_s` to its last token. `ignore_eos`: ask that answers do not end by themselves.
+    `repeated`: the same prompts were sent before, and are meant to be in the server's cache.
     """
 
     arrivals: Closed | Open | Replay
@@ -76,6 +77,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0
     deadline_s: float = 600.0
     ignore_eos: bool = True
+    repeated: bool = False
     sla: Sla = NO_SLA
 
     @property

@@ -21,8 +21,8 @@ from dynctl.profiler.report.told import Told
 _HERE = Path(__file__).parent
 _NONE = "-"
 _MEETS = {
-    "yes": ("yes", "✓ keeps the SLA"),
-    "no": ("no", "✗ misses the SLA"),
+    "yes": ("yes", "✓ enough"),
+    "no": ("no", "✗ too few"),
     "unsure": ("", "too close to tell"),
     "": ("no", "no figures"),
 }
@@ -74,7 +74,7 @@ def asked(told: Told) -> str:
 
 def verdict(told: Told) -> tuple[str, str]:
     """(Tone, sentence): whether the SLA is kept, and who says so."""
-    confirmed, chosen = told.confirmed, told.choice.chosen
+    confirmed = told.confirmed
     if told.choice.chosen is None:
         return "bad", "✗ Nothing keeps this SLA"
     if confirmed is None:
@@ -84,13 +84,15 @@ def verdict(told: Told) -> tuple[str, str]:
             else "by estimate; nothing was measured"
         )
         return "open", f"Should keep the SLA, {what}"
+    if confirmed.failure or confirmed.ttft_s is None:
+        return "open", f"Not confirmed: {confirmed.failure or 'no first tokens were seen'}"
+    if not confirmed.keeps(told.choice.sla):
+        return "bad", "✗ Misses the SLA, measured"
     if confirmed.meets == "yes":
         return "good", "✓ Keeps the SLA, measured"
     if confirmed.meets == "no":
-        return "bad", "✗ Misses the SLA, measured"
-    assert chosen is not None
-    reason = confirmed.failure or "the measurement is too short or too close to tell"
-    return "open", f"Not confirmed: {reason}"
+        return "open", "TTFT and ITL are each kept, measured, but not both at once by enough requests"
+    return "open", "Keeps the SLA, measured, but too close to be sure"
 
 
 def _answer(told: Told) -> dict[str, Any]:
@@ -230,17 +232,18 @@ def _attained(one: Confirmed) -> str:
 
 def _run(one: LayoutRun) -> dict[str, Any]:
     again = sum(p.reused for p in one.prefill) + sum(p.reused for p in one.decode)
-    end = one.stopped or "all points measured"
+    end = one.stopped or ("measured, but for" if one.refused else "all points measured")
     return {
         "label": one.layout.label,
         "cells": [
             span(one.start_s) if one.start_s else _NONE,
             len(one.prefill),
             len(one.decode),
+            again or _NONE,
             span(one.took_s) if one.took_s else _NONE,
         ],
         "failure": one.failure,
-        "end": f"{end}; {again} taken from the journal" if again else end,
+        "end": end,
         "refused": [f"{probe.what} refused: {probe.reason}" for probe in one.refused],
         "lines": "\n".join(one.lines),
     }
