@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import msgspec
 import typer
@@ -32,9 +32,6 @@ from dynctl.recipe.check import check_recipe, parallel_of
 from dynctl.recipe.load import LoadedRecipe, load_recipe
 from dynctl.recipe.schema import RoleSection
 from dynctl.topology.inventory import Host, Inventory, inventory_for
-
-if TYPE_CHECKING:
-    from dynctl.profiler.measure import Found
 
 _RECIPE = "recipe.yaml"
 
@@ -153,21 +150,30 @@ def profile(  # noqa: PLR0913 - one parameter for each option of the verb
     asked = replace(asked, measured=measured, most=rate is None and trace is None)
     folder = out or Path(f"profile-{loaded.recipe.name}")
     if estimate_only:
-        return hand_over(folder, asked, run(asked), None, as_json=json_)
+        outcome = run(asked)
+        return finish(asked, folder, outcome, usable=outcome.choice.chosen is not None, as_json=json_)
     from dynctl.cli.profile_measure import How, measured_choice, tell_measured
 
     found = measured_choice(asked, folder, How(budget, resume, parallel, inventory, gpu))
     tell_measured(found.measurement, found.usable)
-    return hand_over(folder, asked, found.outcome, found, as_json=json_)
+    return finish(
+        asked, folder, found.outcome, usable=found.usable, as_json=json_, measured=found.measurement
+    )
 
 
-def hand_over(folder: Path, asked: Asked, outcome: Outcome, found: Found | None, *, as_json: bool) -> int:
-    """Write the files and tell the choice; the exit code, 1 when there is no recipe to use."""
-    usable = found.usable if found else outcome.choice.chosen is not None
-    more = found.measurement if found else None
+def finish(
+    asked: Asked,
+    folder: Path,
+    outcome: Outcome,
+    *,
+    usable: bool,
+    as_json: bool,
+    measured: Measurement | None = None,
+) -> int:
+    """Write a choice that is of use, tell it; the exit code."""
     written = write_files(folder, asked.loaded, outcome) if usable else []
-    written += write_pages(folder, asked, outcome, written, more)
-    tell(outcome, asked.loaded, written, as_json=as_json, more=more)
+    written += write_pages(folder, asked, outcome, written, measured)
+    tell(outcome, asked.loaded, written, as_json=as_json, measured=measured)
     return 0 if usable else 1
 
 
@@ -306,16 +312,16 @@ def tell(
     written: list[Path],
     *,
     as_json: bool,
-    more: Measurement | None = None,
+    measured: Measurement | None = None,
 ) -> None:
     """The choice on standard output, where things are and what comes next on standard error."""
     if as_json:
         told = {**as_object(outcome.choice), "files": [str(path) for path in written]}
-        json_data({**told, "measured": msgspec.to_builtins(more)} if more else told)
+        json_data({**told, "measured": msgspec.to_builtins(measured)} if measured else told)
     else:
         data(choice_text(outcome.choice, loaded.recipe.name))
-        if more is not None:
-            data("\n".join(measured_lines(more)))
+        if measured is not None:
+            data("\n".join(measured_lines(measured)))
     if written:
         prose(f"wrote {', '.join(path.name for path in written)} to {written[0].parent}", style="dim")
     if command := next_command(written):

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from dynctl.cli.profile_progress import Progress
 from dynctl.cli.render import prose
+from dynctl.deploy.preflight import require_startable
+from dynctl.deploy.slurm_up import check_slurm
 from dynctl.engines.base import EngineEnvironment
 from dynctl.engines.catalog import get
 from dynctl.errors import UsageError
@@ -25,6 +27,7 @@ from dynctl.profiler.service import Asked
 from dynctl.profiler.stage import Slots, Stage
 from dynctl.profiler.starts import Starts
 from dynctl.recipe.load import LoadedRecipe
+from dynctl.topology.inventory import inventory_for
 
 _VERSION_S = 60.0
 _WILD = 100.0
@@ -53,6 +56,10 @@ def measured_choice(asked: Asked, folder: Path, how: How) -> Found:
             where=asked.loaded.where("target"),
             hint="--estimate-only, or --target ssh or slurm",
         )
+    if recipe.target == "slurm":
+        check_slurm(asked.loaded, how.inventory)
+    else:
+        require_startable(asked.loaded, inventory_for(recipe, asked.loaded.file, how.inventory))
     run = secrets.token_hex(4)
     journal = Journal(folder / FILE, run, resume=how.resume, clock=time.time)
     try:

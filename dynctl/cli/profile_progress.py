@@ -76,7 +76,7 @@ class Progress:
         if self._bars is not None:
             self._bars.move(row, known.did, doing)
         elif done:
-            self._line(f"{row}: {doing} measured, {known.did} of {known.total}")
+            self._line(f"{row}: {doing}, {known.did} of {known.total}")
 
     def end(self, row: str, told: str) -> None:
         """Nothing more of it; `told`: what came of it, in words."""

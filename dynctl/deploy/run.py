@@ -16,8 +16,9 @@ from dynctl import procfs
 from dynctl.deploy.digest import digest_of
 from dynctl.deploy.gpus import FILE as GPUS_FILE
 from dynctl.deploy.gpus import claim_of, locked, require_free
+from dynctl.deploy.gpus import others as gpus_of_others
 from dynctl.deploy.home import LOCK_S, Home, RunDir, make_private, new_run_id
-from dynctl.deploy.plan import Plan, PlannedProcess, build_plan
+from dynctl.deploy.plan import Kept, Plan, PlannedProcess, build_plan
 from dynctl.deploy.ports import holder, listen_error, listening
 from dynctl.deploy.preflight import require_certificate, require_programs, require_startable
 from dynctl.deploy.seats import RunContext
@@ -33,7 +34,7 @@ from dynctl.deploy.state import (
     save_state,
 )
 from dynctl.deploy.stop import CONTROLLER
-from dynctl.errors import CodecError, LaunchError, PortInUse, RecipeError, UsageError
+from dynctl.errors import CodecError, LaunchError, PlacementError, PortInUse, RecipeError, UsageError
 from dynctl.launchers.base import Launch, Launcher, ProcessHandle, RunRef
 from dynctl.launchers.files import write_atomic
 from dynctl.recipe.check import check_recipe
@@ -195,7 +196,7 @@ def begin(checked: Checked, site: Site, *, share_gpus: bool = False) -> Up:
     context = RunContext(run_id, str(site.home.runs / run_id), site.python, first_port_of(run_id))
     # One at a time from looking at ports until the run that has them is written down.
     with site.home.locked(_PORTS, deadline_s=LOCK_S), locked(site.home):
-        plan = plan_run(checked, site, context)
+        plan = plan_run(checked, site, context) if share_gpus else _on_free_gpus(checked, site, context)
         require_programs(plan, checked.loaded, site.environ)
         require_certificate(checked.loaded)
         gpus = [gpu for node in plan.nodes for gpu in node.gpus]
@@ -209,8 +210,26 @@ def begin(checked: Checked, site: Site, *, share_gpus: bool = False) -> Up:
     return Up(name, run, plan.url, handle, adopted=False)
 
 
-def plan_run(checked: Checked, site: Site, context: RunContext) -> Plan:
-    """The plan on free ports. Raises PortInUse that says who has the frontend's."""
+def _on_free_gpus(checked: Checked, site: Site, context: RunContext) -> Plan:
+    """The plan on GPUs that no other run has; where there is no room on those, as if all were free:
+    `require_free` then tells who has them.
+    """
+    others = gpus_of_others(site.home)
+    taken = frozenset((host.name, gpu) for host in checked.inventory.hosts for gpu in others)
+    try:
+        return plan_run(checked, site, context, taken)
+    except PlacementError:
+        if not taken:
+            raise
+        return plan_run(checked, site, context)
+
+
+def plan_run(
+    checked: Checked, site: Site, context: RunContext, others: frozenset[tuple[str, int]] = frozenset()
+) -> Plan:
+    """The plan on free ports, without the GPUs of `others` (node, index). Raises PortInUse that says who has
+    the frontend's.
+    """
     loaded = checked.loaded
     port, host = loaded.recipe.frontend.port, loaded.recipe.frontend.host
     reserved = reserved_ports(site)
@@ -223,7 +242,8 @@ def plan_run(checked: Checked, site: Site, context: RunContext) -> Plan:
                 raise _cannot_listen(loaded, error)
             taken.add(port)
     try:
-        return build_plan(loaded, checked.inventory, {(LOCAL, p) for p in taken}, context)
+        kept = Kept({}, {}, others)
+        return build_plan(loaded, checked.inventory, {(LOCAL, p) for p in taken}, context, kept)
     except PortInUse as error:
         who = holder(port)
         message = f"{error.message} by {who}" if who else error.message

@@ -24,7 +24,7 @@ from dynctl.profiler.candidate import candidate, depends_on
 from dynctl.profiler.journal import key_of
 from dynctl.profiler.load.result import Result
 from dynctl.profiler.load.run import Watch, run
-from dynctl.profiler.load.spec import Lengths, Load, Open, Replay, TraceRequest
+from dynctl.profiler.load.spec import Endpoint, Lengths, Load, Open, Replay, TraceRequest
 from dynctl.profiler.load.statistics import Figure, label
 from dynctl.profiler.outcome import Confirmed
 from dynctl.profiler.probe import lines_of
@@ -88,13 +88,10 @@ async def confirm(stage: Stage, ask: Ask, option: Option, rate: float, number: i
     try:
         stage.shown.step(row, "starting")
         async with stage.standing(option, f"confirm-{number}") as standing:
-            requests = requests_for(ask.sla, rate, stage.left_s)
-            if not requests:
+            if not requests_for(ask.sla, rate, stage.left_s):
                 return _without(option, rate, "the budget does not allow enough requests", begun_s)
-            load = load_for(ask, rate, requests, random.Random(f"{stage.run}/{number}").randrange(1 << 31))
-            stage.shown.step(row, f"{requests} requests at {rate:.3g}/s", done=True)
-            got = await run(load, stage.endpoint(standing), Watch())
-            stage.shown.step(row, "ending", done=True)
+            result = await _loaded(stage, ask, rate, (row, number), stage.endpoint(standing))
+            stage.shown.step(row, "loaded, ending", done=True)
     except ProfileError:
         raise
     except DynctlError as error:
@@ -102,10 +99,25 @@ async def confirm(stage: Stage, ask: Ask, option: Option, rate: float, number: i
         return _without(option, rate, "\n".join([first, *lines]), begun_s)
     finally:
         stage.shown.end(row, "")
-    found = confirmed(option, rate, got.result, time.monotonic() - begun_s)
-    stage.probes += 1
-    stage.journal.answer(key, f"confirm {option.label} at {rate:.3g}/s", found)
+    found = confirmed(option, rate, result, time.monotonic() - begun_s)
+    what, problems = f"confirm {option.label} at {rate:.3g}/s", "; ".join(found.problems)
+    stage.journal.answer(key, what, None if problems else found, refused=problems)
     return found
+
+
+async def _loaded(stage: Stage, ask: Ask, rate: float, row: tuple[str, int], endpoint: Endpoint) -> Result:
+    """What came of the load; of a second one, when the first is not to be relied on and there is time."""
+    for attempt in range(2):
+        requests = requests_for(ask.sla, rate, stage.left_s)
+        if attempt and not requests:
+            break
+        seed = random.Random(f"{stage.run}/{row[1]}/{attempt}").randrange(1 << 31)
+        stage.shown.step(row[0], f"{requests} requests at {rate:.3g}/s", done=not attempt)
+        result = (await run(load_for(ask, rate, requests, seed), endpoint, Watch())).result
+        stage.probes += 1
+        if not result.problems:
+            break
+    return result
 
 
 def _key(stage: Stage, ask: Ask, option: Option, rate: float) -> str:
@@ -144,7 +156,9 @@ def _at(figure: Figure | None, share: float) -> float | None:
 
 
 def kept(sla: Sla, found: Confirmed) -> bool:
-    """Whether what was measured keeps the SLA: TTFT and ITL each at the percentile."""
+    """Whether what was measured keeps the SLA: TTFT and ITL each at the percentile. Whether that is to be
+    relied on, its `problems` tell.
+    """
     return found.keeps(sla)
 
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from msgspec import structs
+
 from dynctl.errors import LaunchError, ProfileError
 from dynctl.launchers.files import write_atomic
 from dynctl.perfmodel.choice import Choice
@@ -45,7 +47,9 @@ class Found:
         rounds = self.measurement.rounds
         if self.outcome.choice.chosen is None:
             return False
-        return not rounds or confirm.kept(self.outcome.choice.sla, rounds[-1])
+        if not rounds or rounds[-1].problems:
+            return True
+        return confirm.kept(self.outcome.choice.sla, rounds[-1])
 
 
 async def measure(stage: Stage, budget_s: float, *, confirming: bool = True) -> Found:
@@ -66,6 +70,8 @@ async def measure(stage: Stage, budget_s: float, *, confirming: bool = True) -> 
     layouts = await sweep.run(search.shortlist(ask))
     stage.ends_s += kept_s
     choice, rounds = await _confirmed(stage, ask, sweep.fits, confirming=confirming)
+    if layouts and not sweep.fits:
+        choice = structs.replace(choice, why="no layout could be measured")
     measurement = Measurement(
         run_id=stage.run,
         name=stage.asked.loaded.recipe.name,
@@ -118,8 +124,8 @@ async def _confirmed(
             break
         found = await confirm.confirm(stage, ask, option, rate, len(rounds))
         rounds.append(found)
-        if confirm.kept(ask.sla, found):
-            break
+        if confirm.kept(ask.sla, found) or found.problems:
+            break  # what is not to be relied on corrects nothing
         if found.ttft_s is None:
             barred.add(option.label)  # it did not run: corrected times would not change that
         else:
@@ -148,12 +154,16 @@ def _label(pools: tuple[tuple[Layout, int], ...]) -> str:
 def verdict(choice: Choice, rounds: list[Confirmed], layouts: list[LayoutRun]) -> str:
     """In one sentence, whether the SLA is kept, or what is instead."""
     sla, last = choice.sla, rounds[-1] if rounds else None
+    if last is not None and last.problems:
+        seen = "kept" if confirm.kept(sla, last) else "missed"
+        return f"not confirmed: {last.option.label} {seen} the SLA, but {'; '.join(last.problems)}"
     if last is not None and confirm.kept(sla, last):
         return f"confirmed: {last.option.label} keeps the SLA at {last.rate:.3g} requests/s"
+    if not any(run.fitted for run in layouts):
+        return f"nothing could be measured: {layouts[0].failure if layouts else choice.why}"
     if choice.chosen is None:
         missed = f" (tried: {last.option.label}: {confirm.misses(sla, last)})" if last else ""
-        what = choice.why if any(run.fitted for run in layouts) else "no layout could be measured"
-        return f"the SLA cannot be kept here: {what}{missed}"
+        return f"the SLA cannot be kept here: {choice.why}{missed}"
     if last is None:
         return f"not confirmed: {choice.chosen.label} rests on the measured layouts alone"
     if last.failure:

@@ -1,12 +1,13 @@
 """One probe on a running engine: a small load, and whether what came of it may be used.
 
 What is not valid is measured once more, with other prompts, then refused with its reason: it is never
-averaged in. Decode is isolated by sending the same prompts twice, first for one token each, so that the
+averaged in. Decode is isolated by sending the same prompts twice, first for a few tokens, so that the
 second pass finds them in the cache; and a step is timed only while all answers of the batch are written.
 """
 
 from __future__ import annotations
 
+import asyncio
 import random
 from statistics import fmean, median
 
@@ -26,7 +27,11 @@ _LEAST_STEPS = 8
 _HIT = 0.7
 """So much of the prompts must be in the cache at the second pass, where the engine tells."""
 _FILLERS = 8
+_FIRST = 4
+"""Tokens of answers of which only the beginning matters: one alone may be a piece without text."""
 _DEADLINE_S = 120.0
+_PAUSE_S = 1.0
+"""Before it is measured again: what spoilt it may be over by then."""
 _ANY_S = 3600.0
 """Nothing is asked of the time to first token when steps are timed: its delay does not spoil them."""
 
@@ -48,6 +53,8 @@ async def measured(probe: Probe, endpoint: Endpoint, seed: str) -> tuple[Point |
     reasons: list[str] = []
     steps = STEPS
     for attempt in range(2):
+        if attempt:
+            await asyncio.sleep(_PAUSE_S)
         number = random.Random(f"{seed}/{attempt}").randrange(1 << 31)
         try:
             if isinstance(probe, PrefillProbe):
@@ -65,7 +72,7 @@ async def _prefill(probe: PrefillProbe, endpoint: Endpoint, seed: int) -> Prefil
     load = Load(
         arrivals=Closed(concurrency=1),
         isl=Lengths(tokens=probe.isl),
-        osl=Lengths(tokens=1),
+        osl=Lengths(tokens=_FIRST),
         requests=REQUESTS,
         warmup=_WARM,
         api="completions",
@@ -94,7 +101,7 @@ async def _decode(probe: DecodeProbe, endpoint: Endpoint, seed: int, steps: int)
     first = Load(
         arrivals=Closed(concurrency=min(probe.batch, _FILLERS)),
         isl=Lengths(tokens=max(1, probe.context - steps // 2)),
-        osl=Lengths(tokens=1),
+        osl=Lengths(tokens=_FIRST),
         requests=probe.batch,
         api="completions",
         seed=seed,

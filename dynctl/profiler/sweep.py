@@ -162,9 +162,11 @@ class Sweep:
         """The answer of the journal, else of the engine, which is started if it is not there."""
         stage, key = self._stage, key_of(one.basis, probe)
         stage.shown.step(one.label, probe.label)
+        told = f"{probe.label} measured"
         known = stage.journal.found(key)
         if known is not None:
             stage.reused += 1
+            told = f"{probe.label} known"
             self._keep(one, _again(probe, known))
         else:
             point, reason = await self._ask(one, probe, stack)
@@ -174,7 +176,8 @@ class Sweep:
                 self._keep(one, point)
             else:
                 one.refused.append(Refusal(what=probe.label, reason=reason))
-        stage.shown.step(one.label, probe.label, done=True)
+                told = f"{probe.label} refused: {reason}"
+        stage.shown.step(one.label, told, done=True)
 
     def _keep(self, one: _One, point: Point) -> None:
         if isinstance(point, PrefillPoint):

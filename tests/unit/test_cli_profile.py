@@ -170,10 +170,23 @@ def test_without_a_gpu_named_it_is_asked_for(here: Path, capsys: pytest.CaptureF
     assert "--gpu h200_sxm" in err
 
 
-def test_measuring_is_not_promised(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = asked(capsys, RECIPE, "--gpu", "h200", "--gpus", "16")
-    assert code == 2
-    assert "--estimate-only" in err
+@pytest.mark.parametrize(
+    ("args", "code", "said"),
+    [
+        ((), 3, "target ssh needs hosts"),
+        (("--set", "target=local", "--set", "model.path=."), 2, "no GPU is found on this machine"),
+        (("--budget", "0s"), 2, "above 0"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_before_anything_is_started(
+    here: Path, capsys: pytest.CaptureFixture[str], args: tuple[str, ...], code: int, said: str
+) -> None:
+    config = {"hidden_size": 4096, "num_hidden_layers": 4, "num_attention_heads": 32, "vocab_size": 1000}
+    config |= {"intermediate_size": 8192, "num_key_value_heads": 8, "max_position_embeddings": 16384}
+    (here / "config.json").write_text(json.dumps(config))
+    found, _, err = asked(capsys, RECIPE, "--gpu", "h200", "--gpus", "16", *args)
+    assert (found, said in err) == (code, True), err
+    assert [path.name for path in here.iterdir()] == ["config.json"]
 
 
 def test_a_recipe_without_sla_needs_one(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -96,5 +96,5 @@ def test_a_log_gets_lines_and_no_control_characters(capsys: pytest.CaptureFixtur
         progress.end("TP2", "")
     assert capsys.readouterr() == (
         "",
-        "0s  TP2: 2 to measure\n1m05s  TP2: prefill 1024 measured, 1 of 2\n1m05s  TP2: done, took 1m05s\n",
+        "0s  TP2: 2 to measure\n1m05s  TP2: prefill 1024, 1 of 2\n1m05s  TP2: done, took 1m05s\n",
     )

@@ -136,6 +136,7 @@ def test_an_estimate_is_not_sold_as_measured() -> None:
     [
         ({"meets": "no", "ttft_s": 0.401}, "✗ Misses the SLA, measured", "bad"),
         ({"meets": "unsure", "itl_s": 0.0121}, "✗ Misses the SLA, measured", "bad"),
+        ({"problems": ("the client was late",)}, "not to be relied on: the client was late", "open"),
         ({"meets": "no"}, "TTFT and ITL are each kept, measured, but not both at once", "open"),
         ({"meets": "unsure"}, "Keeps the SLA, measured, but too close to be sure", "open"),
         (

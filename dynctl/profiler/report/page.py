@@ -86,6 +86,8 @@ def verdict(told: Told) -> tuple[str, str]:
         return "open", f"Should keep the SLA, {what}"
     if confirmed.failure or confirmed.ttft_s is None:
         return "open", f"Not confirmed: {confirmed.failure or 'no first tokens were seen'}"
+    if confirmed.problems:
+        return "open", f"Not confirmed, the measurement is not to be relied on: {confirmed.problems[0]}"
     if not confirmed.keeps(told.choice.sla):
         return "bad", "✗ Misses the SLA, measured"
     if confirmed.meets == "yes":
