@@ -12,8 +12,12 @@ import matplotlib
 import msgspec
 import pytest
 
-from dynctl.perfmodel.choice import Refused
+from dynctl.perfmodel.choice import Demand, Refused
+from dynctl.perfmodel.interpolate import linear
 from dynctl.perfmodel.layout import Layout
+from dynctl.perfmodel.offers import Ask
+from dynctl.perfmodel.profile import PrefillCurve
+from dynctl.perfmodel.split import choose
 from dynctl.profiler.outcome import Confirmed, Measurement
 from dynctl.profiler.phrases import figure, milliseconds, span, tokens
 from dynctl.profiler.report.draw import png, svg
@@ -23,7 +27,7 @@ from dynctl.profiler.report.palette import LIGHT
 from dynctl.profiler.report.plots import plots
 from dynctl.profiler.report.told import Told
 from dynctl.profiler.report.write import HTML, PNG, write_report
-from tests.unit.report_samples import WHOLE, alone, estimated, infeasible, measured, none_at_all
+from tests.unit.report_samples import LOOSE, WHOLE, alone, estimated, infeasible, law, measured, none_at_all
 
 NASTY = "<script>alert('x')</script> & \"$a_b$\" {{ 7 * 7 }}"
 
@@ -279,19 +283,32 @@ def test_the_front_holds_no_point_that_another_one_beats() -> None:
 
 @pytest.mark.parametrize("mode", ["aggregated", "disaggregated"])
 def test_no_option_lies_beyond_the_front(mode: str) -> None:
-    for told in (estimated(), alone()):
+    slow_steps = msgspec.structs.replace(law(1), prefill=PrefillCurve(tokens=(0, 4096), seconds=(0.03, 0.16)))
+    known = {Layout(): slow_steps}
+    costly = replace(
+        alone(),
+        profiles=known,
+        choice=choose(
+            Ask(
+                sla=LOOSE,
+                demand=Demand(rate=1.0, lengths=((500, 60),)),
+                profiles={"aggregated": known, "prefill": known, "decode": known},
+                gpus=3,
+                most=True,
+            )
+        ),
+    )
+    assert costly.choice.chosen is not None
+    for told in (estimated(), alone(), costly):
         line = front(mode, told.profiles, told.mix, told.choice.sla.ttft_s)  # type: ignore[arg-type]
         for option in told.choice.options:
             if option.mode != mode:
                 continue
             predicted = option.predicted
-            better = [
-                point
-                for point in line
-                if point.user >= predicted.tokens_per_s_per_user
-                and point.gpu >= predicted.tokens_per_s_per_gpu
-            ]
-            assert better, option.label
+            at, wanted = predicted.tokens_per_s_per_user, predicted.tokens_per_s_per_gpu
+            users, gpus = [point.user for point in line], [point.gpu for point in line]
+            there = max(gpus) if at <= users[0] else linear(users, gpus, at)
+            assert wanted <= there * 1.01, option.label
 
 
 def test_layouts_that_read_too_slowly_are_not_on_the_front() -> None:

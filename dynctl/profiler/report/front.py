@@ -34,8 +34,10 @@ def front(mode: Mode, profiles: Mapping[Layout, Profile], mix: Traffic, ttft_s: 
     Layouts that take longer than `ttft_s` to read the mean prompt alone do not read. Source: a batch of b
     whose gap is g gives b / g tokens a second; each answer of n tokens costs one prompt's reading time.
     """
-    reading = {layout: reading_s(profile, mix) for layout, profile in profiles.items()}
-    readers = {layout: work for layout, work in reading.items() if ttft_s is None or work <= ttft_s}
+    works = {layout: (work_s(one, mix), one.prefill.seconds[0]) for layout, one in profiles.items()}
+    readers = {
+        layout: work for layout, (work, fixed) in works.items() if ttft_s is None or work + fixed <= ttft_s
+    }
     made = _apart(profiles, readers, mix) if mode == "disaggregated" else _together(profiles, readers, mix)
     return best_of(made)
 
@@ -49,14 +51,13 @@ def best_of(points: Iterable[Point]) -> list[Point]:
     return kept[::-1]
 
 
-def reading_s(profile: Profile, mix: Traffic) -> float:
-    """Seconds of one replica for the mean prompt, its ranks reading beside each other."""
-    each = (
-        (profile.prefill_s(round(prompt - new), round(new)) + profile.prefill.seconds[0]) * share
+def work_s(profile: Profile, mix: Traffic) -> float:
+    """Seconds that the mean prompt adds to steps which are made anyway."""
+    return sum(
+        profile.prefill_s(round(prompt - new), round(new)) * share
         for prompt, share in mix.prompts
         for new in (fresh(prompt, mix.hit_rate),)
     )
-    return sum(each)
 
 
 def _together(

@@ -263,9 +263,14 @@ def _draw_front(told: Told, axes: Axes) -> None:
     if not found:
         _empty(axes, "no layout can be: nothing to draw")
         return
-    reach = max(max(p.user for p in found), max(o.predicted.tokens_per_s_per_user for o in told.shown()))
+    users = [*(p.user for p in found), *(o.predicted.tokens_per_s_per_user for o in told.shown())]
+    gpus = [*(p.gpu for p in found), *(o.predicted.tokens_per_s_per_gpu for o in told.shown())]
+    if confirmed is not None and confirmed.itl_s and confirmed.output_rate:
+        users.append(1 / confirmed.itl_s)
+        gpus.append(confirmed.output_rate / confirmed.option.gpus)
+    reach = max(users)
     axes.set_xlim(0, reach * 1.08)
-    axes.set_ylim(0, max(p.gpu for p in found) * 1.1)
+    axes.set_ylim(0, max(gpus) * 1.1)
     if choice.sla.itl_s is not None:
         axes.axvspan(1.0 / choice.sla.itl_s, max(reach * 1.08, 1.0 / choice.sla.itl_s), color=LIGHT["band"])
         axes.axvline(1.0 / choice.sla.itl_s, color=LIGHT["bad"], linewidth=1.2, linestyle="-.")
