@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +25,8 @@ from dynctl.profiler.estimators import estimator_for, shape_for
 from dynctl.profiler.npz import write_npz
 from dynctl.profiler.outcome import Measurement
 from dynctl.profiler.recipe_out import recipe_text
+from dynctl.profiler.report.told import Told
+from dynctl.profiler.report.write import write_report
 from dynctl.profiler.request import demand_from, sla_of
 from dynctl.profiler.service import Asked, Outcome, run
 from dynctl.recipe.check import check_recipe, parallel_of
@@ -31,6 +34,8 @@ from dynctl.recipe.load import LoadedRecipe, load_recipe
 from dynctl.recipe.schema import RoleSection
 from dynctl.topology.inventory import Host, Inventory
 from dynctl.topology.inventory_file import inventory_for
+
+_RECIPE = "recipe.yaml"
 
 SlaOption = Annotated[
     str,
@@ -134,7 +139,8 @@ def profile(  # noqa: PLR0913 - one parameter for each option of the verb
     that is started whole and tried at the rate. With --rate the fewest GPUs are looked for, else the highest
     rate on --gpus (default: those of the inventory, else as many as the recipe uses). Prefill and decode
     together is always a candidate. To --out go: a recipe for dynctl up, the profiles it rests on, the choice
-    and all measurements as JSON, and the journal. Ctrl-C ends what was started; --resume goes on from there.
+    and all measurements as JSON, a report with plots, and the journal. Ctrl-C ends what was started; --resume
+    goes on from there.
 
     Examples:
 
@@ -156,13 +162,13 @@ def profile(  # noqa: PLR0913 - one parameter for each option of the verb
     folder = out or Path(f"profile-{loaded.recipe.name}")
     if estimate_only:
         outcome = run(asked)
-        return finish(loaded, folder, outcome, usable=outcome.choice.chosen is not None, as_json=json_)
+        return finish(asked, folder, outcome, usable=outcome.choice.chosen is not None, as_json=json_)
     from dynctl.cli.profile_measure import How, measured_choice, tell_measured
 
     found = measured_choice(asked, folder, How(budget, resume, parallel, inventory, gpu))
     tell_measured(found.measurement, found.usable)
     return finish(
-        loaded, folder, found.outcome, usable=found.usable, as_json=json_, measured=found.measurement
+        asked, folder, found.outcome, usable=found.usable, as_json=json_, measured=found.measurement
     )
 
 
@@ -175,7 +181,7 @@ def _check_numbers(gpus: int | None, parallel: int, budget: float) -> None:
 
 
 def finish(
-    loaded: LoadedRecipe,
+    asked: Asked,
     folder: Path,
     outcome: Outcome,
     *,
@@ -184,8 +190,9 @@ def finish(
     measured: Measurement | None = None,
 ) -> int:
     """Write a choice that is of use, tell it; the exit code."""
-    written = write_files(folder, loaded, outcome) if usable else []
-    tell(outcome, loaded, written, as_json=as_json, measured=measured)
+    written = write_files(folder, asked.loaded, outcome) if usable else []
+    written += write_pages(folder, asked, outcome, written, measured)
+    tell(outcome, asked.loaded, written, as_json=as_json, measured=measured)
     return 0 if usable else 1
 
 
@@ -255,7 +262,7 @@ def write_files(folder: Path, loaded: LoadedRecipe, outcome: Outcome) -> list[Pa
     chosen = outcome.choice.chosen
     assert chosen is not None
     folder.mkdir(parents=True, exist_ok=True)
-    recipe = folder / "recipe.yaml"
+    recipe = folder / _RECIPE
     recipe.write_text(recipe_text(loaded, chosen, head_of(chosen, loaded.file)), encoding="utf-8")
     written = [recipe]
     by_role: dict[str, Profile] = {}
@@ -276,6 +283,39 @@ def write_files(folder: Path, loaded: LoadedRecipe, outcome: Outcome) -> list[Pa
     except ProfileError as error:
         prose(f"no npz files for Dynamo: {error}", style="warning")
     return written
+
+
+def write_pages(
+    folder: Path,
+    asked: Asked,
+    outcome: Outcome,
+    written: list[Path],
+    measured: Measurement | None = None,
+) -> list[Path]:
+    """The report for people, on what was written already. What is missing for it is said, no more."""
+    told = Told(
+        name=asked.loaded.recipe.name,
+        recipe=asked.loaded.file,
+        choice=outcome.choice,
+        profiles=outcome.profiles,
+        gpus=asked.gpus,
+        next_command=next_command(written),
+        measured=measured,
+    )
+    try:
+        pages, missing = write_report(folder, told)
+    except OSError as error:
+        prose(f"no report: {error}", style="warning")
+        return []
+    if missing:
+        prose(f"no plots in the report: {missing}", style="warning")
+    return pages
+
+
+def next_command(written: list[Path]) -> str:
+    """What to run with the recipe that was written; "" when none was."""
+    recipe = next((path for path in written if path.name == _RECIPE), None)
+    return f"{program()} up {shlex.quote(str(recipe))}" if recipe else ""
 
 
 def head_of(chosen: Option, file: str) -> str:
@@ -306,7 +346,8 @@ def tell(
             data("\n".join(measured_lines(measured)))
     if written:
         prose(f"wrote {', '.join(path.name for path in written)} to {written[0].parent}", style="dim")
-        prose(f"next: {program()} up {written[0]}")
+    if command := next_command(written):
+        prose(f"next: {command}")
 
 
 def as_object(choice: Choice) -> dict[str, Any]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dynctl.cli.profile_view import milliseconds
 from dynctl.cli.render import age, paint, table
 from dynctl.profiler.outcome import Confirmed, LayoutRun, Measurement
+from dynctl.profiler.phrases import milliseconds
 
 _NONE = "-"
 

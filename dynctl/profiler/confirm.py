@@ -163,12 +163,7 @@ def kept(sla: Sla, found: Confirmed) -> bool:
     """Whether what was measured keeps the SLA: TTFT and ITL each at the percentile. Whether that is to be
     relied on, its `problems` tell.
     """
-    if found.failure or found.ttft_s is None:
-        return False
-    return all(
-        wanted is None or value is None or value <= wanted
-        for wanted, value in ((sla.ttft_s, found.ttft_s), (sla.itl_s, found.itl_s))
-    )
+    return found.keeps(sla)
 
 
 def misses(sla: Sla, found: Confirmed) -> str:

@@ -12,7 +12,7 @@ from typing import Literal
 import msgspec
 
 from dynctl.errors import CodecError
-from dynctl.perfmodel.choice import Choice, Option
+from dynctl.perfmodel.choice import Choice, Option, Sla
 from dynctl.perfmodel.layout import Layout
 from dynctl.perfmodel.profile import Profile
 
@@ -92,6 +92,13 @@ class Confirmed(msgspec.Struct, frozen=True, kw_only=True):
     failure: str = ""
     took_s: float = 0.0
     reused: bool = False
+
+    def keeps(self, sla: Sla) -> bool:
+        """Whether what was measured is within the SLA: TTFT and ITL each at the percentile."""
+        if self.failure or self.ttft_s is None:
+            return False
+        pairs = ((sla.ttft_s, self.ttft_s), (sla.itl_s, self.itl_s))
+        return all(wanted is None or value is None or value <= wanted for wanted, value in pairs)
 
 
 class Measurement(msgspec.Struct, frozen=True, kw_only=True):

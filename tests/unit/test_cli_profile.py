@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -108,15 +109,17 @@ def test_profiles_and_npz_are_written_beside_the_recipe(
     assert decode["max_kv_tokens"].shape == (1,)
 
 
-def test_without_room_for_the_sla_the_answer_is_why_and_nothing_is_written(
+def test_without_room_for_the_sla_the_answer_is_why_and_no_recipe_is_written(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, out, _ = asked(capsys, RECIPE, "--sla", "ttft=1ms,itl=20ms", *ON)
+    code, out, err = asked(capsys, RECIPE, "--sla", "ttft=1ms,itl=20ms", *ON)
     assert code == 1
     assert "nothing keeps this SLA" in out
     assert "a TTFT of 1 ms cannot be kept" in out
     assert "TTFT" in out.split("nearest")[1]
-    assert not list(here.iterdir())
+    assert "runner-up" not in out
+    assert "next:" not in err
+    assert sorted(path.name for path in here.rglob("*.*")) == ["report.html", "report.png"]
 
 
 def test_a_rate_beyond_the_gpus_tells_how_many_it_would_take(
@@ -259,3 +262,40 @@ def test_relative_paths_are_whole_in_the_written_recipe(
     code, _, _ = asked(capsys, "mine.yaml", *args)
     assert code == 0
     assert f'path: "{here}/model"   # or a directory' in (here / "deep" / "er" / "recipe.yaml").read_text()
+
+
+def test_the_report_names_the_choice_and_the_next_command(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = asked(capsys, RECIPE, "--json", "--out", "my made", *APART)
+    assert code == 0
+    page = (here / "my made" / "report.html").read_text()
+    assert json.loads(out)["chosen"]["label"] in page
+    assert "dynctl up &#39;my made/recipe.yaml&#39;" in page
+    assert err.endswith("next: dynctl up 'my made/recipe.yaml'\n")
+    assert "report.html, report.png to my made" in err
+    assert (here / "my made" / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_all_but_the_plots_is_there(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, out, err = asked(capsys, RECIPE, "--json", "--out", "made", *APART)
+    assert code == 0
+    assert json.loads(out)["chosen"]
+    assert err.count("pip install 'dynctl[profile]'") == 1
+    assert (here / "made" / "recipe.yaml").is_file()
+    assert "No plots: " in (here / "made" / "report.html").read_text()
+    assert not (here / "made" / "report.png").exists()
+
+
+def test_a_report_that_cannot_be_written_costs_nothing_else(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "made" / "report.html").mkdir(parents=True)
+    code, out, err = asked(capsys, RECIPE, "--json", "--out", "made", *APART)
+    assert code == 0
+    assert json.loads(out)["chosen"]
+    assert "warning: no report: " in err
+    assert (here / "made" / "recipe.yaml").is_file()
