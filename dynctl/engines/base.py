@@ -402,6 +402,8 @@ class Engine(Protocol):
     """Top-level request fields that only dynctl may set; removed from what clients send."""
     step_tokens: tuple[str, int]
     """The argument that limits the tokens computed per step, and its value unless given (0 = it depends)."""
+    sequences_argument: str
+    """The argument that limits the sequences of a data-parallel rank that run at once; "" = there is none."""
     key_variable: str
     """The environment variable that makes it ask for an API key; "" = there is none."""
     transfers: Mapping[str, PrefillDecode]

@@ -53,6 +53,7 @@ class External:
     lora = LoraPaths("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
     client_fields = Vllm.client_fields | Sglang.client_fields | Trtllm.client_fields
     step_tokens = ("", 0)
+    sequences_argument = ""
     key_variable = ""
     continuation = CONTINUES_AND_HOLDS_BACK
     transfers: Mapping[str, PrefillDecode] = {}

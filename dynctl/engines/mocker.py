@@ -117,6 +117,7 @@ class Mocker:
     lora = LoraPaths("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
     client_fields = frozenset({"kv_transfer_params"})
     step_tokens = ("max-num-batched-tokens", 8192)
+    sequences_argument = "max-num-seqs"
     key_variable = "VLLM_API_KEY"
     continuation = CONTINUES_AND_HOLDS_BACK
     transfers: Mapping[str, PrefillDecode] = {"nixl": NixlPull()}

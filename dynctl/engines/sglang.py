@@ -72,6 +72,7 @@ class Sglang:
     lora = LoraPaths("/load_lora_adapter", "/unload_lora_adapter")
     client_fields = LINK_FIELDS | {"routed_dp_rank", "data_parallel_rank"}
     step_tokens = ("chunked-prefill-size", 0)
+    sequences_argument = "max-running-requests"
     key_variable = ""
     """Its key can be kept from the command line by --config, but it prints all its arguments in its log."""
     continuation = CONTINUES_MESSAGE

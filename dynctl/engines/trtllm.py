@@ -77,6 +77,7 @@ class Trtllm:
     lora = None
     client_fields = frozenset({PARAMS})
     step_tokens = ("max_num_tokens", 8192)
+    sequences_argument = "max_batch_size"
     key_variable = ""
     continuation = Continuation(chat=None, completion_tokens=None)
     transfers: Mapping[str, PrefillDecode] = dict.fromkeys(BACKENDS, ContextFirst())

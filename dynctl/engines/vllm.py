@@ -122,6 +122,7 @@ class Vllm:
     lora = LoraPaths("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
     client_fields = frozenset({"kv_transfer_params", "ec_transfer_params", "vllm_xargs"})
     step_tokens = ("max-num-batched-tokens", 0)
+    sequences_argument = "max-num-seqs"
     key_variable = "VLLM_API_KEY"
     continuation = CONTINUES_AND_HOLDS_BACK
     transfers: Mapping[str, PrefillDecode] = {"nixl": NixlPull(), **dict.fromkeys(_PROTOCOLS, Mooncake())}

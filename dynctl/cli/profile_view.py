@@ -1,0 +1,100 @@
+"""A choice of layouts and replicas as people read it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from dynctl.cli.render import paint, table
+from dynctl.perfmodel.choice import Choice, Option, Refused, Sla, Variation
+
+_NAMES = {"isl": "prompts", "osl": "answers", "rate": "rate"}
+
+
+def choice_text(choice: Choice, name: str) -> str:
+    """All of it."""
+    return "\n".join([*_head(choice, name), "", *_verdict(choice), *_sections(choice)])
+
+
+def milliseconds(seconds: float) -> str:
+    """8.6ms, 231ms, 12.4s."""
+    if seconds >= 10:
+        return f"{seconds:.1f}s"
+    return f"{seconds * 1000:.0f}ms" if seconds >= 0.1 else f"{seconds * 1000:.1f}ms"
+
+
+def sla_text(sla: Sla) -> str:
+    """p95 TTFT ≤ 200ms, ITL ≤ 20ms."""
+    asked = [("TTFT", sla.ttft_s), ("ITL", sla.itl_s)]
+    limits = [f"{name} ≤ {milliseconds(value)}" for name, value in asked if value is not None]
+    return f"p{sla.percentile * 100:g} {', '.join(limits)}"
+
+
+def _head(choice: Choice, name: str) -> Iterator[str]:
+    demand = choice.demand
+    cached = f", {demand.hit_rate:.0%} cached" if demand.hit_rate else ""
+    yield f"{paint(name, 'bold')}  {sla_text(choice.sla)}"
+    yield (
+        f"{demand.rate:.3g} requests/s of {demand.isl:.0f} prompt and {demand.osl:.0f} answer tokens{cached}"
+    )
+
+
+def _verdict(choice: Choice) -> Iterator[str]:
+    if choice.chosen is None:
+        yield f"{paint('✗ nothing keeps this SLA', 'error')}: {choice.why}"
+        if choice.options:
+            yield ""
+            yield paint("nearest, with nobody else there", "bold")
+            yield _options(choice.options, choice)
+            yield from (f"  {option.label}: {'; '.join(option.misses)}" for option in choice.options)
+        return
+    yield f"{paint('✓ ' + choice.chosen.label, 'good')}  {choice.chosen.gpus} GPUs, {choice.chosen.mode}"
+    for pool in choice.chosen.pools:
+        yield (
+            f"  {pool.role}: {pool.replicas} x {pool.layout.label}, at most {pool.sequences} sequences and "
+            f"{pool.batched_tokens} tokens a step, {pool.load:.0%} busy"
+        )
+    yield ""
+    yield _options(choice.options, choice)
+
+
+def _options(options: Sequence[Option], choice: Choice) -> str:
+    rows = []
+    for number, option in enumerate(options):
+        predicted = option.predicted
+        rank = "chosen" if option is choice.chosen else "runner-up" if number == 1 else ""
+        best_agg = next((one for one in options if one.mode == "aggregated"), None)
+        if not rank and option is best_agg:
+            rank = "best aggregated"
+        rows.append(
+            [
+                option.label,
+                str(option.gpus),
+                milliseconds(predicted.ttft_s),
+                milliseconds(predicted.itl_s),
+                f"{predicted.capacity:.3g}",
+                f"{predicted.tokens_per_s_per_gpu:.0f}",
+                f"{predicted.tokens_per_s_per_user:.0f}",
+                rank,
+            ]
+        )
+    return table(("SPLIT", "GPUS", "TTFT", "ITL", "MAX REQ/S", "TOK/S/GPU", "TOK/S/USER", ""), rows)
+
+
+def _sections(choice: Choice) -> Iterator[str]:
+    if choice.chosen is not None and choice.sensitivity:
+        yield ""
+        yield paint("if the load were another", "bold")
+        yield table(("LOAD", "THIS SPLIT", "THEN BEST"), [_variation(one) for one in choice.sensitivity])
+    if choice.refused:
+        yield ""
+        yield paint("layouts that cannot be", "bold")
+        yield table(("LAYOUT", "WHY"), [_refused(one) for one in choice.refused])
+
+
+def _variation(one: Variation) -> list[str]:
+    best = f"{one.option.label} ({one.option.gpus} GPUs)" if one.option else "nothing on these GPUs"
+    return [f"{_NAMES[one.what]} {one.factor - 1:+.0%}", "holds" if one.holds else "misses", best]
+
+
+def _refused(one: Refused) -> list[str]:
+    return [f"{one.layout.label} {one.role}".strip(), one.reason]
