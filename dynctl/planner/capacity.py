@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
 
 from dynctl.perfmodel.choice import Demand, Sla
-from dynctl.perfmodel.pools import Aggregated, Decode, Disaggregated
+from dynctl.perfmodel.pools import Aggregated, Decode, Disaggregated, Reading
 from dynctl.perfmodel.profile import Profile
 from dynctl.perfmodel.queueing import Routing
 from dynctl.perfmodel.traffic import Traffic, traffic
@@ -20,6 +21,10 @@ _FIRST_STEPS = 1.5
 _POINTS = 16
 _MOST_CV = 3.0
 _BATCHED = 8192
+_IDLE = 1e-9
+"""A rate at which nobody meets anybody."""
+Fine = Callable[[float, int], bool]
+"""(Arrivals a second, replicas) → whether the service level is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,60 +66,65 @@ class Costs:
         A time that one request on an idle worker misses already cannot be kept by any number: then they are
         to be no busier than `_FULL`.
         """
+        if forecast.rate <= 0.0:
+            return 1
         mix = traffic(forecast.demand())
+        fine = {"prefill": self._reading, "decode": self._writing}.get(role, self._both)(mix)
         low, high = 0, max(1, most)
-        if not self._fine(role, forecast.rate, mix, high):
+        if not fine(forecast.rate, high):
             return high
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if self._fine(role, forecast.rate, mix, middle) else (middle, high)
+            low, high = (low, middle) if fine(forecast.rate, middle) else (middle, high)
         return high
 
-    def _fine(self, role: Role, rate: float, mix: Traffic, replicas: int) -> bool:
-        if rate <= 0.0:
-            return True
-        if role == "prefill":
-            return self._reads(mix, rate, replicas)
-        if role == "decode":
-            return self._writes(mix, rate, replicas)
-        return self._both(mix, rate, replicas)
-
-    def _reads(self, mix: Traffic, rate: float, replicas: int) -> bool:
+    def _reading(self, mix: Traffic) -> Fine:
         profile = self.profiles["prefill"]
         reader = Disaggregated(profile, mix, batched_of(profile), self.routing)
-        reading = reader.reading(rate, replicas, self._after_s(mix))
-        if reading is None:
-            return False
-        idle = reader.reading(0.0, replicas, self._after_s(mix))
-        if self._hopeless(idle.late if idle else None):
-            return reading.load <= _FULL
-        return reading.late(self.sla.ttft_s or 0.0) <= 1.0 - self.sla.percentile
+        after_s = self._after_s(mix)
+        hopeless = self._hopeless(reader.reading(_IDLE, 1, after_s))
 
-    def _writes(self, mix: Traffic, rate: float, replicas: int) -> bool:
+        def fine(rate: float, replicas: int) -> bool:
+            reading = reader.reading(rate, replicas, after_s)
+            return reading is not None and self._in_time(reading, hopeless=hopeless)
+
+        return fine
+
+    def _writing(self, mix: Traffic) -> Fine:
         writer = Decode(self.profiles["decode"], mix, self.sla.itl_s)
         if not writer.seats:  # not even one is in time: as many as the KV holds
             writer = Decode(self.profiles["decode"], mix, None)
-        return not writer.seats or writer.talking(rate, replicas, self.sla.percentile) is not None
 
-    def _both(self, mix: Traffic, rate: float, replicas: int) -> bool:
+        def fine(rate: float, replicas: int) -> bool:
+            return not writer.seats or writer.talking(rate, replicas, self.sla.percentile) is not None
+
+        return fine
+
+    def _both(self, mix: Traffic) -> Fine:
         profile = self.profiles["aggregated"]
         one = Aggregated(profile, mix, batched_of(profile), self.sla.itl_s, self.routing)
         if not one.decode.seats:
             one = Aggregated(profile, mix, batched_of(profile), None, self.routing)
-        found = one.both(rate, replicas, self.sla.percentile)
-        if found is None:
-            return False
-        reading, talking = found
-        idle = one.both(1e-9, replicas, self.sla.percentile)
-        if self._hopeless(idle[0].late if idle else None):
-            return reading.load <= _FULL
-        return reading.late(self.sla.ttft_s or 0.0) + talking.full <= 1.0 - self.sla.percentile
+        idle = one.both(_IDLE, 1, self.sla.percentile)
+        hopeless = self._hopeless(idle[0] if idle else None)
 
-    def _hopeless(self, late: object) -> bool:
-        """Whether nothing is asked of the first token, or too many are late with nobody before them."""
-        if self.sla.ttft_s is None or not callable(late):
+        def fine(rate: float, replicas: int) -> bool:
+            found = one.both(rate, replicas, self.sla.percentile)
+            return found is not None and self._in_time(found[0], hopeless=hopeless, full=found[1].full)
+
+        return fine
+
+    def _in_time(self, reading: Reading, *, hopeless: bool, full: float = 0.0) -> bool:
+        """Whether enough first tokens come in time; `full`: share of requests that find no seat."""
+        if hopeless or self.sla.ttft_s is None:
+            return reading.load <= _FULL
+        return reading.late(self.sla.ttft_s) + full <= 1.0 - self.sla.percentile
+
+    def _hopeless(self, idle: Reading | None) -> bool:
+        """Whether too many first tokens are late with nobody before them."""
+        if idle is None or self.sla.ttft_s is None:
             return True
-        return bool(late(self.sla.ttft_s) > 1.0 - self.sla.percentile)
+        return idle.late(self.sla.ttft_s) > 1.0 - self.sla.percentile
 
     def _after_s(self, mix: Traffic) -> float:
         """From the arrival of a prompt's KV to its first token, at workers as full as they may be."""
@@ -122,7 +132,7 @@ class Costs:
         if profile is None:
             return 0.0
         writer = Decode(profile, mix, self.sla.itl_s)
-        return _FIRST_STEPS * writer.steps[max(1, writer.seats)]
+        return _FIRST_STEPS * profile.decode_s(max(1, writer.seats), mix.context)
 
 
 def batched_of(profile: Profile) -> int:

@@ -150,7 +150,8 @@ def take(state: PlannerState, seen: Observation, config: PlannerConfig, now: flo
         window.answers += seen.osl * max(1, seen.arrivals)
         window.told_answers += max(1, seen.arrivals)
     _smooth(state, seen)
-    _learn(state, seen)
+    if any(one.profile is None for one in config.roles.values()):
+        _learn(state, seen)
     _see_boots(state, seen, now)
     if window.span_s < config.interval_s * 0.999:
         return False
@@ -188,7 +189,9 @@ def costs_of(state: PlannerState, config: PlannerConfig) -> tuple[Costs, dict[Ro
     """Costs of a replica by role, as far as known, and where from: a profile's source, or learnt."""
     profiles: dict[Role, Profile] = {}
     sources: dict[Role, str] = {}
-    prefill, decode = fit_prefill(state.prefill), fit_decode(state.decode)
+    learns = any(one.profile is None for one in config.roles.values())
+    prefill = fit_prefill(state.prefill) if learns else None
+    decode = fit_decode(state.decode) if learns else None
     for role, bounds in config.roles.items():
         if bounds.profile is not None:
             profiles[role], sources[role] = bounds.profile, bounds.profile.source or "profile"

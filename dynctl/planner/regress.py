@@ -9,6 +9,7 @@ bucket goes first. So a long quiet time does not push out what was seen under lo
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -36,18 +37,19 @@ class Sample:
         self.points.append((at, seconds))
         if len(self.points) <= _SAMPLES:
             return
-        buckets = [self._bucket(at) for at, _ in self.points]
-        fullest = max(set(buckets), key=lambda one: (buckets.count(one), one))
+        axes = list(zip(*(at for at, _ in self.points), strict=True))
+        bounds = [(min(axis), max(axis)) for axis in axes]
+        buckets = [self._bucket(at, bounds) for at, _ in self.points]
+        count = Counter(buckets)
+        fullest = max(count, key=lambda one: (count[one], one))
         del self.points[buckets.index(fullest)]
 
-    def _bucket(self, at: tuple[float, ...]) -> tuple[int, ...]:
+    def _bucket(self, at: tuple[float, ...], bounds: list[tuple[float, float]]) -> tuple[int, ...]:
         side = _SIDE if self.sizes > 1 else _SIDE * _SIDE
-        found = []
-        for axis, value in enumerate(at):
-            low = min(point[axis] for point, _ in self.points)
-            high = max(point[axis] for point, _ in self.points)
-            found.append(min(side - 1, int(side * (value - low) / (high - low))) if high > low else 0)
-        return tuple(found)
+        return tuple(
+            min(side - 1, int(side * (value - low) / (high - low))) if high > low else 0
+            for value, (low, high) in zip(at, bounds, strict=True)
+        )
 
 
 def fit_prefill(sample: Sample) -> tuple[float, float] | None:
