@@ -5,7 +5,7 @@ Times in seconds of the trace, lengths in tokens.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -40,6 +40,22 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
     boot_s: float = 60.0
 
 
+class Task(msgspec.Struct, frozen=True, kw_only=True):
+    """What to run. `trace`: a file. `speed`: the trace in 1/speed of its time; `rate_scale`: so many times
+    its requests. `planner`: a `planner.config.PlannerConfig` as plain values, None = the numbers stay as they
+    are. `compare`: also fixed numbers, the classic formula, the oracle. `every_step`: no jumps, for tests.
+    """
+
+    service: Service
+    trace: str
+    seed: int = 1
+    speed: float = 1.0
+    rate_scale: float = 1.0
+    planner: dict[str, Any] | None = None
+    compare: bool = False
+    every_step: bool = False
+
+
 class Quantiles(msgspec.Struct, frozen=True, kw_only=True):
     """Of a time, over requests; None where no request has it."""
 
@@ -54,8 +70,8 @@ class Presence(msgspec.Struct, frozen=True, kw_only=True):
     """From `at_s` on so many replicas of each role are paid for, and so many of them serve."""
 
     at_s: float
-    there: dict[str, int]
-    ready: dict[str, int]
+    there: dict[Role, int]
+    ready: dict[Role, int]
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,9 +1,9 @@
-"""Recorded requests, one JSON object a line, as Mooncake (FAST '25) publishes them. Pure but for `load_trace`.
+"""Recorded requests, one JSON object a line, as Mooncake's (FAST '25). Pure but for `load_trace`.
 
     {"timestamp": 27482, "input_length": 6955, "output_length": 52, "hash_ids": [46, 47, 48]}
 
-`timestamp` in milliseconds, lengths in tokens, an id for each block of 512 prompt tokens: requests whose first
-ids are equal have a beginning in common. `hash_ids` may be left out: then nothing is shared.
+`timestamp` in milliseconds, lengths in tokens, an id for each block of 512 prompt tokens: requests whose
+first ids are equal have a beginning in common. `hash_ids` may be left out: then nothing is shared.
 """
 
 from __future__ import annotations

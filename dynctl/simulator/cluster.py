@@ -84,7 +84,6 @@ class Cluster:
         self.arrived = 0
         self._exact = spec.mode == "kv"
         self._left = len(requests)
-        self.newly_ended: list[int] = []
 
     @property
     def answers(self) -> list[Answer]:
@@ -133,12 +132,12 @@ class Cluster:
                 one.engine.show_cache()
         self.desk.arrive(number)
 
-    def _ended(self, number: int) -> None:
+    def _ended(self) -> None:
         self._left -= 1
-        self.newly_ended.append(number)
         tell, total = self._options.on_progress, len(self.requests)
-        if tell is not None and (total - self._left) * 100 // total != (total - self._left - 1) * 100 // total:
-            tell((total - self._left) / total)
+        over = total - self._left
+        if tell is not None and over * 100 // total != (over - 1) * 100 // total:
+            tell(over / total)
 
     def _report(self) -> None:
         for one in self.fleet.living:
@@ -149,7 +148,6 @@ class Cluster:
     def _steer(self) -> None:
         assert self._pilot is not None
         self.fleet.scale(self._pilot.wanted(self))
-        self.newly_ended.clear()
         self.clock.at(self.clock.now_s + self._pilot.interval_s, self._steer)
 
 

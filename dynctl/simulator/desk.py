@@ -26,8 +26,8 @@ _ANSWERS = PRIVATE << 4
 
 @dataclass(slots=True)
 class Answer:
-    """One request's fate. `cached`: prompt tokens found in the cache of whoever computed the prompt. `end`: ""
-    while it goes on.
+    """One request's fate. `cached`: prompt tokens found in the cache of whoever computed the prompt.
+    `end`: done or refused, "" while it goes on.
     """
 
     arrived_s: float
@@ -75,7 +75,8 @@ _SOURCE = _Source()
 class Desk:
     """All requests of a run. `hashes` are those of the prompts, `size` the tokens of a block.
 
-    `on_end` is called with the number of each request that is over.
+    `begun` and `over` are the numbers of those with a first token, and at their end, in that order. `on_end`
+    is called at each end.
     """
 
     def __init__(
@@ -84,9 +85,11 @@ class Desk:
         hashes: Sequence[tuple[int, ...]],
         size: int,
         parts: tuple[Router, Fleet, Clock],
-        on_end: Callable[[int], None],
+        on_end: Callable[[], None],
     ) -> None:
         self.answers: dict[int, Answer] = {}
+        self.begun: list[int] = []
+        self.over: list[int] = []
         self.door: Door
         self._requests = requests
         self._hashes = hashes
@@ -125,6 +128,7 @@ class Desk:
                 answer = self.answers[leg.number]
                 if leg.answers:
                     answer.first_s = now_s
+                    self.begun.append(leg.number)
                 if not leg.prefilled_by:
                     answer.cached = seq.cached_tokens
             if reason:
@@ -191,4 +195,5 @@ class Desk:
 
     def _over(self, number: int, end: str) -> None:
         self.answers[number].end = end
-        self._on_end(number)
+        self.over.append(number)
+        self._on_end()

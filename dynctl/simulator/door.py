@@ -1,7 +1,7 @@
 """The frontend's queue on the simulated clock: requests wait while all workers have enough to do.
 
-The order, the limits and the judgement are the frontend's own (`frontend.queue`, `router.busy`), and so is the
-rule of `frontend.gate`: one turn at a time, the next only after whoever had it has been routed.
+The order, the limits and the judgement are the frontend's own (`frontend.queue`, `router.busy`), and so is
+the rule of `frontend.gate`: one turn at a time, the next only after whoever had it has been routed.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from dynctl.simulator.clock import Clock
 
 
 class Door:
-    """Where requests come in, each by its number. `route` is called when it may be routed, `refuse` when it is
-    told to come again later. `roles` are those a prompt needs; the first is not asked where `spills`.
+    """Where requests come in, each by its number. `ways` are called when it may be routed, and when it is
+    told to come again later. `roles` are those a prompt needs; where prompts may go past prefill workers that
+    are all busy, these are not asked.
     """
 
     def __init__(

@@ -157,7 +157,7 @@ class Fleet:
         """Remember who is there now; of several changes at one moment the last."""
         there = {role: len(self.of(role, "booting", "ready", "draining")) for role in self._groups}
         ready = {role: len(self.of(role, "ready")) for role in self._groups}
-        now = Presence(at_s=self._clock.now_s, there=dict(there), ready=dict(ready))
+        now = Presence(at_s=self._clock.now_s, there=there, ready=ready)
         if self.presence and self.presence[-1].at_s == now.at_s:
             self.presence.pop()
         self.presence.append(now)
