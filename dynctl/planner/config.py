@@ -22,7 +22,8 @@ Predictor = Literal["constant", "moving_average", "arima", "kalman", "seasonal"]
 class RoleConfig:
     """One role: so many replicas at least and at most, GPUs of one replica.
 
-    `profile`: what a replica costs; None = it is learnt from what is seen, within `limits`.
+    `profile`: what a replica costs; None = it is learnt from what is seen. `limits`: of a replica, where the
+    profile tells none; the KV in them is replaced by what engines tell.
     """
 
     minimum: int = 1

@@ -6,6 +6,8 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 
+import msgspec
+
 from dynctl.perfmodel.profile import Profile
 from dynctl.planner.capacity import Costs, Forecast
 from dynctl.planner.config import PlannerConfig
@@ -117,6 +119,7 @@ class PlannerState:
     boot_s: float = 0.0
     hit_rate: float = 0.0
     isl_cv: float = 0.0
+    kv_tokens: int = 0
     prefill: Sample = field(default_factory=lambda: Sample(1))
     decode: Sample = field(default_factory=lambda: Sample(2))
     window: _Window = field(default_factory=_Window)
@@ -149,6 +152,7 @@ def take(state: PlannerState, seen: Observation, config: PlannerConfig, now: flo
     if seen.osl:
         window.answers += seen.osl * max(1, seen.arrivals)
         window.told_answers += max(1, seen.arrivals)
+    state.kv_tokens = seen.kv_tokens or state.kv_tokens
     _smooth(state, seen)
     if any(one.profile is None for one in config.roles.values()):
         _learn(state, seen)
@@ -193,12 +197,17 @@ def costs_of(state: PlannerState, config: PlannerConfig) -> tuple[Costs, dict[Ro
     prefill = fit_prefill(state.prefill) if learns else None
     decode = fit_decode(state.decode) if learns else None
     for role, bounds in config.roles.items():
+        limits = bounds.limits
+        if limits is not None and state.kv_tokens:
+            limits = msgspec.structs.replace(limits, kv_tokens=state.kv_tokens)
         if bounds.profile is not None:
-            profiles[role], sources[role] = bounds.profile, bounds.profile.source or "profile"
+            profile = bounds.profile
+            profiles[role] = msgspec.structs.replace(profile, limits=profile.limits or limits)
+            sources[role] = profile.source or "profile"
             continue
         known = {"prefill": prefill is not None, "decode": decode is not None}
         if known.get(role, prefill is not None and decode is not None):
-            profiles[role], sources[role] = profile_of(prefill, decode, bounds.limits), "learnt"
+            profiles[role], sources[role] = profile_of(prefill, decode, limits), "learnt"
     return Costs(config.sla, config.routing, profiles), sources
 
 

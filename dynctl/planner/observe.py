@@ -47,7 +47,7 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     lengths of prompts and answers; `isl_cv`: how prompts spread, standard deviation by mean. `hit_rate`:
     share of prompt tokens found in caches. `queued`: requests that no worker has been given yet.
     `ttft_s`, `itl_s`: what users got, at the service level's percentile; `ttft_mean_s`, `itl_mean_s`: on
-    average.
+    average. `kv_tokens`: tokens whose KV one replica holds, 0 = not known.
     """
 
     span_s: float
@@ -62,3 +62,4 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     itl_s: float | None = None
     ttft_mean_s: float | None = None
     itl_mean_s: float | None = None
+    kv_tokens: int = 0
