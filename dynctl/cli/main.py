@@ -35,6 +35,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "ls": ("dynctl.cli.ls:ls", "All deployments of this user"),
     "plan": ("dynctl.cli.plan:plan", "Show nodes, GPUs, ports and every command, start nothing"),
     "doctor": ("dynctl.cli.doctor:doctor", "Check each host before a start: what is wrong, what would help"),
+    "simulate": ("dynctl.cli.simulate:simulate", "Replay a trace against a recipe, hours in seconds"),
     "profile": ("dynctl.cli.profile:profile", "Choose parallelism and replicas for a service level"),
     "validate": ("dynctl.cli.validate:validate", "Check a recipe, start nothing"),
     "schema": ("dynctl.cli.schema:schema", "JSON Schema of a recipe, for editors"),
@@ -48,7 +49,7 @@ GROUPS = (
     ("Run", ("up", "down")),
     ("Change", ("scale", "restart", "drain", "undrain", "rollback", "lock", "unlock")),
     ("Look", ("ps", "status", "top", "logs", "events", "wait", "chat", "exec", "ls")),
-    ("Prepare", ("doctor", "plan", "profile", "validate", "schema", "recipes")),
+    ("Prepare", ("doctor", "plan", "profile", "simulate", "validate", "schema", "recipes")),
     ("Tool", ("completion", "version")),
 )
 

@@ -192,11 +192,11 @@ class Scheduler:
             seq.tokens += [say(True) for _ in range(times)]
             seq.generated += times
             seq.computed += times
-            if seq.computed // size > seq.committed:
-                self._cache_full_blocks(seq)
             missing = -(-(seq.computed + 1) // size) - len(seq.blocks)
             if missing > 0:
                 seq.blocks += pool.allocate(missing) or []
+            if seq.computed // size > seq.committed:
+                self._cache_full_blocks(seq)
         step.context += times * step.batch
         self.counters.generated += times * step.batch
 

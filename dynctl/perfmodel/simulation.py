@@ -14,6 +14,9 @@ from dynctl.perfmodel.profile import Limits, Profile
 from dynctl.protocol.instances import Role
 from dynctl.protocol.specs import BusySpec, RouterSpec
 
+MOST = 64
+"""Replicas of a role, where nothing else bounds them."""
+
 
 class Group(msgspec.Struct, frozen=True, kw_only=True):
     """The replicas of one role: how many at the start, GPUs of each, what each costs in time and takes at
@@ -26,7 +29,7 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
     profile: Profile
     limits: Limits
     least: int = 1
-    most: int = 64
+    most: int = MOST
 
 
 class Service(msgspec.Struct, frozen=True, kw_only=True):

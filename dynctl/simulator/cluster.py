@@ -46,10 +46,15 @@ class Pilot(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to run. `jumps` False: each step of each engine by itself. `on_progress` hears the share done."""
+    """How to run. `jumps` False: each step of each engine by itself. `block`: tokens of a KV block, a divisor
+    of 512; 0 = as fits the trace. `in_flight`: a closed loop of so many, whatever the times of the requests;
+    0 = each comes at its time. `on_progress` hears the share done.
+    """
 
     seed: int = 1
     jumps: bool = True
+    block: int = 0
+    in_flight: int = 0
     on_progress: Callable[[float], None] | None = None
 
 
@@ -59,10 +64,10 @@ class Cluster:
     def __init__(
         self, service: Service, requests: Sequence[TraceRequest], pilot: Pilot | None, options: Options
     ) -> None:
-        check(service, requests)
+        self.size = size = options.block or block_size(requests)
+        check(service, requests, size)
         self.service = service
         self.requests = requests
-        self.size = size = block_size(requests)
         self.clock = clock = Clock()
         self.steps = 0
         self._pilot = pilot
@@ -96,7 +101,10 @@ class Cluster:
         clock.at(0.0, self._report)
         if self._pilot is not None:
             clock.at(0.0, self._steer)
-        clock.at(self.requests[0].at_s, self._arrive)
+        for _ in range(min(self._options.in_flight, len(self.requests))):
+            clock.at(0.0, self._arrive)
+        if not self._options.in_flight:
+            clock.at(self.requests[0].at_s, self._arrive)
         while self._left and clock.step():
             pass
         if self._left:
@@ -125,7 +133,7 @@ class Cluster:
     def _arrive(self) -> None:
         number = self.arrived
         self.arrived += 1
-        if self.arrived < len(self.requests):
+        if self.arrived < len(self.requests) and not self._options.in_flight:
             self.clock.at(self.requests[self.arrived].at_s, self._arrive)
         if self._exact:
             for one in self.fleet.living:
@@ -134,6 +142,8 @@ class Cluster:
 
     def _ended(self) -> None:
         self._left -= 1
+        if self._options.in_flight and self.arrived < len(self.requests):
+            self.clock.at(self.clock.now_s, self._arrive)
         tell, total = self._options.on_progress, len(self.requests)
         over = total - self._left
         if tell is not None and over * 100 // total != (over - 1) * 100 // total:
@@ -160,9 +170,8 @@ def block_size(requests: Sequence[TraceRequest]) -> int:
     return size
 
 
-def check(service: Service, requests: Sequence[TraceRequest]) -> None:
+def check(service: Service, requests: Sequence[TraceRequest], size: int) -> None:
     """Raises ProfileError for a request that is longer than what a replica's KV cache holds."""
-    size = block_size(requests)
     longest = max(requests, key=lambda one: one.prompt_tokens + one.output_tokens)
     needed = longest.prompt_tokens + longest.output_tokens
     for group in service.groups:
@@ -170,7 +179,7 @@ def check(service: Service, requests: Sequence[TraceRequest]) -> None:
         if needed > room:
             raise ProfileError(
                 f"a request of {longest.prompt_tokens} prompt and {longest.output_tokens} answer tokens does"
-                f" not fit into the {room} KV tokens of a {group.role} replica",
+                f" not fit into the {room} KV tokens of one replica ({group.role})",
                 where=group.profile.name,
                 hint="a profile with higher limits, or a trace without it",
             )
