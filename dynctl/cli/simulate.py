@@ -16,7 +16,7 @@ import typer
 from dynctl.cli import options
 from dynctl.cli.render import data, json_data, prose
 from dynctl.cli.simulate_process import results_of
-from dynctl.cli.simulate_view import as_object, results_text
+from dynctl.cli.simulate_view import as_object, pace_text, results_text
 from dynctl.deploy.seats import busy_spec, router_spec
 from dynctl.engines.catalog import get
 from dynctl.errors import UsageError
@@ -140,6 +140,7 @@ def simulate(  # noqa: PLR0913 - one parameter for each option of the verb
         json_data(as_object(task, found))
     else:
         data(results_text(task, found))
+        prose(pace_text(found), style="dim")
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import msgspec
 
@@ -23,6 +24,11 @@ _READ = 1 << 16
 _CLEAR = "\r\033[K"
 
 
+def command(spec: Path) -> list[str]:
+    """What runs the task in a file."""
+    return [sys.executable, "-m", "dynctl.simulator", "--spec", str(spec)]
+
+
 def results_of(task: Task, *, drawn: bool) -> list[Finished]:
     """All runs of a task, as they ended. `drawn`: progress is shown on standard error.
 
@@ -33,8 +39,7 @@ def results_of(task: Task, *, drawn: bool) -> list[Finished]:
         spec = Path(folder, "task.json")
         spec.write_bytes(msgspec.json.encode(task))
         with Path(folder, "errors").open("w+b") as errors:
-            argv = [sys.executable, "-m", "dynctl.simulator", "--spec", str(spec)]
-            child = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=errors)
+            child = subprocess.Popen(command(spec), stdout=subprocess.PIPE, stderr=errors)
             meter = Meter()
             try:
                 for told in _lines(child):
@@ -50,6 +55,7 @@ def results_of(task: Task, *, drawn: bool) -> list[Finished]:
                     sys.stderr.write(_CLEAR)
                 child.kill()
                 child.wait()
+                _pipe(child).close()
             if child.returncode:
                 errors.seek(0)
                 last = errors.read().decode(errors="replace").strip().rpartition("\n")[2]
@@ -59,8 +65,7 @@ def results_of(task: Task, *, drawn: bool) -> list[Finished]:
 
 def _lines(child: subprocess.Popen[bytes]) -> Iterator[Told]:
     """What it prints, until it has ended."""
-    assert child.stdout is not None
-    rest, pipe = b"", child.stdout.fileno()
+    rest, pipe = b"", _pipe(child).fileno()
     while True:
         if not select.select([pipe], [], [], _SILENT_S)[0]:
             raise ProfileError(f"the simulator has told nothing for {_SILENT_S:g} s", hint="a shorter trace")
@@ -71,6 +76,11 @@ def _lines(child: subprocess.Popen[bytes]) -> Iterator[Told]:
         *whole, rest = (rest + read).split(b"\n")
         for line in whole:
             yield msgspec.json.decode(line, type=Told)
+
+
+def _pipe(child: subprocess.Popen[bytes]) -> IO[bytes]:
+    assert child.stdout is not None
+    return child.stdout
 
 
 class Meter:

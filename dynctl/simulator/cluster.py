@@ -97,6 +97,14 @@ class Cluster:
 
     def run(self) -> None:
         """From the first request to the last token."""
+        self.begin()
+        while self._left and self.clock.step():
+            pass
+        if self._left:
+            raise AssertionError(f"{self._left} requests never ended")
+
+    def begin(self) -> None:
+        """Have all that happens by itself be due."""
         clock = self.clock
         clock.at(0.0, self._report)
         if self._pilot is not None:
@@ -105,10 +113,6 @@ class Cluster:
             clock.at(0.0, self._arrive)
         if not self._options.in_flight:
             clock.at(self.requests[0].at_s, self._arrive)
-        while self._left and clock.step():
-            pass
-        if self._left:
-            raise AssertionError(f"{self._left} requests never ended")
 
     def said(self, engine: str, outputs: list[Output]) -> None:
         """See `engine.Listener`."""

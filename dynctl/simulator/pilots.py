@@ -52,9 +52,13 @@ class Schedule:
         """Of the first interval."""
         return self._rows[0]
 
+    def wanted_at(self, interval: int) -> Mapping[Role, int]:
+        """Of that interval; the last one goes on."""
+        return self._rows[min(len(self._rows) - 1, interval)]
+
     def wanted(self, run: Cluster) -> Mapping[Role, int]:
-        """The row of the interval that begins now; the last one goes on."""
-        return self._rows[min(len(self._rows) - 1, round(run.clock.now_s / self.interval_s))]
+        """The row of the interval that begins now."""
+        return self.wanted_at(round(run.clock.now_s / self.interval_s))
 
 
 class Classic:
