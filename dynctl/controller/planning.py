@@ -70,7 +70,7 @@ class _Rules:
 class _Told:
     """What has been told last, so that only changes are told."""
 
-    codes: dict[Role, str] = field(default_factory=dict)
+    news: tuple[str, dict[Role, tuple[str, int]]] = ("", {})
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     last: str = ""
 
@@ -95,9 +95,10 @@ class Planning:
                 continue
             try:
                 await self._tick(config)
-            except Exception:
+            except Exception as error:
                 # The top of a task: a tick that breaks is one decision less, not the end of them.
                 logger.exception("planner.tick_failed")
+                self._desk.state.planner = f"its last look failed: {type(error).__name__}: {error}"
             await asyncio.sleep(config.load_interval_s)
 
     async def _configured(self) -> PlannerConfig | None:
@@ -127,8 +128,8 @@ class Planning:
         outcome = await self._act(decision, config, now) if decision.changed else ""
         over = memory.past[-1] if memory.window.span_s == 0.0 else None
         self._tell(decision, seen, outcome)
-        codes = {role: one.code for role, one in decision.roles.items()}
-        if over is not None or outcome or codes != self._told.codes:
+        news = (outcome, {role: (one.code, one.target) for role, one in decision.roles.items()})
+        if over is not None or news != self._told.news:
             entry = Entry(
                 ts=round(time.time(), 3),
                 decision=decision,
@@ -138,7 +139,7 @@ class Planning:
                 boot_s=round(memory.boot_s, 3),
             )
             await asyncio.to_thread(_write, self._desk.run, entry)
-        self._told.codes = codes
+        self._told.news = news
 
     async def _observe(self, config: PlannerConfig) -> Observation | None:
         """What happened since the last tick; None at the first, and while no frontend answers.

@@ -97,8 +97,8 @@ class RunState(msgspec.Struct, kw_only=True):
 
     `registry` is the endpoint of the controller's control socket, `head` the node that it runs on: pids of
     seats on other nodes mean nothing there. `changing` is what is being replaced, added or removed now, for
-    people ("" = nothing); `planner` how the planner is ("" = there is none). `retired` is the last incarnation
-    of seats that have left: should one of them come back, it goes on from there.
+    people ("" = nothing); `planner` how the planner is ("" = there is none). `retired` is the last
+    incarnation of seats that have left: should one of them come back, it goes on from there.
     """
 
     name: str
