@@ -206,6 +206,7 @@ def _seats(state: RunState, role: Role, units: list[Unit]) -> Seats:
         ready=len(ready),
         starting=sum(_starting(unit) for unit in units),
         draining=sum(unit.leaving for unit in units),
+        failed=sum(_failed(unit) for unit in units),
     )
     return Seats(load, tuple(unit.seats[0].id for unit in ready))
 
@@ -217,6 +218,12 @@ def _starting(unit: Unit) -> bool:
     return unit.fresh or any(
         seat.state == "starting" or (seat.state == "backoff" and not seat.ever_ready) for seat in unit.seats
     )
+
+
+def _failed(unit: Unit) -> bool:
+    """Given up before it has ever served."""
+    given_up = any(seat.state == "failed" for seat in unit.seats)
+    return given_up and not unit.leaving and not all(seat.ever_ready for seat in unit.seats)
 
 
 def scale(run: RunDir, changes: Mapping[Role, int]) -> None:

@@ -28,6 +28,8 @@ from dynctl.protocol.instances import Role
 _PRESSED_TICKS = 3
 _LESS_RATE = 0.85
 """Where load has asked for one more, it is taken away again once demand is below so much of what it was."""
+_BEYOND = 4
+"""So many times the maximum is told of what demand takes."""
 _WORTH = 1.1
 """Beyond the budget, shares are changed only when whoever is worst off gets so much more."""
 
@@ -119,8 +121,9 @@ def _set_floors(state: PlannerState, config: PlannerConfig, costs: Costs, ahead:
         if role not in costs.profiles:
             state.roles[role].floor = state.roles[role].ample = None
             continue
-        state.roles[role].floor = costs.replicas(role, wanted, bounds.maximum)
-        state.roles[role].ample = costs.replicas(role, ample, bounds.maximum)
+        most = _BEYOND * bounds.maximum
+        state.roles[role].floor = costs.replicas(role, wanted, most)
+        state.roles[role].ample = costs.replicas(role, ample, most)
 
 
 def _one(

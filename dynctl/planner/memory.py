@@ -76,7 +76,7 @@ class RoleState:
         """Why growth that was asked for is given up; "" = it is not, or there is none."""
         if self.asked_at is None or load.ready >= load.wanted:
             return ""
-        if load.ready + load.starting < load.wanted and now > self.asked_at + config.load_interval_s:
+        if load.failed:
             return "a new replica has failed"
         if now > self.asked_at + config.limit_s:
             return f"a new replica was not ready after {config.limit_s:g} s"
