@@ -31,6 +31,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "lock": ("dynctl.cli.lock:lock", "Let nobody change it, and say why"),
     "unlock": ("dynctl.cli.lock:unlock", "Let it be changed again"),
     "exec": ("dynctl.cli.execute:execute", "Run a command beside a worker, with its environment"),
+    "planner": ("dynctl.cli.planner:planner", "What the planner decided, and why"),
     "chat": ("dynctl.cli.chat:chat", "Send one prompt, stream the answer"),
     "ls": ("dynctl.cli.ls:ls", "All deployments of this user"),
     "plan": ("dynctl.cli.plan:plan", "Show nodes, GPUs, ports and every command, start nothing"),
@@ -48,7 +49,7 @@ INTERNAL = ("attend", "apply")
 GROUPS = (
     ("Run", ("up", "down")),
     ("Change", ("scale", "restart", "drain", "undrain", "rollback", "lock", "unlock")),
-    ("Look", ("ps", "status", "top", "logs", "events", "wait", "chat", "exec", "ls")),
+("Look", ("ps", "status", "top", "logs", "events", "wait", "planner", "chat", "exec", "ls")),
     ("Prepare", ("doctor", "plan", "profile", "simulate", "validate", "schema", "recipes")),
     ("Tool", ("completion", "version")),
 )

@@ -28,6 +28,8 @@ from dynctl.protocol.instances import Role
 _PRESSED_TICKS = 3
 _LESS_RATE = 0.85
 """Where load has asked for one more, it is taken away again once demand is below so much of what it was."""
+_BEYOND = 4
+"""So many times the maximum is told of what demand takes."""
 _WORTH = 1.1
 """Beyond the budget, shares are changed only when whoever is worst off gets so much more."""
 
@@ -88,7 +90,8 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 def decide(state: PlannerState, seen: Observation, config: PlannerConfig, now: float) -> Decision:
     """One tick. `now` in seconds on any clock that does not go back; `seen` covers the time since the last.
 
-    Targets are within each role's minimum and maximum, and within the GPU budget as far as the minima are.
+    Targets are within each role's minimum and maximum, and within the GPU budget as far as the minima are;
+    but for a while after it was refused (`refused`), when a role is left as it is.
     """
     state.begin(config, now)
     due = take(state, seen, config, now)
@@ -97,7 +100,7 @@ def decide(state: PlannerState, seen: Observation, config: PlannerConfig, now: f
     if due and ahead is not None:
         _set_floors(state, config, costs, ahead)
     made = {role: _one(state, seen, config, (role, costs, now)) for role in config.roles}
-    bounded = _bounded(state, config, made, now)
+    bounded = {role: _tried(one, state.roles[role], now) for role, one in _bounded(config, made).items()}
     for role, one in bounded.items():
         state.roles[role].settle(one.current, one.target, now)
     return Decision(at=now, roles=bounded, ahead=_told(state, config, ahead), by=sources)
@@ -107,7 +110,7 @@ def refused(state: PlannerState, config: PlannerConfig, decision: Decision, now:
     """What was decided could not be done: growth of those roles waits, twice as long at each further time."""
     for role, one in decision.roles.items():
         if one.target != one.current:
-            state.roles[role].refuse(one.current, now, config.retry_s, why)
+            state.roles[role].refuse(one.current, _code(one.current, one.target), (now, why, config.retry_s))
 
 
 def _set_floors(state: PlannerState, config: PlannerConfig, costs: Costs, ahead: Forecast) -> None:
@@ -118,8 +121,9 @@ def _set_floors(state: PlannerState, config: PlannerConfig, costs: Costs, ahead:
         if role not in costs.profiles:
             state.roles[role].floor = state.roles[role].ample = None
             continue
-        state.roles[role].floor = costs.replicas(role, wanted, bounds.maximum)
-        state.roles[role].ample = costs.replicas(role, ample, bounds.maximum)
+        most = _BEYOND * bounds.maximum
+        state.roles[role].floor = costs.replicas(role, wanted, most)
+        state.roles[role].ample = costs.replicas(role, ample, most)
 
 
 def _one(
@@ -137,13 +141,13 @@ def _one(
     gone_wrong = own.gone_wrong(load, now, config)
     if gone_wrong:
         back = max(bounds.minimum, load.ready)
-        own.refuse(load.wanted, now, config.retry_s, gone_wrong)
+        own.refuse(load.wanted, "up", (now, gone_wrong, config.retry_s))
         return _made(told, back, "undo", f"{gone_wrong}: undone")
     if load.wanted < bounds.minimum or load.wanted > bounds.maximum:
         target = min(max(load.wanted, bounds.minimum), bounds.maximum)
         return _made(told, target, "up" if target > load.wanted else "down", "to its minimum and maximum")
     if up > load.wanted:
-        return _grown(told, own, (min(up, bounds.maximum), bounds.maximum), why, now)
+        return _grown(told, (min(up, bounds.maximum), bounds.maximum), why)
     return _shrunk(told, own, load, (config, bounds.minimum, now), why)
 
 
@@ -177,14 +181,11 @@ def _pressed(
     return own.over_ticks >= _PRESSED_TICKS, found.why, fewest
 
 
-def _grown(told: RoleDecision, own: RoleState, bounds: tuple[int, int], why: str, now: float) -> RoleDecision:
+def _grown(told: RoleDecision, bounds: tuple[int, int], why: str) -> RoleDecision:
     target, maximum = bounds
     because = why or f"demand takes {told.floor}"
     if target <= told.current:
         return _made(told, told.current, "hold", f"{because}, but {maximum} is its maximum")
-    if now < own.blocked_until:
-        left = math.ceil(own.blocked_until - now)
-        return _made(told, told.current, "hold", f"{because}, but {own.blocked_why}; tried again in {left} s")
     return _made(told, target, "up", because)
 
 
@@ -217,9 +218,13 @@ def _made(told: RoleDecision, target: int, code: str, why: str) -> RoleDecision:
     return msgspec.structs.replace(told, target=target, code=code, why=why)
 
 
-def _bounded(
-    state: PlannerState, config: PlannerConfig, made: dict[Role, RoleDecision], now: float
-) -> dict[Role, RoleDecision]:
+def _tried(one: RoleDecision, own: RoleState, now: float) -> RoleDecision:
+    """What did not succeed of late is not tried again yet."""
+    block = "" if one.code == "undo" else own.block(_code(one.current, one.target), now)
+    return _made(one, one.current, "hold", f"{one.why}, but {block}") if block else one
+
+
+def _bounded(config: PlannerConfig, made: dict[Role, RoleDecision]) -> dict[Role, RoleDecision]:
     """Within minima, maxima and the budget."""
     bounds, gpus = config.roles, {role: one.gpus for role, one in config.roles.items()}
     needs = {

@@ -36,7 +36,8 @@ class RoleState:
     """Of one role. `floor`, `ample`: replicas that demand takes, and that would bear more of it.
 
     `quiet_since`: since when nothing has changed. `asked_at`: when growth was asked for that is not there
-    yet. `pressed`: (replicas, rate) at which load asked for one more.
+    yet. `pressed`: (replicas, rate) at which load asked for one more. `blocked`: up or down → (until when
+    that is not tried again, why).
     """
 
     target: int = -1
@@ -44,8 +45,7 @@ class RoleState:
     ample: int | None = None
     quiet_since: float = 0.0
     asked_at: float | None = None
-    blocked_until: float = -math.inf
-    blocked_why: str = ""
+    blocked: dict[str, tuple[float, str]] = field(default_factory=dict)
     retries: int = 0
     over_ticks: int = 0
     pressed: tuple[int, float] | None = None
@@ -76,7 +76,7 @@ class RoleState:
         """Why growth that was asked for is given up; "" = it is not, or there is none."""
         if self.asked_at is None or load.ready >= load.wanted:
             return ""
-        if load.ready + load.starting < load.wanted and now > self.asked_at + config.load_interval_s:
+        if load.failed:
             return "a new replica has failed"
         if now > self.asked_at + config.limit_s:
             return f"a new replica was not ready after {config.limit_s:g} s"
@@ -90,12 +90,20 @@ class RoleState:
         self.asked_at = now if target > current else None
         self.lately.clear()
 
-    def refuse(self, current: int, now: float, retry_s: float, why: str) -> None:
-        """Growth did not succeed: not again for a while, twice as long each time."""
+    def refuse(self, current: int, way: str, about: tuple[float, str, float]) -> None:
+        """It could not go `up`, or `down`: not again for a while, twice as long each time.
+
+        `about`: (now, why, seconds to wait at first).
+        """
+        now, why, retry_s = about
         self.target, self.asked_at = current, None
-        self.blocked_until = now + retry_s * min(_LONGEST_RETRY, 2.0**self.retries)
-        self.blocked_why = why
+        self.blocked[way] = (now + retry_s * min(_LONGEST_RETRY, 2.0**self.retries), why)
         self.retries += 1
+
+    def block(self, way: str, now: float) -> str:
+        """Why that is not tried now, "" = it may be."""
+        until, why = self.blocked.get(way, (now, ""))
+        return f"{why}; tried again in {math.ceil(until - now)} s" if until > now else ""
 
 
 @dataclass(slots=True)

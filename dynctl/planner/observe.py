@@ -30,13 +30,14 @@ class RoleLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The replicas of one role. `wanted`: as many as there are to be, by whoever asked for them.
 
     `starting`: on their way to their first request; `draining`: on their way out, their GPUs not free yet.
-    What has failed is neither, and not ready.
+    `failed`: given up before they ever served.
     """
 
     wanted: int
     ready: int
     starting: int = 0
     draining: int = 0
+    failed: int = 0
     workers: tuple[WorkerLoad, ...] = ()
 
 

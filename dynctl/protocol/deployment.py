@@ -58,7 +58,8 @@ class ProcessView(msgspec.Struct, frozen=True, kw_only=True):
 class DeploymentView(msgspec.Struct, frozen=True, kw_only=True):
     """The whole. `reason` says why it is not ready, `controller_pid` 0 that no controller is alive.
 
-    `changing` says what is being replaced, added or removed; `locked` why nobody may change it.
+    `changing` says what is being replaced, added or removed; `locked` why nobody may change it;
+    `planner` how the planner is ("" = there is none).
     """
 
     name: str
@@ -72,6 +73,7 @@ class DeploymentView(msgspec.Struct, frozen=True, kw_only=True):
     processes: list[ProcessView]
     changing: str = ""
     locked: str = ""
+    planner: str = ""
 
 
 class DownCall(msgspec.Struct, frozen=True, kw_only=True):
