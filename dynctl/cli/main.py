@@ -49,7 +49,7 @@ INTERNAL = ("attend", "apply")
 GROUPS = (
     ("Run", ("up", "down")),
     ("Change", ("scale", "restart", "drain", "undrain", "rollback", "lock", "unlock")),
-("Look", ("ps", "status", "top", "logs", "events", "wait", "planner", "chat", "exec", "ls")),
+    ("Look", ("ps", "status", "top", "logs", "events", "wait", "planner", "chat", "exec", "ls")),
     ("Prepare", ("doctor", "plan", "profile", "simulate", "validate", "schema", "recipes")),
     ("Tool", ("completion", "version")),
 )
