@@ -243,3 +243,9 @@ class ProfileError(DynctlError):
     """A performance profile is missing, unreadable or has the wrong shape; `where` is the file."""
 
     kind = "profile"
+
+
+class PlannerError(DynctlError):
+    """What the planner is told to go by does not fit together; `where` is the field or file."""
+
+    kind = "planner"

@@ -31,6 +31,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "lock": ("dynctl.cli.lock:lock", "Let nobody change it, and say why"),
     "unlock": ("dynctl.cli.lock:unlock", "Let it be changed again"),
     "exec": ("dynctl.cli.execute:execute", "Run a command beside a worker, with its environment"),
+    "planner": ("dynctl.cli.planner:planner", "What the planner decided, and why"),
     "chat": ("dynctl.cli.chat:chat", "Send one prompt, stream the answer"),
     "bench": ("dynctl.cli.bench:bench", "Send a load and measure what users would get"),
     "compare": (
@@ -40,6 +41,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "ls": ("dynctl.cli.ls:ls", "All deployments of this user"),
     "plan": ("dynctl.cli.plan:plan", "Show nodes, GPUs, ports and every command, start nothing"),
     "doctor": ("dynctl.cli.doctor:doctor", "Check each host before a start: what is wrong, what would help"),
+    "simulate": ("dynctl.cli.simulate:simulate", "Replay a trace against a recipe, hours in seconds"),
     "profile": ("dynctl.cli.profile:profile", "Choose parallelism and replicas for a service level"),
     "estimate": ("dynctl.cli.estimate:estimate", "Predict TTFT and TPOT of serving points, without running"),
     "validate": ("dynctl.cli.validate:validate", "Check a recipe, start nothing"),
@@ -53,8 +55,8 @@ INTERNAL = ("attend", "apply")
 GROUPS = (
     ("Run", ("up", "down")),
     ("Change", ("scale", "restart", "drain", "undrain", "rollback", "lock", "unlock")),
-    ("Look", ("ps", "status", "top", "logs", "events", "wait", "chat", "exec", "ls")),
-    ("Measure", ("profile", "estimate", "bench", "compare")),
+    ("Look", ("ps", "status", "top", "logs", "events", "wait", "planner", "chat", "exec", "ls")),
+    ("Measure", ("profile", "estimate", "simulate", "bench", "compare")),
     ("Prepare", ("doctor", "plan", "validate", "schema", "recipes")),
     ("Tool", ("completion", "version")),
 )

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import http.client
 import shutil
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
 import msgspec
@@ -16,14 +14,11 @@ from dynctl.cli import options
 from dynctl.cli.pick import ask, pick
 from dynctl.cli.render import data, json_data
 from dynctl.cli.top_view import shown
-from dynctl.deploy.ask import open_frontend
-from dynctl.deploy.figures import Figures, Look, Series, figures, parse
+from dynctl.deploy.figures import Figures, Look, figures
 from dynctl.deploy.home import RunDir
+from dynctl.deploy.scrape import look as look_at
 from dynctl.deploy.state import ENDED
 from dynctl.protocol.deployment import DeploymentView
-
-_ANSWER_S = 2.0
-_AT_ONCE = 16
 
 Once = Annotated[bool, typer.Option("--once", help="Measure one interval, print it, leave.")]
 Interval = Annotated[
@@ -99,23 +94,7 @@ def columns() -> int:
 def look(seen: DeploymentView) -> Look:
     """All frontends that answer, as they are now."""
     doors = [row for row in seen.processes if row.role == "frontend" and row.url and row.pid]
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        told = pool.map(scrape, [row.url for row in doors])
-        series = {f"{row.id}.{row.incarnation}": one for row, one in zip(doors, told, strict=True) if one}
-    return Look(time.monotonic(), series)
-
-
-def scrape(url: str) -> Series:
-    """A frontend's series; none when it does not answer: it may be on its way out."""
-    connection = open_frontend(url, _ANSWER_S)
-    try:
-        connection.request("GET", "/metrics")
-        answer = connection.getresponse()
-        return parse(answer.read().decode()) if answer.status == 200 else {}
-    except (OSError, http.client.HTTPException):
-        return {}
-    finally:
-        connection.close()
+    return look_at({f"{row.id}.{row.incarnation}": row.url for row in doors})
 
 
 def as_object(seen: DeploymentView, found: Figures) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from dynctl.controller.moves import (
     Tick,
 )
 from dynctl.controller.moving import More, NoMore, elsewhere, stranded
+from dynctl.controller.planning import PlanDesk, Planning
 from dynctl.controller.supervise import Supervisor
 from dynctl.deploy.events import append_event
 from dynctl.deploy.home import RunDir
@@ -58,6 +59,7 @@ from dynctl.launchers.files import write_atomic
 from dynctl.launchers.fleet import Fleet, Seated
 from dynctl.protocol.day2 import RoomReply
 from dynctl.protocol.deployment import DeploymentView, DownCall, DownReply
+from dynctl.protocol.planner import PLANNER_TOPIC
 from dynctl.transport.control import ControlServer, read_body
 from dynctl.transport.event_plane import Publisher
 from dynctl.transport.keys import Keys
@@ -100,12 +102,16 @@ class Controller:
         self._publisher = Publisher(parts.keys, parts.plan.membership)
         self._registry = Registry(self._publisher, on_change=self._members_changed)
         self._registry.want(state.roles)
+        self._planning = Planning(
+            PlanDesk(parts.run, state, self._note, partial(self._publisher.publish, PLANNER_TOPIC))
+        )
         self._adapters = Adapters(_content(parts.run.adapters), partial(write_atomic, parts.run.adapters))
         self._server = ControlServer(parts.keys, parts.plan.registry, self._answer)
         self._lanes: dict[str, deque[Instruction]] = {}
         self._working: dict[str, asyncio.Task[None]] = {}
         self._lost: set[str] = set()
         self._moving: asyncio.Task[None] | None = None
+        self._planner: asyncio.Task[None] | None = None
         self._move_at = 0.0
         self._no_room: tuple[frozenset[str], frozenset[str], Plan, int] | None = None
         self._roomless: frozenset[str] = frozenset()
@@ -127,6 +133,7 @@ class Controller:
             self._server.start()
             self._registry.start()
             self._take_over(alive)
+            self._planner = asyncio.get_running_loop().create_task(self._planning.run(), name="planner")
             await self._work()
         finally:
             await self._end_lanes()
@@ -357,7 +364,7 @@ class Controller:
             self._wake.set()
 
     async def _end_lanes(self) -> None:
-        tasks = [*self._working.values(), *([self._moving] if self._moving else [])]
+        tasks = [*self._working.values(), *(task for task in (self._moving, self._planner) if task)]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

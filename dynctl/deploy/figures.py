@@ -64,16 +64,16 @@ def parse(text: str) -> Series:
 def figures(before: Look, after: Look) -> Figures:
     """What happened in between, and how it is at the end."""
     seconds = max(after.at - before.at, 1e-9)
-    grown = _grown(before, after)
+    grown = grown_between(before, after)
     now = list(after.series.values())
     workers = {dict(labels)["worker"] for one in now for name, labels in one if name in _TOLD}
-    hits, asked = _sum([grown], "router_worker_prefix_hits_total"), _sum([grown], _QUERIES)
+    hits, asked = total([grown], "router_worker_prefix_hits_total"), total([grown], _QUERIES)
     return Figures(
-        requests=_sum([grown], "requests_total") / seconds,
-        tokens=_sum([grown], "output_tokens_total") / seconds,
-        errors=_sum([grown], "requests_total", status="error") / seconds,
-        inflight=int(_sum(now, "inflight_requests")),
-        queued=int(_sum(now, "router_queue_pending_requests")),
+        requests=total([grown], "requests_total") / seconds,
+        tokens=total([grown], "output_tokens_total") / seconds,
+        errors=total([grown], "requests_total", status="error") / seconds,
+        inflight=int(total(now, "inflight_requests")),
+        queued=int(total(now, "router_queue_pending_requests")),
         hit_rate=_ratio(hits, asked),
         ttft=_quantiles(grown, "time_to_first_token_seconds"),
         itl=_quantiles(grown, "inter_token_latency_seconds"),
@@ -104,7 +104,7 @@ _QUERIES = "router_worker_prefix_queries_total"
 _TOLD = ("router_worker_running", "router_worker_requests")
 
 
-def _grown(before: Look, after: Look) -> Series:
+def grown_between(before: Look, after: Look) -> Series:
     """How much each counter grew, over all frontends; one that was started anew began at 0."""
     total: Series = {}
     for frontend, series in after.series.items():
@@ -115,35 +115,46 @@ def _grown(before: Look, after: Look) -> Series:
     return total
 
 
-def _sum(series: Iterable[Series], name: str, **wanted: str) -> float:
+def total(series: Iterable[Series], name: str, **wanted: str) -> float:
+    """The sum of all series of that name with these labels."""
     pairs = set(wanted.items())
     return sum(v for one in series for (n, labels), v in one.items() if n == name and pairs <= set(labels))
 
 
-def _quantiles(grown: Series, name: str) -> tuple[float | None, float | None]:
+def buckets_of(series: Series, name: str) -> dict[float, float]:
+    """A histogram over all its labels: cumulative count by upper bound."""
     buckets: dict[float, float] = {}
-    for (series, labels), value in grown.items():
-        if series == f"{name}_bucket":
+    for (key, labels), value in series.items():
+        if key == f"{name}_bucket":
             bound = float(dict(labels)["le"])
             buckets[bound] = buckets.get(bound, 0.0) + value
+    return buckets
+
+
+def _quantiles(grown: Series, name: str) -> tuple[float | None, float | None]:
+    buckets = buckets_of(grown, name)
     return quantile(buckets.items(), 0.5), quantile(buckets.items(), 0.95)
 
 
-def _worker(worker: str, now: list[Series], grown: Series) -> WorkerFigures:
-    def told(name: str) -> list[float]:
-        """The values of all its ranks, of the frontend that has heard of most."""
-        lists = [
-            [v for (n, labels), v in one.items() if n == name and ("worker", worker) in labels] for one in now
-        ]
-        return max(lists, key=len, default=[])
+def told_of(name: str, label: tuple[str, str], now: Iterable[Series]) -> list[float]:
+    """What is told under a name and a label, such as of all ranks of a worker, by the frontend that has heard
+    of most.
+    """
+    lists = [[v for (n, labels), v in one.items() if n == name and label in labels] for one in now]
+    return max(lists, key=len, default=[])
 
-    running, waiting, usage = (told(f"router_worker_{what}") for what in ("running", "waiting", "kv_usage"))
-    hits = _sum([grown], "router_worker_prefix_hits_total", worker=worker)
+
+def _worker(worker: str, now: list[Series], grown: Series) -> WorkerFigures:
+    running, waiting, usage = (
+        told_of(f"router_worker_{what}", ("worker", worker), now)
+        for what in ("running", "waiting", "kv_usage")
+    )
+    hits = total([grown], "router_worker_prefix_hits_total", worker=worker)
     return WorkerFigures(
         running=int(sum(running)) if running else None,
         waiting=int(sum(waiting)) if waiting else None,
         kv_usage=sum(usage) / len(usage) if usage else None,
-        hit_rate=_ratio(hits, _sum([grown], _QUERIES, worker=worker)),
+        hit_rate=_ratio(hits, total([grown], _QUERIES, worker=worker)),
     )
 
 

@@ -96,6 +96,11 @@ class RunDir:
         return self.path / "audit.jsonl"
 
     @property
+    def planner(self) -> Path:
+        """What the planner decided and why, one JSON object a line."""
+        return self.path / "planner.jsonl"
+
+    @property
     def logs(self) -> Path:
         """One file for each process."""
         return self.path / "logs"

@@ -134,9 +134,9 @@ def frontend_command(site: Site, index: int, host: Host, ports: Mapping[str, int
         kv_transfer=recipe.engine.kv_transfer,
         model=model_card(recipe),
         roles={role: section.replicas for role, section in recipe.roles.present().items()},
-        router=_router(recipe),
+        router=router_spec(recipe),
         limits=_limits(recipe),
-        busy=_busy(recipe),
+        busy=busy_spec(recipe),
         engine_key_file=_engine_key_file(site),
         migration=msgspec.convert(recipe.frontend.migration.model_dump(), MigrationSpec),
         api_keys=_api_keys(recipe),
@@ -279,7 +279,7 @@ def _external_kv(section: RoleSection, index: int) -> KvSource | None:
     )
 
 
-def _router(recipe: Recipe) -> RouterSpec:
+def router_spec(recipe: Recipe) -> RouterSpec:
     """The recipe's fields by the same names; those that are durations say so in the spec."""
     given = recipe.router.model_dump()
     for name in ("approximate_ttl", "predicted_ttl"):
@@ -307,7 +307,8 @@ def _api_keys(recipe: Recipe) -> list[ApiKeySpec]:
     ]
 
 
-def _busy(recipe: Recipe) -> BusySpec:
+def busy_spec(recipe: Recipe) -> BusySpec:
+    """When workers are busy."""
     admission = recipe.frontend.admission
     return BusySpec(
         decode_blocks=admission.decode_blocks_threshold,

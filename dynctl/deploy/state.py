@@ -97,8 +97,8 @@ class RunState(msgspec.Struct, kw_only=True):
 
     `registry` is the endpoint of the controller's control socket, `head` the node that it runs on: pids of
     seats on other nodes mean nothing there. `changing` is what is being replaced, added or removed now, for
-    people ("" = nothing). `retired` is the last incarnation of seats that have left: should one of them come
-    back, it goes on from there.
+    people ("" = nothing); `planner` how the planner is ("" = there is none). `retired` is the last
+    incarnation of seats that have left: should one of them come back, it goes on from there.
     """
 
     name: str
@@ -118,6 +118,7 @@ class RunState(msgspec.Struct, kw_only=True):
     changing: str = ""
     retired: dict[str, int] = {}
     locked: LockRecord | None = None
+    planner: str = ""
     version: int = STATE_VERSION
 
     def seat(self, seat_id: str) -> SeatRecord | None:

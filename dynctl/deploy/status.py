@@ -59,6 +59,7 @@ def view_of(state: RunState, run_dir: str, is_alive: IsAlive, *, everywhere: boo
         processes=rows,
         changing=state.changing,
         locked=lock_words(state.locked) if state.locked else "",
+        planner=state.planner if supervised else "",
     )
 
 

@@ -15,6 +15,7 @@ from dynctl.discovery.lease import Changes
 from dynctl.discovery.view import MembershipView
 from dynctl.errors import DynctlError, TransportError
 from dynctl.protocol.instances import Instance
+from dynctl.protocol.planner import PLANNER_TOPIC, PlannerFigures
 from dynctl.protocol.registry import (
     MEMBERSHIP,
     GetMembers,
@@ -156,7 +157,7 @@ class Registrar:
 
 class Watcher:
     """Follows the membership. `on_change(upserts, removed)`: `removed` is to be applied first. `on_wanted` is
-    told how many replicas of each role there should be.
+    told how many replicas of each role there should be, `on_planned` what the planner tells.
 
     `client` is a control client of the registry and stays the caller's to close; `endpoint` is where the
     registry publishes. Make it inside a running loop.
@@ -170,16 +171,19 @@ class Watcher:
         *,
         on_change: Callable[[list[Member], list[str]], None],
         on_wanted: Callable[[Mapping[str, int]], None] | None = None,
+        on_planned: Callable[[PlannerFigures], None] | None = None,
     ) -> None:
         self._client = client
         self._on_change = on_change
         self._on_wanted = on_wanted
+        self._on_planned = on_planned
         self._view = MembershipView()
         self._decoder = msgspec.msgpack.Decoder(MembershipChange)
         self._wanted = asyncio.Event()
         self._synced = asyncio.Event()
         self._complete = asyncio.Event()
-        self._subscriber = Subscriber(keys, self._receive, (MEMBERSHIP,))
+        topics = (MEMBERSHIP, PLANNER_TOPIC) if on_planned is not None else (MEMBERSHIP,)
+        self._subscriber = Subscriber(keys, self._receive, topics)
         self._subscriber.connect(endpoint)
         self._task: asyncio.Task[None] | None = None
 
@@ -213,6 +217,9 @@ class Watcher:
             self._task = None
 
     def _receive(self, topic: bytes, body: bytes) -> None:
+        if topic == PLANNER_TOPIC:
+            self._planned(body)
+            return
         try:
             change = self._decoder.decode(body)
         except msgspec.DecodeError as error:
@@ -222,6 +229,15 @@ class Watcher:
         if self._view.stale:
             self._wanted.set()
         self._tell(changes)
+
+    def _planned(self, body: bytes) -> None:
+        try:
+            figures = msgspec.msgpack.decode(body, type=PlannerFigures)
+        except msgspec.DecodeError as error:
+            logger.warning("planner.malformed error=%s", error)
+            return
+        if self._on_planned is not None:
+            self._on_planned(figures)
 
     async def _sync(self) -> None:
         """Ask whenever the view is stale, and again while the registry's own is incomplete."""

@@ -18,7 +18,7 @@ from dynctl.frontend.attempt import Parts
 from dynctl.frontend.disagg import can_skip, flow_for, roles_for
 from dynctl.frontend.export import exporter
 from dynctl.frontend.gate import Gate
-from dynctl.frontend.gauges import Gauges, ready_by_role
+from dynctl.frontend.gauges import Gauges, ready_by_role, show_planner
 from dynctl.frontend.keys import ApiKeys
 from dynctl.frontend.migrate import Migrations
 from dynctl.frontend.pipeline import Pipeline
@@ -32,6 +32,7 @@ from dynctl.http.client import Client
 from dynctl.observability.metrics import Metrics
 from dynctl.observability.tracing import Tracing
 from dynctl.protocol.instances import Instance, Role
+from dynctl.protocol.planner import PlannerFigures
 from dynctl.protocol.registry import Member
 from dynctl.protocol.specs import FrontendSpec
 from dynctl.router.service import Router, WorkerLinks
@@ -114,6 +115,10 @@ class Core:
     def wanted_changed(self, wanted: Mapping[str, int]) -> None:
         """So many replicas there should be from now on. The roles themselves stay those of the start."""
         self._wanted.update({role: count for role, count in wanted.items() if role in self._wanted})
+
+    def planned(self, figures: PlannerFigures) -> None:
+        """Show what the planner told last; of metrics that this release does not know, nothing."""
+        show_planner(self.metrics, figures)
 
     def http_refused(self, code: str) -> None:
         """Count a request that the HTTP server refused before it came here."""

@@ -11,6 +11,7 @@ from dynctl.frontend.admission import Models
 from dynctl.frontend.circuit import STATES, Circuits
 from dynctl.observability.metrics import Metrics
 from dynctl.protocol.kv_events import LoadReport
+from dynctl.protocol.planner import PlannerFigures
 from dynctl.protocol.registry import Member
 from dynctl.protocol.specs import FrontendSpec
 from dynctl.router.service import Router
@@ -41,6 +42,28 @@ _WORKER_ID_SERIES = (
 def ready_by_role(members: Mapping[str, Member]) -> Counter[str]:
     """How many of the members get requests now."""
     return Counter(member.instance.role for member in members.values() if member.state == "ready")
+
+
+_PLANNER_BY_ROLE = ("planner_target_replicas", "planner_floor_replicas", "planner_ready_replicas")
+_PLANNER = (
+    "planner_observed_requests_per_second",
+    "planner_predicted_requests_per_second",
+    "planner_predicted_input_tokens",
+    "planner_predicted_output_tokens",
+)
+
+
+def show_planner(metrics: Metrics, figures: PlannerFigures) -> None:
+    """What the planner told, of the metrics that are known here."""
+    for name in _PLANNER_BY_ROLE:
+        metrics.drop(name)
+        for role, value in figures.gauges.get(name, {}).items():
+            metrics.gauge(name, role=role).set(value)
+    for name in _PLANNER:
+        for value in figures.gauges.get(name, {}).values():
+            metrics.gauge(name).set(value)
+    for role, code, count in figures.decisions:
+        metrics.counter("planner_decisions_total", role=role, decision=code).set(count)
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,6 +79,7 @@ class Frontend:
             spec.membership,
             on_change=self._members_changed,
             on_wanted=self.core.wanted_changed,
+            on_planned=self.core.planned,
         )
         self._serve_adapters()
         self._ending = ending

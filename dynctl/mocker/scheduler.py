@@ -74,12 +74,16 @@ class Limits:
 
 @dataclass(slots=True)
 class Step:
-    """Work of one step: tokens to compute by sequence; what a performance model needs to time it."""
+    """Work of one step: tokens to compute by sequence; what a performance model needs to time it.
+
+    `settled`: whoever waits was looked at, so that while nobody ends or comes the next step admits nobody.
+    """
 
     work: list[tuple[Sequence, int]] = field(default_factory=list)
     prefills: list[tuple[int, int]] = field(default_factory=list)
     batch: int = 0
     context: int = 0
+    settled: bool = False
 
 
 Output = tuple[Sequence, int, str]
@@ -132,6 +136,7 @@ class Scheduler:
         budget, preempted = self._schedule_running(step)
         if not (preempted and step.work):
             self._admit(step, budget, now_s)
+            step.settled = True
         return step if step.work else None
 
     def commit(self, step: Step, now_s: float) -> list[Output]:
@@ -159,6 +164,46 @@ class Scheduler:
         if ended:
             self.running = [seq for seq in self.running if not seq.finish]
         return outputs
+
+    def alike(self, step: Step) -> int:
+        """How many steps from this one on are the same but for one token more in each sequence: until the
+        first ends, or blocks run out, while nothing comes from outside. At least 1.
+
+        For sources that never say `eos`; leases of pinned blocks are taken not to end.
+        """
+        work = step.work
+        if not step.settled or step.prefills or len(work) != len(self.running):
+            return 1
+        steps = work[0][0].max_tokens
+        for seq, _ in work:
+            if not seq.generated or len(seq.tokens) - seq.computed != 1:
+                return 1
+            left = seq.max_tokens - seq.generated
+            steps = left if left < steps else steps
+        while steps > 1 and self._blocks_for(work, steps) > self.pool.free:
+            steps //= 2
+        return steps
+
+    def repeat(self, step: Step, times: int) -> None:
+        """Complete `step` and begin the next one so many times, fewer than `alike` of them."""
+        size, pool = self.pool.block_size, self.pool
+        for seq, _ in step.work:
+            say = seq.source.next
+            seq.tokens += [say(True) for _ in range(times)]
+            seq.generated += times
+            seq.computed += times
+            missing = -(-(seq.computed + 1) // size) - len(seq.blocks)
+            if missing > 0:
+                seq.blocks += pool.allocate(missing) or []
+            if seq.computed // size > seq.committed:
+                self._cache_full_blocks(seq)
+        step.context += times * step.batch
+        self.counters.generated += times * step.batch
+
+    def _blocks_for(self, work: list[tuple[Sequence, int]], steps: int) -> int:
+        """Blocks to be allocated until the last of so many steps has begun."""
+        size = self.pool.block_size
+        return sum(max(0, -(-(seq.computed + steps) // size) - len(seq.blocks)) for seq, _ in work)
 
     def finish(self, seq: Sequence, reason: str, now_s: float) -> None:
         """End a sequence from outside: "abort", "error", or "stop". Harmless when it has ended."""

@@ -344,5 +344,29 @@ _ROUTING: tuple[Metric, ...] = (
     _routing("router_overhead_total_ms", "histogram", "All of routing but the hashing.", (), _OVERHEAD_MS),
 )
 
-FRONTEND = (*_REQUESTS, *_LATENCY, *_TOKENS, *_CARD, *_FAULTS, *_WORKERS, *_ROUTING)
+
+def _planned(
+    name: str, kind: Literal["counter", "gauge"], help_: str, labels: tuple[str, ...] = ()
+) -> Metric:
+    """Told by the controller; the same at each frontend: not to be added up."""
+    return Metric(name, kind, help_, labels, scope="")
+
+
+_PLANNER: tuple[Metric, ...] = (
+    _planned("planner_target_replicas", "gauge", "Replicas the planner wants.", ("role",)),
+    _planned("planner_floor_replicas", "gauge", "Replicas that forecast demand takes.", ("role",)),
+    _planned("planner_ready_replicas", "gauge", "Replicas that serve, as the planner sees it.", ("role",)),
+    _planned("planner_observed_requests_per_second", "gauge", "Arrivals since its last look."),
+    _planned("planner_predicted_requests_per_second", "gauge", "The most it forecasts within a boot time."),
+    _planned("planner_predicted_input_tokens", "gauge", "Tokens of a prompt it forecasts."),
+    _planned("planner_predicted_output_tokens", "gauge", "Tokens of an answer it forecasts."),
+    _planned(
+        "planner_decisions_total",
+        "counter",
+        "Looks since the controller began; decision: hold, up, down, undo.",
+        ("role", "decision"),
+    ),
+)
+
+FRONTEND = (*_REQUESTS, *_LATENCY, *_TOKENS, *_CARD, *_FAULTS, *_WORKERS, *_ROUTING, *_PLANNER)
 """All metrics of a frontend."""

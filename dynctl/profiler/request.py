@@ -7,7 +7,8 @@ from pathlib import Path
 
 from dynctl.errors import UsageError
 from dynctl.perfmodel.choice import Demand, Sla
-from dynctl.profiler.traces import demand_of, read_trace
+from dynctl.perfmodel.trace import load_trace
+from dynctl.profiler.traces import demand_of
 from dynctl.recipe.schema import Sla as WrittenSla
 from dynctl.recipe.units import parse_duration
 
@@ -64,7 +65,7 @@ def demand_from(
     if trace is not None:
         if isl is not None or osl is not None:
             raise UsageError("--trace tells the lengths: leave --isl and --osl out")
-        demand = demand_of(read_trace(trace), str(trace), rate)
+        demand = demand_of(load_trace(trace), str(trace), rate)
         if hit_rate is None:
             return demand
         return Demand(rate=demand.rate, lengths=demand.lengths, hit_rate=hit_rate)

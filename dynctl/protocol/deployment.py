@@ -58,8 +58,8 @@ class ProcessView(msgspec.Struct, frozen=True, kw_only=True):
 class DeploymentView(msgspec.Struct, frozen=True, kw_only=True):
     """The whole. `reason` says why it is not ready, `controller_pid` 0 that no controller is alive.
 
-    `changing` says what is being replaced, added or removed; `locked` why nobody may change it. `at` is when
-    a controller said so, by its clock; 0 = now.
+    `changing` says what is being replaced, added or removed; `locked` why nobody may change it; `planner` how
+    the planner is ("" = there is none). `at` is when a controller said so, by its clock; 0 = now.
     """
 
     name: str
@@ -74,6 +74,7 @@ class DeploymentView(msgspec.Struct, frozen=True, kw_only=True):
     changing: str = ""
     locked: str = ""
     at: float = 0.0
+    planner: str = ""
 
 
 class DownCall(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from dynctl.engines import catalog
 from dynctl.engines.base import Engine, Finding, Parallel, RoleSettings
+from dynctl.recipe.check_planner import planner_rules
 from dynctl.recipe.load import LoadedRecipe
 from dynctl.recipe.problems import Problem, as_error
 from dynctl.recipe.schema import Frontend, Recipe, RoleSection
@@ -281,4 +282,5 @@ _RULES: tuple[Callable[[Recipe, Engine], Iterator[Finding]], ...] = (
     _urls,
     _hosts,
     _reach,
+    planner_rules,
 )

@@ -15,6 +15,7 @@ from dynctl.hub import ASSETS, builtin_dir, snapshot
 from dynctl.recipe import override
 from dynctl.recipe.hosts import Host
 from dynctl.recipe.model_files import ModelFiles, is_hub_id, is_path, read_facts, tokenizer_in
+from dynctl.recipe.planner import Planner
 from dynctl.recipe.problems import Problem, as_error, did_you_mean
 from dynctl.recipe.schema import ApiKey, Recipe, RoleSection
 from dynctl.recipe.shipped import find_recipe, shipped_recipes
@@ -146,6 +147,7 @@ class _Resolver:
             "frontend": frontend,
             "roles": roles,
             "hosts": self._hosts(recipe),
+            "planner": self._planner(recipe.planner),
         }
         return recipe.model_copy(update=update), files
 
@@ -197,6 +199,25 @@ class _Resolver:
             )
             for i, host in enumerate(recipe.hosts)
         ]
+
+    def _planner(self, planner: Planner | None) -> Planner | None:
+        """The section with whole paths of its profiles, which are read when they are used."""
+        if planner is None:
+            return None
+        whole = self._path(("planner", "profile"), planner.profile, must_exist=False, always=True)
+        roles = {
+            role: section.model_copy(
+                update={
+                    "profile": self._path(
+                        ("planner", "roles", role, "profile"), section.profile, must_exist=False, always=True
+                    )
+                }
+            )
+            for role, section in planner.roles
+        }
+        return planner.model_copy(
+            update={"profile": whole, "roles": planner.roles.model_copy(update=dict(roles))}
+        )
 
     def _tls(self, recipe: Recipe) -> object:
         tls = recipe.frontend.tls

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from dynctl.engines import catalog
 from dynctl.protocol.instances import Role
 from dynctl.recipe.hosts import Host as Host
+from dynctl.recipe.planner import Planner as Planner
 from dynctl.recipe.section import Section as Section
 from dynctl.recipe.slurm import Slurm as Slurm
 from dynctl.recipe.units import Duration, Size
@@ -437,6 +438,8 @@ class Recipe(Section):
     """How a worker is chosen."""
     sla: Sla | None = None
     """Service level wanted."""
+    planner: Planner | None = None
+    """Replicas by demand; without it there are as many as `roles` say."""
     target: Literal["local", "ssh", "slurm"] = "local"
     """Where to run."""
     hosts: list[Host] = Field(default_factory=list)

@@ -14,7 +14,7 @@ from random import Random
 
 from dynctl.kv.hashing import OF_BYTES
 from dynctl.kv.index import Index, SlotKey
-from dynctl.protocol.kv_events import KV_TOPIC, LOAD_TOPIC, KvBatch, LoadReport
+from dynctl.protocol.kv_events import KV_TOPIC, LOAD_TOPIC, KvBatch, KvEvent, LoadReport
 from dynctl.protocol.registry import Member
 from dynctl.protocol.specs import RouterSpec
 from dynctl.router.active import RankLoad
@@ -271,6 +271,7 @@ class Router:
             self._links.unsubscribe(worker.member.instance.events)
         self._block_sizes.pop(worker_id, None)
         self._following.leave(worker_id)
+        self._index.remove_worker(worker_id)
 
     def _rebuild(self) -> None:
         """Work out anew what depends on the membership as a whole."""
@@ -301,6 +302,11 @@ class Router:
     def on_kv(self, batch: KvBatch) -> None:
         """Take one message of topic KV_TOPIC."""
         self._following.on_batch(batch)
+
+    def holds(self, worker: str, rank: int, event: KvEvent) -> None:
+        """Take one KV event of a worker without an event plane; they must come whole and in order."""
+        if worker in self._block_sizes:
+            self._index.apply((worker, rank), event)
 
     def on_load(self, report: LoadReport) -> None:
         """Take one message of topic LOAD_TOPIC; reports of others than the known incarnations are ignored."""

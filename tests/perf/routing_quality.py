@@ -23,8 +23,9 @@ from typing import Any
 from dynctl.errors import DynctlError
 from dynctl.http import runtime
 from dynctl.http.client import Client, Origin, Timeouts
+from dynctl.perfmodel.trace import TraceRequest, load_trace
 from tests.deployment import Cli, Deployment, counter, end_all, get, up
-from tests.perf.traces import TraceRequest, made_up, oracle_hits, read_trace
+from tests.perf.traces import made_up, oracle_hits, prompt_of
 
 WORKERS = 8
 BLOCK = 64
@@ -152,7 +153,7 @@ def bodies_of(requests: list[TraceRequest]) -> list[bytes]:
         json.dumps(
             {
                 "model": "tiny",
-                "prompt": one.prompt(VOCABULARY),
+                "prompt": prompt_of(one, VOCABULARY),
                 "max_tokens": one.output_tokens,
                 "ignore_eos": True,
                 "stream": True,
@@ -236,7 +237,7 @@ def main() -> None:
     parser.add_argument("--capacity", type=float, default=0.0, help="requests/s; 0: measure it")
     given = parser.parse_args()
     count = given.skip + given.requests
-    requests = (read_trace(given.trace, count) if given.trace else made_up(count))[given.skip :]
+    requests = (load_trace(given.trace)[:count] if given.trace else made_up(count))[given.skip :]
     oracle = oracle_hits(requests, WORKERS, given.blocks, BLOCK)
     mean = statistics.mean(one.prompt_tokens for one in requests)
     print(f"{len(requests)} requests, mean prompt {mean:.0f} tokens, the ideal's hit rate {oracle:.1%}")

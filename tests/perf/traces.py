@@ -1,46 +1,20 @@
-"""Request traces in the Mooncake form: read from a file, or made up in its likeness from a seed."""
+"""Request traces made up in the likeness of Mooncake's, and what routers could reach on them."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from random import Random
 
-BLOCK_TOKENS = 512
+from dynctl.perfmodel.trace import BLOCK_TOKENS, TraceRequest
 
 
-@dataclass(frozen=True, slots=True)
-class TraceRequest:
-    """One request, `at_s` from the start. `blocks`: one id per 512 prompt tokens; equal ids, equal tokens."""
-
-    at_s: float
-    prompt_tokens: int
-    output_tokens: int
-    blocks: tuple[int, ...]
-
-    def prompt(self, vocabulary: int) -> list[int]:
-        """Token ids below `vocabulary` (8 are kept free): the same for the same leading blocks."""
-        ids: list[int] = []
-        for block in self.blocks:
-            rng = Random(block)
-            ids += [8 + rng.randrange(vocabulary - 8) for _ in range(BLOCK_TOKENS)]
-        return ids[: self.prompt_tokens]
-
-
-def read_trace(path: Path, count: int) -> list[TraceRequest]:
-    """The first `count` requests of a Mooncake trace (JSON lines)."""
-    found = []
-    with path.open() as lines:
-        for line, _ in zip(lines, range(count), strict=False):
-            row = json.loads(line)
-            found.append(
-                TraceRequest(
-                    row["timestamp"] / 1000, row["input_length"], row["output_length"], tuple(row["hash_ids"])
-                )
-            )
-    return found
+def prompt_of(request: TraceRequest, vocabulary: int) -> list[int]:
+    """Token ids below `vocabulary` (8 are kept free): the same for the same leading blocks."""
+    ids: list[int] = []
+    for block in request.blocks:
+        rng = Random(block)
+        ids += [8 + rng.randrange(vocabulary - 8) for _ in range(BLOCK_TOKENS)]
+    return ids[: request.prompt_tokens]
 
 
 def made_up(count: int, seed: int = 1) -> list[TraceRequest]:

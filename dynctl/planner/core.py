@@ -1,0 +1,282 @@
+"""How many replicas of each role there are to be: one observation after another in, decisions out. Pure.
+
+Two loops. Once an interval *throughput* forecasts demand (rate of arrivals, lengths) for as long as a replica
+takes to boot, and one interval more, and asks the queueing model how many replicas that takes: the floor. At
+every tick *load* looks at each worker: one replica more when all of them have been beyond the service level
+for three ticks, fewer when those left would take over with room to spare. With both, load works above the
+floor. Growth acts at once; nothing is taken away before a cool-down in which it was never needed.
+
+`decide` reads no clock and does nothing but change `state`; whoever calls it acts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import msgspec
+
+from dynctl.planner.budget import share, within
+from dynctl.planner.capacity import Costs, Forecast
+from dynctl.planner.config import PlannerConfig
+from dynctl.planner.load import pressure
+from dynctl.planner.memory import PlannerState, RoleState, costs_of, forecast_of, take
+from dynctl.planner.observe import Observation, RoleLoad
+from dynctl.protocol.instances import Role
+
+_PRESSED_TICKS = 3
+_LESS_RATE = 0.85
+"""Where load has asked for one more, it is taken away again once demand is below so much of what it was."""
+_BEYOND = 4
+"""So many times the maximum is told of what demand takes."""
+_WORTH = 1.1
+"""Beyond the budget, shares are changed only when whoever is worst off gets so much more."""
+
+
+class RoleDecision(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What one role is to be. `current`: replicas wanted now; `floor`: what demand takes (None: not known).
+
+    `code`: one of hold, up, down, undo; `why` in words.
+    """
+
+    current: int
+    target: int
+    code: str
+    why: str
+    floor: int | None = None
+
+
+class Ahead(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The demand planned for: the most within `horizon_s`; `now`: the rate of the last interval."""
+
+    rate: float
+    isl: float
+    osl: float
+    hit_rate: float
+    horizon_s: float
+    now: float
+
+
+class Decision(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What there is to be, by role, and why. `at`: the caller's clock. `by`: what costs are known from."""
+
+    at: float
+    roles: Mapping[Role, RoleDecision]
+    ahead: Ahead | None = None
+    by: Mapping[Role, str] = {}
+
+    @property
+    def targets(self) -> dict[Role, int]:
+        """Replicas by role."""
+        return {role: one.target for role, one in self.roles.items()}
+
+    @property
+    def changed(self) -> bool:
+        """Whether there is anything to do."""
+        return any(one.target != one.current for one in self.roles.values())
+
+    @property
+    def reason(self) -> str:
+        """All of it in one line."""
+        return "; ".join(
+            f"{role} {one.current}"
+            + (f" -> {one.target}" if one.target != one.current else "")
+            + f": {one.why}"
+            for role, one in self.roles.items()
+        )
+
+
+def decide(state: PlannerState, seen: Observation, config: PlannerConfig, now: float) -> Decision:
+    """One tick. `now` in seconds on any clock that does not go back; `seen` covers the time since the last.
+
+    Targets are within each role's minimum and maximum, and within the GPU budget as far as the minima are;
+    but for a while after it was refused (`refused`), when a role is left as it is.
+    """
+    state.begin(config, now)
+    due = take(state, seen, config, now)
+    costs, sources = costs_of(state, config)
+    ahead = forecast_of(state, config)
+    if due and ahead is not None:
+        _set_floors(state, config, costs, ahead)
+    made = {role: _one(state, seen, config, (role, costs, now)) for role in config.roles}
+    bounded = {role: _tried(one, state.roles[role], now) for role, one in _bounded(config, made).items()}
+    for role, one in bounded.items():
+        state.roles[role].settle(one.current, one.target, now)
+    return Decision(at=now, roles=bounded, ahead=_told(state, config, ahead), by=sources)
+
+
+def refused(state: PlannerState, config: PlannerConfig, decision: Decision, now: float, why: str) -> None:
+    """What was decided could not be done: growth of those roles waits, twice as long at each further time."""
+    for role, one in decision.roles.items():
+        if one.target != one.current:
+            state.roles[role].refuse(one.current, _code(one.current, one.target), (now, why, config.retry_s))
+
+
+def _set_floors(state: PlannerState, config: PlannerConfig, costs: Costs, ahead: Forecast) -> None:
+    """How many replicas demand takes, and how many more of it those would have to bear to be too few."""
+    wanted = replace(ahead, rate=ahead.rate * (1.0 + config.headroom))
+    ample = replace(wanted, rate=wanted.rate * (1.0 + config.slack))
+    for role, bounds in config.roles.items():
+        if role not in costs.profiles:
+            state.roles[role].floor = state.roles[role].ample = None
+            continue
+        most = _BEYOND * bounds.maximum
+        state.roles[role].floor = costs.replicas(role, wanted, most)
+        state.roles[role].ample = costs.replicas(role, ample, most)
+
+
+def _one(
+    state: PlannerState, seen: Observation, config: PlannerConfig, about: tuple[Role, Costs, float]
+) -> RoleDecision:
+    """One role on its own: before the budget is looked at."""
+    role, _, now = about
+    own, load, bounds = state.roles[role], seen.roles[role], config.roles[role]
+    own.look(load, now, config)
+    floor = own.floor if config.mode != "load" else None
+    pressed, why, fewest = _pressed(state, seen, config, about)
+    own.needed(max(fewest, own.ample or 1) if floor is not None else fewest, now, config.cooldown_s)
+    told = RoleDecision(current=load.wanted, target=load.wanted, code="hold", why="", floor=floor)
+    up = _up(own, load, floor, pressed=pressed and config.mode != "throughput")
+    gone_wrong = own.gone_wrong(load, now, config)
+    if gone_wrong:
+        back = max(bounds.minimum, load.ready)
+        own.refuse(load.wanted, "up", (now, gone_wrong, config.retry_s))
+        return _made(told, back, "undo", f"{gone_wrong}: undone")
+    if load.wanted < bounds.minimum or load.wanted > bounds.maximum:
+        target = min(max(load.wanted, bounds.minimum), bounds.maximum)
+        return _made(told, target, "up" if target > load.wanted else "down", "to its minimum and maximum")
+    if up > load.wanted:
+        return _grown(told, (min(up, bounds.maximum), bounds.maximum), why)
+    return _shrunk(told, own, load, (config, bounds.minimum, now), why)
+
+
+def _up(own: RoleState, load: RoleLoad, floor: int | None, *, pressed: bool) -> int:
+    """The most that any loop asks for; load waits while something is under way."""
+    more = load.wanted + 1 if pressed and not (load.starting or load.draining) else 0
+    return max(floor or 0, more)
+
+
+def _pressed(
+    state: PlannerState, seen: Observation, config: PlannerConfig, about: tuple[Role, Costs, float]
+) -> tuple[bool, str, int]:
+    """(All workers have been beyond the service level for some ticks, why, how many would do)."""
+    role, costs, _ = about
+    own, load = state.roles[role], seen.roles[role]
+    if config.mode == "throughput":
+        return False, "", own.ample or load.wanted
+    usual = state.usual()
+    found = pressure(role, seen, costs.profiles.get(role), config.sla, usual)
+    own.over_ticks = own.over_ticks + 1 if found.over else 0
+    fewest = found.fewest
+    if config.mode == "load" or own.floor is None:
+        fewest = max(fewest, load.ready - 1)  # without a forecast one at a time
+    rate = usual.rate if usual else 0.0
+    if own.over_ticks >= _PRESSED_TICKS and not (load.starting or load.draining):
+        own.pressed = (load.wanted, rate)
+    elif own.pressed is not None and rate >= _LESS_RATE * own.pressed[1]:
+        fewest = max(fewest, own.pressed[0] + 1)
+    else:
+        own.pressed = None
+    return own.over_ticks >= _PRESSED_TICKS, found.why, fewest
+
+
+def _grown(told: RoleDecision, bounds: tuple[int, int], why: str) -> RoleDecision:
+    target, maximum = bounds
+    because = why or f"demand takes {told.floor}"
+    if target <= told.current:
+        return _made(told, told.current, "hold", f"{because}, but {maximum} is its maximum")
+    return _made(told, target, "up", because)
+
+
+def _shrunk(
+    told: RoleDecision, own: RoleState, load: RoleLoad, at: tuple[PlannerConfig, int, float], pressed: str
+) -> RoleDecision:
+    config, minimum, now = at
+    if load.starting or load.draining:
+        moving = f"{load.starting} starting" if load.starting else f"{load.draining} draining"
+        return _made(told, told.current, "hold", f"a change is under way: {moving}")
+    if pressed:
+        return _made(told, told.current, "hold", f"{pressed}: for less than {_PRESSED_TICKS} looks so far")
+    target = max(own.most_needed(), minimum)
+    if target >= told.current:
+        return _made(told, told.current, "hold", _enough(told))
+    wait_s = own.quiet_since + config.cooldown_s - now
+    if wait_s > 0.0:
+        why = f"{target} would do, but only after {math.ceil(wait_s)} s more of it (cool-down)"
+        return _made(told, told.current, "hold", why)
+    return _made(told, target, "down", f"{target} have been enough for {config.cooldown_s:g} s")
+
+
+def _enough(told: RoleDecision) -> str:
+    if told.floor is None:
+        return "neither too many nor too few"
+    return f"demand takes {told.floor}"
+
+
+def _made(told: RoleDecision, target: int, code: str, why: str) -> RoleDecision:
+    return msgspec.structs.replace(told, target=target, code=code, why=why)
+
+
+def _tried(one: RoleDecision, own: RoleState, now: float) -> RoleDecision:
+    """What did not succeed of late is not tried again yet."""
+    block = "" if one.code == "undo" else own.block(_code(one.current, one.target), now)
+    return _made(one, one.current, "hold", f"{one.why}, but {block}") if block else one
+
+
+def _bounded(config: PlannerConfig, made: dict[Role, RoleDecision]) -> dict[Role, RoleDecision]:
+    """Within minima, maxima and the budget."""
+    bounds, gpus = config.roles, {role: one.gpus for role, one in config.roles.items()}
+    needs = {
+        role: min(max(one.target, bounds[role].minimum), bounds[role].maximum) for role, one in made.items()
+    }
+    least = {role: bounds[role].minimum for role in made}
+    given = within(needs, least, gpus, config.gpus)
+    current = {role: one.current for role, one in made.items()}
+    if given != needs and _as_good(current, needs, given, config):
+        given = current
+    told = {}
+    for role, one in made.items():
+        target = given[role]
+        if target != needs[role]:
+            one = _made(
+                one, target, _code(one.current, target), f"{one.why}; {config.gpus} GPUs allow {target}"
+            )
+        elif target != one.target:
+            one = _made(one, target, _code(one.current, target), "to its minimum and maximum")
+        told[role] = one
+    return told
+
+
+def _as_good(
+    current: dict[Role, int], needs: dict[Role, int], given: dict[Role, int], config: PlannerConfig
+) -> bool:
+    """Whether the replicas there are now are within bounds and about as good: then nothing is moved."""
+    bounds = config.roles
+    if any(not bounds[role].minimum <= count <= bounds[role].maximum for role, count in current.items()):
+        return False
+    used, grows = _used(current, config), any(given[role] > current[role] for role in given)
+    if used > config.gpus or (grows and used < _used(given, config)):
+        return False
+    return share(given, needs) < _WORTH * share(current, needs)
+
+
+def _used(given: dict[Role, int], config: PlannerConfig) -> int:
+    return sum(count * config.roles[role].gpus for role, count in given.items())
+
+
+def _code(current: int, target: int) -> str:
+    return "up" if target > current else "down" if target < current else "hold"
+
+
+def _told(state: PlannerState, config: PlannerConfig, ahead: Forecast | None) -> Ahead | None:
+    if ahead is None:
+        return None
+    return Ahead(
+        rate=ahead.rate,
+        isl=ahead.isl,
+        osl=ahead.osl,
+        hit_rate=ahead.hit_rate,
+        horizon_s=state.boot_s + config.interval_s,
+        now=state.past[-1].rate if state.past else 0.0,
+    )

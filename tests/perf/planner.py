@@ -1,0 +1,134 @@
+"""The planner on a trace whose rate rises and falls, beside fixed numbers, the classic formula and an oracle.
+
+    python -m tests.perf.planner [--mode aggregated|disaggregated|both] [--repeats N] [--seed N] [--why]
+
+The trace is Mooncake's (tests/data), several times one after another, each time from other users; its gaps
+are stretched and shrunk so that its rate goes up and down (`rate_at`). All is simulated (`dynctl.simulator`):
+the real router and the real planner, replicas as `PROFILE` says. docs/profiling.md has the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import msgspec
+
+from dynctl.perfmodel.choice import Sla
+from dynctl.perfmodel.profile import DEFAULT, Limits
+from dynctl.perfmodel.simulation import Finished, Group, Result, Service, Task, Told
+from dynctl.perfmodel.trace import TraceRequest, load_trace
+from dynctl.planner.config import PlannerConfig, RoleConfig
+from dynctl.simulator.run import Runs
+
+TRACE = Path(__file__).resolve().parent.parent / "data" / "mooncake_trace.jsonl.gz"
+LIMITS = Limits(kv_tokens=600_000, sequences=256, batched_tokens=8192)
+PROFILE = msgspec.structs.replace(DEFAULT, limits=LIMITS)
+SLA = Sla(ttft_s=4.0, itl_s=0.025, percentile=0.95)
+BOOT_S = 60.0
+PERIOD_S = 1800.0
+STARTS = {"aggregated": {"aggregated": 4}, "disaggregated": {"prefill": 4, "decode": 1}}
+
+
+def rate_at(at_s: float) -> float:
+    """The rate beside the trace's own: a wave of half an hour between 0.3 and 1.7, and a burst in each."""
+    wave = 1.0 + 0.7 * math.sin(2 * math.pi * at_s / PERIOD_S)
+    burst = 0.6 if (at_s % PERIOD_S) // 60 in (20, 21, 22) else 0.0
+    return wave + burst
+
+
+def shaped(requests: list[TraceRequest], repeats: int) -> list[TraceRequest]:
+    """The trace so often one after another, its time running as `rate_at` says."""
+    span_s = requests[-1].at_s + 1.0
+    layer = 1 + max(block for one in requests for block in one.blocks)
+    found, now_s, trace_s = [], 0.0, 0.0
+    for turn in range(repeats):
+        for one in requests:
+            due_s = turn * span_s + one.at_s
+            while trace_s < due_s:
+                step_s = min(1.0, (due_s - trace_s) / rate_at(now_s))
+                trace_s += step_s * rate_at(now_s)
+                now_s += step_s
+                if due_s - trace_s < 1e-6:
+                    break
+            blocks = tuple(block + turn * layer for block in one.blocks)
+            found.append(msgspec.structs.replace(one, at_s=now_s, blocks=blocks))
+    return found
+
+
+def service_of(mode: str) -> Service:
+    """The deployment: one GPU a replica."""
+    groups = [
+        Group(role=role, replicas=count, gpus=1, profile=PROFILE, limits=LIMITS)  # type: ignore[arg-type]
+        for role, count in STARTS[mode].items()
+    ]
+    return Service(name=mode, groups=tuple(groups), sla=SLA, boot_s=BOOT_S)
+
+
+def config_of(service: Service) -> PlannerConfig:
+    """The planner as it comes, but for the bounds."""
+    roles = {
+        group.role: RoleConfig(
+            minimum=group.least, maximum=group.most, gpus=group.gpus, profile=group.profile
+        )
+        for group in service.groups
+    }
+    return PlannerConfig(sla=service.sla, roles=roles, boot_s=service.boot_s)
+
+
+def line(result: Result, oracle_hours: float | None) -> str:
+    """A row of the table."""
+    times = "-" if not oracle_hours else f"{result.gpu_hours / oracle_hours:.2f}"
+    ttft, itl = result.ttft_s.p95 or 0.0, result.itl_s.p95 or 0.0
+    met = f"{result.met:.1%} | {result.ttft_met:.1%} | {result.itl_met:.1%}"
+    cost = f"{result.gpu_hours:.2f} | {times} | {result.aborted}"
+    return f"| {result.policy} | {met} | {ttft:.2f} s | {itl * 1e3:.1f} ms | {cost} |"
+
+
+def table(mode: str, requests: list[TraceRequest], seed: int, *, why: bool) -> None:
+    """Run all of it and print."""
+    service = service_of(mode)
+    config = config_of(service)
+    task = Task(
+        service=service,
+        trace=str(TRACE),
+        seed=seed,
+        planner=msgspec.to_builtins(config),
+        compare=True,
+    )
+    took: dict[str, float] = {}
+
+    def tell(told: Told) -> None:
+        if isinstance(told, Finished):
+            took[told.result.policy] = told.took_s
+
+    results = Runs(task, requests, tell).all(config)
+    oracle = next((one.gpu_hours for one in results if one.policy == "oracle"), None)
+    print(f"\n{mode}: {len(requests)} requests in {requests[-1].at_s:.0f} s, SLA {SLA}, boot {BOOT_S:g} s")
+    print("| policy | SLA met | TTFT | ITL | TTFT p95 | ITL p95 | GPU-hours | of oracle | aborted |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for one in results:
+        print(line(one, oracle))
+    planner = results[0]
+    changes, hits = len(planner.reasons), planner.hit_rate
+    print(f"planner: {changes} changes, hit rate {hits:.1%}, took {took['planner']:.1f} s")
+    if why:
+        print("\n".join(planner.reasons))
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--mode", choices=("aggregated", "disaggregated", "both"), default="both")
+    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--why", action="store_true", help="the planner's reasons")
+    given = parser.parse_args()
+    requests = shaped(load_trace(TRACE), given.repeats)
+    for mode in STARTS if given.mode == "both" else (given.mode,):
+        table(mode, requests, given.seed, why=given.why)
+
+
+if __name__ == "__main__":
+    main()
