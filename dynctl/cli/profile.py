@@ -155,8 +155,6 @@ def profile(  # noqa: PLR0913 - one parameter for each option of the verb
     kind = gpu_named(gpu) if gpu else None
     machines = Machines(inventory, gpus, kind, precision, estimator, guess=not estimate_only)
     asked = asked_of(loaded, machines, sla_of(sla, loaded.recipe.sla), demand)
-    if isinstance(asked.estimator, AiConfigurator):
-        prose(f"estimated by {asked.estimator.label}", style="dim")
     measured = [(str(path), load_profile(path)) for path in profiles or ()]
     asked = replace(asked, measured=measured, most=rate is None and trace is None)
     folder = out or Path(f"profile-{loaded.recipe.name}")
@@ -214,6 +212,8 @@ def asked_of(loaded: LoadedRecipe, machines: Machines, level: Sla, demand: Deman
     estimator = estimator_for(
         loaded, machines.kind, machines.precision, machines.estimator, guess=machines.guess
     )
+    if isinstance(estimator, AiConfigurator):
+        prose(f"estimated by {estimator.label}", style="dim")
     known = isinstance(estimator, (Roofline, AiConfigurator))
     shape = shape_for(loaded) if known else None
     there = nodes(loaded, machines, simulated=simulated)

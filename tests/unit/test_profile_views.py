@@ -38,14 +38,14 @@ def driven(shown: Progress) -> None:
     shown.end("TP1", "3 + 5 points")
 
 
-def test_off_a_terminal_there_is_a_line_for_each_step(capsys: pytest.CaptureFixture[str]) -> None:
+def test_off_a_terminal_there_is_a_line_for_each_thing_done(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(60.0) as shown:
         driven(shown)
     lines = capsys.readouterr().err.splitlines()
     assert [line.split("  ")[1] for line in lines] == [
-        "TP1: starting",
-        "TP1: prefill 600 measured",
-        "TP1: 3 + 5 points",
+        "TP1: 8 to measure",
+        "TP1: prefill 600 measured, 1 of 8",
+        "TP1: 3 + 5 points, took 0s",
     ]
 
 
