@@ -159,6 +159,15 @@ def test_what_is_refused_waits_longer_each_time_and_only_that_way() -> None:
     assert not state.roles["aggregated"].block("down", now)
 
 
+def test_what_is_refused_to_one_role_is_not_held_against_the_other() -> None:
+    world = World(config(mode="throughput"), {"prefill": 1, "decode": 1})
+    (decision,) = world.run(20.0, 60.0)
+    assert decision.targets["decode"] == 1
+    refused(world.state, world.rules, decision, world.now, "no GPU is free")
+    assert world.state.roles["prefill"].block("up", world.now)
+    assert not world.state.roles["decode"].block("up", world.now)
+
+
 def test_a_scale_by_hand_is_kept_for_a_cool_down() -> None:
     world = World(replace(ONE, cooldown_s=60.0), {"aggregated": 1})
     world.run(5.0, 300.0)
@@ -236,3 +245,49 @@ def test_boots_that_were_seen_are_how_far_ahead_it_looks() -> None:
     assert world.state.boot_s == pytest.approx(200.0, abs=10.0)
     assert world.decisions[-1].ahead is not None
     assert math.isclose(world.decisions[-1].ahead.horizon_s, world.state.boot_s + 60.0)
+
+
+def test_a_role_beyond_its_bounds_is_moved_though_the_budget_is_short() -> None:
+    roles = {"prefill": replace(BOTH, maximum=3), "decode": BOTH}
+    world = World(config(mode="throughput", gpus=5, roles=roles), {"prefill": 3, "decode": 1})
+    world.run(90.0, 300.0)
+    world.wanted["prefill"] = 5
+    world.run(90.0, 30.0)
+    assert world.wanted["prefill"] <= 3
+
+
+def test_caches_and_the_spread_of_prompts_are_planned_for() -> None:
+    def needed(**more: float) -> int:
+        world = World(config(mode="throughput"), {"prefill": 1, "decode": 1})
+        world.look = lambda one: msgspec.structs.replace(one, **more)
+        world.run(60.0, 600.0)
+        return world.wanted["prefill"]
+
+    assert needed(hit_rate=0.7) < needed() < needed(isl_cv=1.5)
+
+
+def test_kv_that_engines_tell_bounds_what_is_learnt() -> None:
+    def needed(kv_tokens: int) -> int:
+        learning = RoleConfig(maximum=12, limits=LIMITS)
+        world = World(config(roles={"prefill": BOTH, "decode": learning}), {"prefill": 2, "decode": 1})
+        world.look = lambda one: msgspec.structs.replace(one, kv_tokens=kv_tokens)
+        world.run(20.0, 600.0)
+        return world.decisions[-1].roles["decode"].floor or 0
+
+    assert needed(20_000) > needed(400_000)
+
+
+def test_what_nobody_asked_of_decode_is_not_learnt_from() -> None:
+    learning = RoleConfig(maximum=12, limits=LIMITS)
+    world = World(config(roles={"prefill": learning, "decode": learning}), {"prefill": 1, "decode": 1})
+    world.look = lambda one: msgspec.structs.replace(
+        one, roles={role: msgspec.structs.replace(load, workers=()) for role, load in one.roles.items()}
+    )
+    world.run(3.0, 300.0)
+    assert "decode" not in world.decisions[-1].by
+    idle = tuple(WorkerLoad(id="w") for _ in range(1))
+    world.look = lambda one: msgspec.structs.replace(
+        one, roles={role: msgspec.structs.replace(load, workers=idle) for role, load in one.roles.items()}
+    )
+    world.run(3.0, 300.0)
+    assert "decode" not in world.decisions[-1].by
