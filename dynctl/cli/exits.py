@@ -19,6 +19,7 @@ from __future__ import annotations
 EXIT_CODES = {
     "usage": 2,
     "recipe": 3,
+    "planner": 3,
     "placement": 4,
     "slurm_rejected": 4,
     "launch": 5,

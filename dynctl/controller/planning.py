@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import sys
 import time
 from collections import Counter
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 _LOOK_S = 1.0
 """Between two looks whether there is a planner now."""
+_SECTION = re.compile(r"^planner:", re.MULTILINE)
 _OLD = 10
 """Intervals after which the demand of before a restart says nothing any more."""
 
@@ -266,11 +268,15 @@ def _stamp(run: RunDir) -> tuple[int, int]:
 def _read(run: RunDir, stamp: tuple[int, int]) -> _Rules:
     """The rules in the run's recipe."""
     try:
+        if not _SECTION.search(run.lock.read_text()):
+            return _Rules(stamp)  # most have none: nothing is parsed for it
         loaded = load_recipe(run.lock, (), (), files_here=False)
         if loaded.recipe.planner is None or not loaded.recipe.planner.enabled:
             return _Rules(stamp)
         gpus = sum(host.gpus or 0 for host in hosts_of(run, read_plan(run)).hosts)
         return _Rules(stamp, config_of(loaded, gpus), loaded.recipe.planner.advisory)
+    except OSError as error:
+        return _Rules(stamp, fault=f"{run.lock} cannot be read: {error.strerror}")
     except DynctlError as error:
         return _Rules(stamp, fault=str(error))
 

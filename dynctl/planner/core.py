@@ -140,7 +140,7 @@ def _one(
     up = _up(own, load, floor, pressed=pressed and config.mode != "throughput")
     gone_wrong = own.gone_wrong(load, now, config)
     if gone_wrong:
-        back = max(bounds.minimum, load.ready)
+        back = min(max(bounds.minimum, load.ready), bounds.maximum)
         own.refuse(load.wanted, "up", (now, gone_wrong, config.retry_s))
         return _made(told, back, "undo", f"{gone_wrong}: undone")
     if load.wanted < bounds.minimum or load.wanted > bounds.maximum:
@@ -227,9 +227,7 @@ def _tried(one: RoleDecision, own: RoleState, now: float) -> RoleDecision:
 def _bounded(config: PlannerConfig, made: dict[Role, RoleDecision]) -> dict[Role, RoleDecision]:
     """Within minima, maxima and the budget."""
     bounds, gpus = config.roles, {role: one.gpus for role, one in config.roles.items()}
-    needs = {
-        role: min(max(one.target, bounds[role].minimum), bounds[role].maximum) for role, one in made.items()
-    }
+    needs = {role: one.target for role, one in made.items()}
     least = {role: bounds[role].minimum for role in made}
     given = within(needs, least, gpus, config.gpus)
     current = {role: one.current for role, one in made.items()}
@@ -242,8 +240,6 @@ def _bounded(config: PlannerConfig, made: dict[Role, RoleDecision]) -> dict[Role
             one = _made(
                 one, target, _code(one.current, target), f"{one.why}; {config.gpus} GPUs allow {target}"
             )
-        elif target != one.target:
-            one = _made(one, target, _code(one.current, target), "to its minimum and maximum")
         told[role] = one
     return told
 

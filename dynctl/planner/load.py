@@ -69,8 +69,7 @@ class _Sight:
 
     def queue_s(self, worker: WorkerLoad, times: float = 1.0) -> float:
         """What is before a new request at a worker: tokens given to it, its part of those given to none."""
-        if self.profile is None:
-            return 0.0
+        assert self.profile is not None
         tokens = worker.prefill_tokens + self.seen.queued * self.fresh / self.workers
         return self.profile.prefill_s(0, round(tokens * times))
 

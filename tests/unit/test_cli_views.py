@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dynctl.cli import planner
 from dynctl.cli.chat import chunks, error_message
 from dynctl.cli.live import PlainScreen, stages, view_parts
 from dynctl.cli.logs import compiled, last, matching, split_words
@@ -14,6 +15,9 @@ from dynctl.cli.status import doubts_of
 from dynctl.deploy.ask import Health, health_doubts, health_reason
 from dynctl.deploy.logs import Line
 from dynctl.errors import EngineFailed, UsageError
+from dynctl.planner.core import Ahead, Decision, RoleDecision
+from dynctl.planner.journal import Entry
+from dynctl.planner.observe import Observation, RoleLoad, WorkerLoad
 from dynctl.protocol.deployment import DeploymentView, Phase, ProcessView, SeatState
 
 
@@ -158,3 +162,41 @@ def test_doubts_are_told_once_with_whose_they_are() -> None:
     assert health_doubts(b'{"doubts": ["a", "b"]}') == ("a", "b")
     health = {"frontend-0": Health("", ("a",)), "frontend-1": Health("bad", ("a", "b"))}
     assert doubts_of(health) == ["a (frontend-0, frontend-1)", "b (frontend-1)"]
+
+
+def test_a_decision_is_told_with_its_reason_and_the_figures_behind_it() -> None:
+    role = RoleDecision(current=1, target=2, code="up", why="demand takes 2", floor=2)
+    told = "\n".join(
+        planner.shown(
+            Entry(
+                ts=0.0,
+                decision=Decision(
+                    at=1.0,
+                    roles={"decode": role},
+                    ahead=Ahead(rate=4.0, isl=100.0, osl=10.0, hit_rate=0.25, horizon_s=60.0, now=3.0),
+                ),
+                observation=Observation(
+                    span_s=5.0,
+                    arrivals=10,
+                    queued=3,
+                    ttft_s=0.25,
+                    itl_s=0.0123,
+                    roles={
+                        "decode": RoleLoad(
+                            wanted=1, ready=1, workers=(WorkerLoad(id="d", running=4.0, kv_usage=0.5),)
+                        )
+                    },
+                ),
+                outcome="done",
+            )
+        )
+    )
+    for part in (
+        "decode 1 -> 2",
+        "done",
+        "demand takes 2 [floor 2] [ready 1 of 1]",
+        "10 requests in 5.0 s; 3 waiting; TTFT 250 ms; ITL 12.3 ms;",
+        "decode: 4.0 running, 0.0 waiting each, KV 50%",
+        "4.00 requests/s at most in 60 s (3.00 now), prompts 100, answers 10 tokens, 25% cached",
+    ):
+        assert part in told

@@ -120,7 +120,7 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> None:
         _ROUNDS[0] += 1
         await _SLEEP(0.01)
 
-    monkeypatch.setattr(planning.asyncio, "sleep", sleep)
+    monkeypatch.setattr(asyncio, "sleep", sleep)
 
 
 @pytest.mark.usefixtures("looks")
@@ -233,6 +233,28 @@ def test_demand_of_before_a_restart_is_remembered_unless_it_is_old(tmp_path: Pat
     run.planner.unlink()
     run.planner.mkdir()
     assert not planning._remembered(run, rules).past
+
+
+def test_scaling_is_what_the_verb_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(planning, "rescaled", lambda run, roles, site: ("amended", roles, site.home.root))
+    monkeypatch.setattr(
+        planning, "apply", lambda amended, who, roles: asked.append((amended, who.verb, who.args))
+    )
+    run = RunDir(tmp_path / "home" / "runs" / "r")
+    planning.scale(run, {"decode": 3})
+    assert asked == [(("amended", {"decode": 3}, tmp_path / "home"), "planner", ["decode=3"])]
+
+
+@pytest.mark.usefixtures("looks")
+async def test_without_a_recipe_or_before_it_is_ready_nothing_is_looked_at(tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    desk.state.phase = "starting"
+    await _run(desk)
+    desk.run.lock.unlink()
+    await _run(desk)
+    assert desk.told == []
+    assert desk.state.planner.startswith("off: ")
 
 
 async def _run(desk: Desk) -> None:

@@ -82,6 +82,17 @@ def test_fewer_replicas_take_the_highest_and_start_no_frontend_anew(tmp_path: Pa
     assert (found.added, found.removed, found.changed) == ((), ("decode-1",), {})
 
 
+def test_one_role_takes_over_the_gpus_of_a_replica_of_another_that_leaves(tmp_path: Path) -> None:
+    sets = ("roles.decode.tensor_parallel=1", "roles.decode.replicas=3")
+    full = Inventory((Host("n1", "10.0.0.1", 4),), "a file")
+    old = build_plan(load(tmp_path, *sets), full, (), RUN)
+    flipped = (sets[0], "roles.decode.replicas=2", "roles.prefill.replicas=2")
+    new = replan(load(tmp_path, *flipped), full, old, Room(in_use(old)))
+    found = compare(old, new)
+    assert (found.added, found.removed, found.changed) == (("prefill-1",), ("decode-2",), {})
+    assert new.process("prefill-1").gpus == old.process("decode-2").gpus
+
+
 def test_a_gpu_that_is_not_free_is_not_given_twice(tmp_path: Path) -> None:
     old = planned(tmp_path)
     with pytest.raises(PlacementError, match="needs 9 GPUs"):

@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynctl.perfmodel.choice import Sla
+from dynctl.planner.capacity import Costs, Forecast
 from dynctl.planner.config import RoleConfig
 from dynctl.planner.core import Decision, decide, refused
 from dynctl.planner.memory import Interval, PlannerState
 from dynctl.planner.observe import Observation, RoleLoad, WorkerLoad
-from tests.unit.planner_rig import BOTH, LAW, LIMITS, World, config
+from tests.unit.planner_rig import BOTH, LAW, LIMITS, SLA, World, config
 
 RATES = st.lists(st.floats(min_value=0.0, max_value=120.0), min_size=1, max_size=6)
 MODES = st.sampled_from(["throughput", "load", "both"])
@@ -71,13 +72,30 @@ def test_saturation_makes_it_grow_until_demand_is_borne(mode: str, predictor: st
 
 
 def test_demand_that_rises_is_met_one_boot_ahead() -> None:
-    world = World(config(mode="throughput", boot_s=120.0), {"prefill": 1, "decode": 1}, boot_s=120.0)
-    rate, short = 2.0, 0.0
-    for _ in range(60):
+    world = World(config(mode="throughput", boot_s=300.0), {"prefill": 1, "decode": 1}, boot_s=300.0)
+    rate, short = 5.0, 0
+    world.run(rate, 600.0)
+    for _ in range(30):
+        rate += 3.0
         world.run(rate, 60.0)
         short += rate * 0.065 > world.ready("prefill")
-        rate += 0.7
-    assert not short
+    assert short <= 6  # as long as a boot takes: nobody saw the rise coming
+
+
+def test_demand_about_the_border_between_two_counts_does_not_make_it_swing() -> None:
+    world = World(
+        config(mode="throughput", cooldown_s=60.0, predictor="constant"), {"prefill": 1, "decode": 1}
+    )
+    costs, usual = Costs(SLA, "least_work", {"prefill": LAW, "decode": LAW}), Forecast(1.0, 2000.0, 200.0)
+    border = next(
+        rate / 10.0
+        for rate in range(10, 900)
+        if costs.replicas("prefill", replace(usual, rate=rate / 10.0 * 1.1), 12) > 2
+    )
+    changes = []
+    for turn in range(20):
+        changes += world.run(border * (0.97 if turn % 2 else 1.03), 300.0)
+    assert len(changes) <= 3, [one.reason for one in changes]
 
 
 def test_a_saturated_service_is_seen_by_its_arrivals_though_little_is_answered() -> None:
@@ -159,6 +177,15 @@ def test_what_is_refused_waits_longer_each_time_and_only_that_way() -> None:
     assert not state.roles["aggregated"].block("down", now)
 
 
+def test_what_is_refused_to_one_role_is_not_held_against_the_other() -> None:
+    world = World(config(mode="throughput"), {"prefill": 1, "decode": 1})
+    (decision,) = world.run(20.0, 60.0)
+    assert decision.targets["decode"] == 1
+    refused(world.state, world.rules, decision, world.now, "no GPU is free")
+    assert world.state.roles["prefill"].block("up", world.now)
+    assert not world.state.roles["decode"].block("up", world.now)
+
+
 def test_a_scale_by_hand_is_kept_for_a_cool_down() -> None:
     world = World(replace(ONE, cooldown_s=60.0), {"aggregated": 1})
     world.run(5.0, 300.0)
@@ -236,3 +263,49 @@ def test_boots_that_were_seen_are_how_far_ahead_it_looks() -> None:
     assert world.state.boot_s == pytest.approx(200.0, abs=10.0)
     assert world.decisions[-1].ahead is not None
     assert math.isclose(world.decisions[-1].ahead.horizon_s, world.state.boot_s + 60.0)
+
+
+def test_a_role_beyond_its_bounds_is_moved_though_the_budget_is_short() -> None:
+    roles = {"prefill": replace(BOTH, maximum=3), "decode": BOTH}
+    world = World(config(mode="throughput", gpus=5, roles=roles), {"prefill": 3, "decode": 1})
+    world.run(90.0, 300.0)
+    world.wanted["prefill"] = 5
+    world.run(90.0, 30.0)
+    assert world.wanted["prefill"] <= 3
+
+
+def test_caches_and_the_spread_of_prompts_are_planned_for() -> None:
+    def needed(**more: float) -> int:
+        world = World(config(mode="throughput"), {"prefill": 1, "decode": 1})
+        world.look = lambda one: msgspec.structs.replace(one, **more)
+        world.run(60.0, 600.0)
+        return world.wanted["prefill"]
+
+    assert needed(hit_rate=0.7) < needed() < needed(isl_cv=1.5)
+
+
+def test_kv_that_engines_tell_bounds_what_is_learnt() -> None:
+    def needed(kv_tokens: int) -> int:
+        learning = RoleConfig(maximum=12, limits=LIMITS)
+        world = World(config(roles={"prefill": BOTH, "decode": learning}), {"prefill": 2, "decode": 1})
+        world.look = lambda one: msgspec.structs.replace(one, kv_tokens=kv_tokens)
+        world.run(20.0, 600.0)
+        return world.decisions[-1].roles["decode"].floor or 0
+
+    assert needed(20_000) > needed(400_000)
+
+
+def test_what_nobody_asked_of_decode_is_not_learnt_from() -> None:
+    learning = RoleConfig(maximum=12, limits=LIMITS)
+    world = World(config(roles={"prefill": learning, "decode": learning}), {"prefill": 1, "decode": 1})
+    world.look = lambda one: msgspec.structs.replace(
+        one, roles={role: msgspec.structs.replace(load, workers=()) for role, load in one.roles.items()}
+    )
+    world.run(3.0, 300.0)
+    assert "decode" not in world.decisions[-1].by
+    idle = tuple(WorkerLoad(id="w") for _ in range(1))
+    world.look = lambda one: msgspec.structs.replace(
+        one, roles={role: msgspec.structs.replace(load, workers=idle) for role, load in one.roles.items()}
+    )
+    world.run(3.0, 300.0)
+    assert "decode" not in world.decisions[-1].by
