@@ -2,9 +2,10 @@
 
     python -m tests.perf.planner [--mode aggregated|disaggregated|both] [--repeats N] [--seed N] [--why]
 
-The trace is Mooncake's (tests/data), several times one after another, each time from other users; its gaps
-are stretched and shrunk so that its rate goes up and down (`rate_at`). All is simulated (`dynctl.simulator`):
-the real router and the real planner, replicas as `PROFILE` says. docs/profiling.md has the table.
+The trace is Mooncake's (tests/data) with twice its requests, several times one after another, each time from
+other users; its gaps are stretched and shrunk so that its rate goes up and down (`rate_at`). All is simulated
+(`dynctl.simulator`): the real router and the real planner, replicas as `PROFILE` says. docs/profiling.md has
+the table.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
+from random import Random
 
 import msgspec
 
 from dynctl.perfmodel.choice import Sla
 from dynctl.perfmodel.profile import DEFAULT, Limits
 from dynctl.perfmodel.simulation import Finished, Group, Result, Service, Task, Told
-from dynctl.perfmodel.trace import TraceRequest, load_trace
+from dynctl.perfmodel.trace import TraceRequest, denser, load_trace
 from dynctl.planner.config import PlannerConfig, RoleConfig
 from dynctl.simulator.run import Runs
 
@@ -28,7 +30,10 @@ PROFILE = msgspec.structs.replace(DEFAULT, limits=LIMITS)
 SLA = Sla(ttft_s=4.0, itl_s=0.025, percentile=0.95)
 BOOT_S = 60.0
 PERIOD_S = 1800.0
-STARTS = {"aggregated": {"aggregated": 4}, "disaggregated": {"prefill": 4, "decode": 1}}
+STARTS = {"aggregated": {"aggregated": 10}, "disaggregated": {"prefill": 8, "decode": 2}}
+"""Replicas at the beginning, about what the mean rate takes."""
+DENSITY = 2.0
+"""So many times the trace's requests: numbers of replicas then are less coarse."""
 
 
 def rate_at(at_s: float) -> float:
@@ -121,11 +126,11 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--mode", choices=("aggregated", "disaggregated", "both"), default="both")
-    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--why", action="store_true", help="the planner's reasons")
     given = parser.parse_args()
-    requests = shaped(load_trace(TRACE), given.repeats)
+    requests = shaped(denser(load_trace(TRACE), DENSITY, Random(given.seed)), given.repeats)
     for mode in STARTS if given.mode == "both" else (given.mode,):
         table(mode, requests, given.seed, why=given.why)
 

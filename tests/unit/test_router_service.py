@@ -142,6 +142,17 @@ async def test_prompts_known_by_their_bytes_go_where_they_went_although_events_w
         assert router._recent.held == 0
 
 
+async def test_a_worker_without_an_event_plane_is_followed_by_hand_and_forgotten_when_it_goes() -> None:
+    plain: dict[str, Any] = {"events": "", "control": ""}
+    async with routing(events="exact") as router:
+        router.members_changed([member("aggregated-0", **plain), member("aggregated-1", **plain)], [])
+        router.holds("aggregated-1", 0, Stored([1, 2, 3]))
+        router.holds("aggregated-9", 0, Stored([1, 2, 3, 4]))
+        assert router.cached_tokens([1, 2, 3, 4]) == 3 * 16
+        router.members_changed([], ["aggregated-1"])
+        assert router.cached_tokens([1, 2, 3, 4]) == 0
+
+
 async def test_guessed_cache_is_bounded_by_the_blocks_a_worker_has() -> None:
     async with routing(approximate_cache="lru") as router:
         router.members_changed([member(kv_events=False)], [])

@@ -84,23 +84,24 @@ SKIPS = RouterSpec(conditional_disagg=ConditionalDisaggSpec(mode="either", prefi
 
 
 @pytest.mark.parametrize(
-    ("roles", "limits", "router"),
+    ("roles", "limits", "router", "block"),
     [
-        (WHOLE, LARGE, None),
-        (WHOLE, SMALL, None),
-        (SPLIT, LARGE, None),
-        (SPLIT, SMALL, None),
-        (SPLIT, LARGE, SKIPS),
-        (WHOLE, SMALL, RouterSpec(mode="round_robin")),
+        (WHOLE, LARGE, None, 0),
+        (WHOLE, LARGE, None, 16),
+        (WHOLE, SMALL, None, 0),
+        (SPLIT, LARGE, None, 0),
+        (SPLIT, SMALL, None, 0),
+        (SPLIT, LARGE, SKIPS, 0),
+        (WHOLE, SMALL, RouterSpec(mode="round_robin"), 0),
     ],
-    ids=["whole", "whole-full", "split", "split-full", "split-skips", "round-robin"],
+    ids=["whole", "many-blocks", "whole-full", "split", "split-full", "split-skips", "round-robin"],
 )
 def test_jumps_give_what_single_steps_give(
-    roles: dict[Role, int], limits: Limits, router: RouterSpec | None
+    roles: dict[Role, int], limits: Limits, router: RouterSpec | None, block: int
 ) -> None:
     requests = trace()
-    jumped = ran(roles, limits, requests=requests, router=router)
-    stepped = ran(roles, limits, requests=requests, router=router, jumps=False)
+    jumped = ran(roles, limits, requests=requests, router=router, block=block)
+    stepped = ran(roles, limits, requests=requests, router=router, block=block, jumps=False)
     assert [one.cached for one in jumped.answers] == [one.cached for one in stepped.answers]
     for mine, theirs in zip(jumped.answers, stepped.answers, strict=True):
         assert mine.first_s == pytest.approx(theirs.first_s, abs=1e-6)
