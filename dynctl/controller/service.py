@@ -41,7 +41,7 @@ from dynctl.controller.moves import (
     Tick,
 )
 from dynctl.controller.moving import More, NoMore, elsewhere, stranded
-from dynctl.controller.planning import PlanDesk, Planning
+from dynctl.controller.planner_watch import plan_replicas
 from dynctl.controller.supervise import Supervisor
 from dynctl.deploy.events import append_event
 from dynctl.deploy.home import RunDir
@@ -102,9 +102,6 @@ class Controller:
         self._publisher = Publisher(parts.keys, parts.plan.membership)
         self._registry = Registry(self._publisher, on_change=self._members_changed)
         self._registry.want(state.roles)
-        self._planning = Planning(
-            PlanDesk(parts.run, state, self._note, partial(self._publisher.publish, PLANNER_TOPIC))
-        )
         self._adapters = Adapters(_content(parts.run.adapters), partial(write_atomic, parts.run.adapters))
         self._server = ControlServer(parts.keys, parts.plan.registry, self._answer)
         self._lanes: dict[str, deque[Instruction]] = {}
@@ -124,6 +121,10 @@ class Controller:
         self._left = False
         self._finishing = False
 
+    async def _plan(self) -> None:
+        tell = partial(self._publisher.publish, PLANNER_TOPIC)
+        await plan_replicas(self._parts.run, self._state, self._note, tell)
+
     async def run(self) -> None:
         """Until the deployment is ended or this process is told to leave. Raises PortInUse, LaunchError."""
         self._publisher.start()
@@ -133,7 +134,7 @@ class Controller:
             self._server.start()
             self._registry.start()
             self._take_over(alive)
-            self._planner = asyncio.get_running_loop().create_task(self._planning.run(), name="planner")
+            self._planner = asyncio.create_task(self._plan(), name="planner")
             await self._work()
         finally:
             await self._end_lanes()
