@@ -69,7 +69,6 @@ NEEDS: dict[str, Callable[[pytest.Mark], str]] = {
 }
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Under pytest-xdist (`-n 2 --dist loadgroup`) one process has all of the one cluster, and each other
     file is one process's, so that nothing a file starts is started twice.
