@@ -69,12 +69,13 @@ NEEDS: dict[str, Callable[[pytest.Mark], str]] = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Under pytest-xdist (`-n 2 --dist loadgroup`) one process has all of the one cluster, and each other
     file is one process's, so that nothing a file starts is started twice.
     """
     for item in items:
-        cluster = item.get_closest_marker("cluster") is not None
+        cluster = "cluster" in getattr(item, "fixturenames", ())
         item.add_marker(pytest.mark.xdist_group("cluster" if cluster else item.nodeid.partition("::")[0]))
 
 
