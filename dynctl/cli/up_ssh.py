@@ -16,7 +16,7 @@ from dynctl.cli.elsewhere import command_there, run_async
 from dynctl.cli.limit import Limit
 from dynctl.cli.pick import home
 from dynctl.cli.render import prose
-from dynctl.cli.up_ssh_again import Change, change_there
+from dynctl.cli.up_ssh_again import Change, alone, change_there, require_head
 from dynctl.deploy.home import new_run_id
 from dynctl.deploy.remote import Started, Wanted, is_ip, start, with_addresses
 from dynctl.deploy.remote_hosts import HostSite, raise_first, sweep
@@ -70,7 +70,8 @@ async def _up(checked: Checked, how: How) -> int:
         run_id = new_run_id(name, time.gmtime())
         lock = lock_text(checked.loaded, metadata.version("dynctl"))
         wanted = Wanted(run_id, lock, how.share_gpus, tuple(missing))
-        async with limit.during(name, "it was being started on its hosts"):
+        async with limit.during(name, "it was being started on its hosts"), alone(name):
+            require_head(checked)
             started = await start(checked, wanted, sites, note)
         for error in missing:
             prose(str(error), style="warning")

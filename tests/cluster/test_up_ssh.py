@@ -7,6 +7,7 @@ import signal
 import stat
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,27 @@ def test_up_killed_at_any_moment_is_found_and_ended_by_down(laptop: Laptop, mome
         started.signal(signal.SIGKILL)
     laptop.dynctl("down", laptop.name, check=False)
     eventually(lambda: mine(laptop) == [], "nothing is left", 20.0)
+
+
+def test_two_ups_of_a_name_at_once_end_as_one_deployment_that_down_ends(laptop: Laptop) -> None:
+    args = laptop.up_args()
+    with ThreadPoolExecutor(2) as both:
+        first, second = both.map(lambda _: laptop.dynctl(*args, check=False), range(2))
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert first.stdout == second.stdout
+    assert len(laptop.ps()) == 5
+    laptop.dynctl("down", laptop.name)
+    assert mine(laptop) == []
+
+
+def test_the_note_of_what_one_head_looks_after_is_not_lost_to_another(laptop: Laptop) -> None:
+    with deployed(laptop):
+        before = laptop.ps()
+        laptop.hosts = ("n2", "n3")
+        refused = laptop.dynctl(*laptop.up_args(), check=False)
+        assert refused.returncode == 2
+        assert "is looked after from n1, not from n2" in refused.stderr
+        assert laptop.ps() == before
 
 
 def test_down_tells_of_a_host_it_could_not_reach_and_ends_it_later(laptop: Laptop) -> None:
