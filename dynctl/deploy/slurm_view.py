@@ -106,7 +106,10 @@ def pending_text(row: JobRow, place: tuple[int, int] | None) -> str:
 
 def refuse_hopeless(launcher: JobLauncher, waited_s: float = 0.0) -> None:
     """Raises SlurmRejected for a job that will never start as it is, which has been pending for so long."""
-    row = launcher.job()
+    try:
+        row = launcher.job()
+    except SlurmError:
+        return  # Slurm does not answer now: the view of the job says so
     hopeless = (*NEVER, "PartitionConfig") if waited_s > _SETTLED_S else NEVER
     if row is not None and row.pending and row.reason.startswith(hopeless):
         raise SlurmRejected(

@@ -95,7 +95,7 @@ def _wait_phase(up: Up, waiter: Waiter, ends: float | None) -> DeploymentView:
     launcher, began = waiter.stopper.launcher, waiter.now
     for seen in changes(up.run, up.controller, waiter):
         view = seen or view
-        if seen is not None and seen.phase == "pending" and isinstance(launcher, JobLauncher):
+        if view is not None and view.phase == "pending" and isinstance(launcher, JobLauncher):
             refuse_hopeless(launcher, waiter.now - began)
         if seen is not None:
             waiter.on_view(seen)
