@@ -18,7 +18,7 @@ from dynctl.cli.pick import home
 from dynctl.cli.render import prose
 from dynctl.cli.up_ssh_again import Change, alone, change_there, require_head
 from dynctl.deploy.home import new_run_id
-from dynctl.deploy.remote import Started, Wanted, is_ip, start, with_addresses
+from dynctl.deploy.remote import Started, Wanted, given_up, is_ip, start, with_addresses
 from dynctl.deploy.remote_hosts import HostSite, raise_first, sweep
 from dynctl.deploy.remote_note import Remote, read_remote, save_keys, save_remote
 from dynctl.deploy.run import Checked
@@ -184,5 +184,6 @@ async def _attend(
     args += ["--adopted"] if started.adopted else []
     code = await forward(reached[remote.head.name], command_there(remote, "attend", args))
     if code not in (0, 130) and not started.adopted:
-        await sweep(sites, plan.run_id, 0.0)
+        failed = await sweep(sites, plan.run_id, 0.0)
+        note(given_up(remote, failed), "")
     return code

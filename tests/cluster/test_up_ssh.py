@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import stat
 import sys
@@ -14,7 +15,7 @@ import pytest
 
 from tests.cluster.cluster import Cluster
 from tests.cluster.commands import eventually
-from tests.cluster.hosts import MACHINE
+from tests.cluster.hosts import MACHINE, USER
 from tests.cluster.ssh_deployment import Laptop, deployed, under_load
 
 pytestmark = pytest.mark.timeout(240)
@@ -162,6 +163,23 @@ def test_a_host_that_is_off_is_one_message_and_nothing_is_started(laptop: Laptop
         assert "n4" in refused.stderr
         assert "Traceback" not in refused.stderr
         assert mine(laptop) == []
+
+
+def test_a_host_whose_disk_is_full_is_one_message_and_nothing_is_left(laptop: Laptop) -> None:
+    laptop.there.mkdir(mode=0o700)
+    shutil.chown(laptop.there, USER, USER)
+    laptop.cluster.exec("n3", "mount", "-t", "tmpfs", "-o", "size=1m,mode=1777", "tmpfs", str(laptop.there))
+    try:
+        refused = laptop.dynctl(*laptop.up_args(), check=False)
+    finally:
+        laptop.cluster.exec("n3", "umount", str(laptop.there))
+    assert refused.returncode == 5
+    errors = [line for line in refused.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert errors[0].startswith("error: n3:")
+    assert "too little space for a run" in errors[0]
+    assert "remote" not in laptop.dynctl("ls").stdout
+    assert mine(laptop) == []
 
 
 def test_a_host_without_dynctl_says_how_to_bring_it_there(laptop: Laptop) -> None:
