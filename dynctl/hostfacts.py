@@ -31,10 +31,13 @@ if TYPE_CHECKING:  # A subscript that is evaluated would need Python 3.9.
     Probe = Callable[[], Any]
 
 VERSION = 1
+OWN = "{dynctl-python}"
 PROBE_S = 5.0
 ENGINE_S = 60.0
 FINGERPRINT_S = 3.0
 MOST_LEFTOVERS = 40
+MODULES = ("nvidia_peermem", "gdrdrv")
+WEIGHTS = (".safetensors", ".json", ".model", ".bin", ".pt", ".pth", ".gguf")
 PREFIXES = ("UCX_", "NIXL_", "NCCL_")
 NAMES = ("CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "LD_LIBRARY_PATH", "SLURM_CONF")
 JOB = ("SLURM_JOB_ID", "SLURM_JOB_PARTITION", "SLURMD_NODENAME", "SLURM_JOB_NODELIST", "SLURM_GPUS_ON_NODE")
@@ -84,12 +87,13 @@ def word_in(path: str) -> str:
 
 def whole(text: str) -> int:
     """The number a text begins with before any dot; 0 for one that is none."""
-    digits = text.strip().split(".")[0]
-    return int(digits) if digits.isdigit() else 0
+    return int(digits) if (digits := text.strip().split(".")[0]).isdigit() else 0
 
 
-def engine_of(asked: Json) -> Json:
-    """{"found", "version", "flags", "note"} of an engine's program; flags None = its help told none."""
+def engine_of(asked: Json, own: Sequence[str] = ()) -> Json:
+    """{"found", "version", "flags", "note"} of a program (`OWN`: first of `own`); flags None = not told."""
+    python = next(filter(shutil.which, map(os.path.expanduser, own)), OWN)
+    asked = json.loads(json.dumps(asked).replace(OWN, json.dumps(python)[1:-1]))
     env = asked.get("env") or {}
     found = shutil.which(asked["argv0"], path=env.get("PATH") or os.environ.get("PATH"))
     if not found:
@@ -160,10 +164,9 @@ def pythons(asked: Sequence[str]) -> list[str]:
 def containers() -> Json:
     """Versions of what runs containers, "" = not there; pyxis None = Slurm could not be asked."""
     found: Json = {"apptainer": "", "enroot": "", "pyxis": None}
-    if shutil.which("apptainer"):
-        found["apptainer"] = version_in(run(["apptainer", "--version"], 3.0)[1]) or "there"
-    if shutil.which("enroot"):
-        found["enroot"] = version_in(run(["enroot", "version"], 3.0)[1]) or "there"
+    for name, word in (("apptainer", "--version"), ("enroot", "version")):
+        if shutil.which(name):
+            found[name] = version_in(run([name, word], 3.0)[1]) or "there"
     if shutil.which("srun"):
         found["pyxis"] = "--container-image" in run(["srun", "--help"], 3.0)[1]
     return found
@@ -228,7 +231,7 @@ def infiniband(root: str = "/sys/class/infiniband") -> list[Json]:
     return found
 
 
-def modules(names: Sequence[str] = ("nvidia_peermem", "gdrdrv")) -> Json:
+def modules(names: Sequence[str] = MODULES) -> Json:
     """Whether kernel modules are loaded; None = the kernel does not tell."""
     try:
         loaded = {line.split()[0] for line in lines_of("/proc/modules")}
@@ -280,16 +283,16 @@ def path_facts(path: str) -> Json:
     """A path as this user finds it; it may begin with ~."""
     full = os.path.expanduser(path)
     facts: Json = {"exists": os.path.lexists(full), "readable": False, "is_dir": os.path.isdir(full)}
-    facts.update(dev=0, fstype="", fingerprint="")
+    facts.update(dev=0, fstype="", fingerprint="", unread="")
     try:
         facts["dev"] = os.stat(full).st_dev
+        facts["readable"] = os.access(full, os.R_OK | (os.X_OK if facts["is_dir"] else 0))
+        facts["fstype"] = fstype_of(os.path.realpath(full), lines_of("/proc/self/mounts"))
+        facts["fingerprint"] = fingerprint(full) if facts["readable"] else ""
     except (FileNotFoundError, NotADirectoryError):
         return facts
-    except PermissionError:
-        return {**facts, "exists": True}  # below a directory that may not be entered
-    facts["readable"] = os.access(full, os.R_OK | (os.X_OK if facts["is_dir"] else 0))
-    facts["fstype"] = fstype_of(os.path.realpath(full), lines_of("/proc/self/mounts"))
-    facts["fingerprint"] = fingerprint(full) if facts["readable"] else ""
+    except PermissionError as error:  # below a directory that may not be entered, or a file in it
+        return {**facts, "exists": True, "readable": False, "unread": error.filename}
     return facts
 
 
@@ -307,13 +310,16 @@ def fstype_of(path: str, mounts: Sequence[str]) -> str:
 def fingerprint(path: str) -> str:
     """The same for the same content: a file's digest, or one of a directory's file names and sizes.
 
-    In a directory config.json counts by its content too. "" for one that takes longer than it may.
+    In a directory config.json counts by its content too. "" for one that takes longer than it may. Raises
+    PermissionError for a file of a model in it that is not readable or a link to nothing.
     """
     if not os.path.isdir(path):
         return _digest(path)
     entries, ends = [], time.monotonic() + FINGERPRINT_S
     for folder, _, names in os.walk(path):
         for full in (os.path.join(folder, name) for name in names):
+            if full.endswith(WEIGHTS) and not os.access(full, os.R_OK):
+                raise PermissionError(0, "not readable", full)
             size = os.path.getsize(full) if os.path.exists(full) else -1
             entries.append(f"{os.path.relpath(full, path)} {size}")
         if time.monotonic() > ends:
@@ -356,8 +362,7 @@ def disk(path: str) -> Json:
         at = os.path.dirname(at)
     found = os.statvfs(at)
     kind = fstype_of(os.path.realpath(at), lines_of("/proc/self/mounts"))
-    size = found.f_frsize
-    return {"free": found.f_bavail * size, "total": found.f_blocks * size, "fstype": kind}
+    return {"free": found.f_bavail * found.f_frsize, "total": found.f_blocks * found.f_frsize, "fstype": kind}
 
 
 def shared_memory(root: str = "/dev/shm") -> Json:
@@ -403,8 +408,7 @@ def base() -> Json:
     facts: Json = {name: [] for name in ("dynctl", "gpus", "listening", "ephemeral", "ib", "notes")}
     facts.update({name: {} for name in ("holders", "limits", "disk", "paths", "interfaces")})
     facts.update(gpu_note="", gpu_devices=0, model_at="", shm=None, engine=None, slurm=None)
-    facts["modules"] = {"nvidia_peermem": None, "gdrdrv": None}
-    facts["containers"] = {"apptainer": "", "enroot": "", "pyxis": None}
+    facts.update(modules=dict.fromkeys(MODULES), containers={"apptainer": "", "enroot": "", "pyxis": None})
     return {
         **facts,
         "v": VERSION,
@@ -427,7 +431,7 @@ def probes(asked: Json) -> Iterator[tuple[str, float, Probe]]:
     for name in ("limits", "infiniband", "modules", "slurm", "shared_memory", "interfaces", "ephemeral"):
         field = {"infiniband": "ib", "shared_memory": "shm"}.get(name, name)
         yield field, PROBE_S, partial(_field, field, globals()[name])
-    for python in pythons(asked.get("dynctl") or []):
+    for python in (own := pythons(asked.get("dynctl") or [])):
         yield f"dynctl {python}", PROBE_S + 1, partial(_field, "dynctl", dynctl_of, python)
     for path in dict.fromkeys(asked.get("paths") or []):
         yield f"path {path}", PROBE_S, partial(_item, "paths", path, path_facts)
@@ -436,7 +440,7 @@ def probes(asked: Json) -> Iterator[tuple[str, float, Probe]]:
     for path in sorted({os.path.expanduser("~"), asked.get("scratch") or "/tmp"}):
         yield f"disk {path}", PROBE_S, partial(_item, "disk", path, disk)
     if asked.get("engine"):
-        yield "engine", 2 * ENGINE_S + 1, partial(_field, "engine", engine_of, asked["engine"])
+        yield "engine", 2 * ENGINE_S + 1, partial(_field, "engine", engine_of, asked["engine"], own)
 
 
 def _field(name: str, make: Callable[..., Any], *args: Any) -> Json:
@@ -486,8 +490,7 @@ def _merge(facts: Json, fields: Json) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """Print the facts and leave at once, whatever still hangs."""
-    facts = collect(json.loads(argv[0]) if argv else {})
-    sys.stdout.write(json.dumps(facts) + "\n")
+    sys.stdout.write(json.dumps(collect(json.loads(argv[0]) if argv else {})) + "\n")
     sys.stdout.flush()
     os.close(sys.stdout.fileno())
     os._exit(0)

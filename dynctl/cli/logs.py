@@ -14,7 +14,7 @@ import typer
 
 from dynctl.cli import options
 from dynctl.cli.pick import home, pick, view
-from dynctl.cli.render import paint
+from dynctl.cli.render import paint, prose
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.logs import Follower, Line, is_selection, log_files, merged, parse_since
 from dynctl.deploy.state import ENDED
@@ -60,6 +60,9 @@ def logs(
     now = time.time()
     start = parse_since(since, now) if since else 0.0
     found = log_files(run.logs, select)
+    if not found and not follow and not as_json:
+        seen = view(run)
+        prose(f"{seen.name} has no logs yet: {seen.reason or f'it is {seen.phase}'}", style="warning")
     follower = Follower(now)
     ends = {file.source: follower.skip(file) for file in found} if follow else None
     show(last(matching(merged(found, now, start, ends), pattern), lines), as_json=as_json)

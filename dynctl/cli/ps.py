@@ -35,7 +35,7 @@ def ps(name: options.Name = None, as_json: options.Json = False) -> None:
         json_data([msgspec.to_builtins(row) for row in seen.processes])
         return
     data(table(HEADERS, rows(seen, seen.at or time.time()), state_column=4))
-    prose(f"{seen.name}: {seen.phase}, ready {ready_counts(seen)}, {seen.url}")
+    prose(", ".join(filter(None, (f"{seen.name}: {seen.phase}", f"ready {ready_counts(seen)}", seen.url))))
     if seen.reason:
         prose(seen.reason, style="warning")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -53,8 +53,11 @@ def status(name: options.Name = None, watch: Watch = False, as_json: options.Jso
         told = {**as_object(seen, found, doubts), "causes": [asdict(cause) for cause in looked]}
         json_data(told | ({"job": job | {"follow_ups": more}} if job is not None else {}))
         return
+    own = [job["line"]] if job is not None else []
+    if found.layer == "job" or found.reason in own:  # the same, but for its place in the queue
+        found, own = replace(found, reason=(own or [found.reason])[0]), []
     lines = text(run, seen, found)
-    lines[2:2] = [job["line"], *(f"follow-up {one['line']}" for one in more)] if job is not None else []
+    lines[2:2] = [*own, *(f"follow-up {one['line']}" for one in more)]
     lines += [f"no successor: {why}"] if (why := no_successor(run)) and seen.phase not in ENDED else []
     lines += [f"doubt: {doubt}" for doubt in doubts]
     if looked:

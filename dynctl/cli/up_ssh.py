@@ -16,9 +16,9 @@ from dynctl.cli.elsewhere import command_there, run_async
 from dynctl.cli.limit import Limit
 from dynctl.cli.pick import home
 from dynctl.cli.render import prose
-from dynctl.cli.up_ssh_again import Change, change_there
+from dynctl.cli.up_ssh_again import Change, alone, change_there, require_head
 from dynctl.deploy.home import new_run_id
-from dynctl.deploy.remote import Started, Wanted, is_ip, start, with_addresses
+from dynctl.deploy.remote import Started, Wanted, given_up, is_ip, start, with_addresses
 from dynctl.deploy.remote_hosts import HostSite, raise_first, sweep
 from dynctl.deploy.remote_note import Remote, read_remote, save_keys, save_remote
 from dynctl.deploy.run import Checked
@@ -70,7 +70,8 @@ async def _up(checked: Checked, how: How) -> int:
         run_id = new_run_id(name, time.gmtime())
         lock = lock_text(checked.loaded, metadata.version("dynctl"))
         wanted = Wanted(run_id, lock, how.share_gpus, tuple(missing))
-        async with limit.during(name, "it was being started on its hosts"):
+        async with limit.during(name, "it was being started on its hosts"), alone(name):
+            require_head(checked)
             started = await start(checked, wanted, sites, note)
         for error in missing:
             prose(str(error), style="warning")
@@ -183,5 +184,6 @@ async def _attend(
     args += ["--adopted"] if started.adopted else []
     code = await forward(reached[remote.head.name], command_there(remote, "attend", args))
     if code not in (0, 130) and not started.adopted:
-        await sweep(sites, plan.run_id, 0.0)
+        failed = await sweep(sites, plan.run_id, 0.0)
+        note(given_up(remote, failed), "")
     return code

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -14,13 +18,16 @@ from dynctl.deploy.claim import same_text
 from dynctl.deploy.home import next_name
 from dynctl.deploy.remote_note import Remote, read_remote
 from dynctl.deploy.run import Checked
-from dynctl.errors import LaunchError
+from dynctl.errors import LaunchError, UsageError
 from dynctl.launchers.ssh import SshHosts
 from dynctl.launchers.ssh_host import SshHost
 from dynctl.launchers.ssh_terminal import forward
 from dynctl.recipe.lock import lock_text
 
 ANSWER_S = 30.0
+START_S = 2 * ANSWER_S
+"""For another `up` of the same name to be through."""
+_TURN_S = 0.05
 _PUT = 'umask 077; cat > "$0.tmp" && mv "$0.tmp" "$0"'
 
 
@@ -31,6 +38,38 @@ class Change:
     yes: bool = False
     force: bool = False
     as_json: bool = False
+
+
+@asynccontextmanager
+async def alone(name: str) -> AsyncIterator[None]:
+    """The block is the only one here that starts something by this name: of two the second finds what the
+    first has started, and does not put its note in that one's place. Raises UsageError, should it take long.
+    """
+    ends = time.monotonic() + START_S
+    with ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(home().locked(f"{name}.up", deadline_s=0.0))
+                break
+            except UsageError:
+                if time.monotonic() > ends:
+                    raise
+            await asyncio.sleep(_TURN_S)
+        yield
+
+
+def require_head(checked: Checked) -> None:
+    """Raises UsageError when the name is what another head looks after: the note of where would be lost."""
+    run, head = home().note_of(checked.loaded.recipe.name), checked.inventory.hosts[0]
+    if run is None:
+        return
+    there = read_remote(run)
+    same = head.name == there.head.name or head.ssh.host == there.head.ssh.host
+    if not there.ended and not same:
+        raise UsageError(
+            f"'{there.name}' is looked after from {there.head.name}, not from {head.name}",
+            hint=f"put {there.head.name} first in the inventory, or dynctl down {there.name} before",
+        )
 
 
 async def change_there(checked: Checked, hosts: SshHosts, how: Change, limit: Limit) -> int | None:

@@ -182,7 +182,8 @@ class Home:
     def make_note(self, name: str) -> RunDir:
         """A place for the note of this name. Raises LaunchError."""
         with disk("the note cannot be written"):
-            (self.notes / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+            for folder in (self.root, self.notes, self.notes / name):
+                folder.mkdir(mode=0o700, exist_ok=True)
         return RunDir(self.notes / name)
 
     def run_of(self, name: str) -> RunDir | None:
@@ -209,7 +210,8 @@ class Home:
             make_private(there)
         else:
             with disk("the node's directory cannot be written"):
-                there.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                for folder in (self.root, self.root / "nodes", there.parent):
+                    folder.mkdir(mode=0o700, exist_ok=True)
             _create(there, files)
         return RunDir(there, run_id)
 

@@ -14,6 +14,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import msgspec
+
 from dynctl.deploy.gpus import SHARE_HINT
 from dynctl.deploy.plan import Plan, PlannedProcess
 from dynctl.deploy.planner import build_plan
@@ -169,9 +171,15 @@ async def _start(
         await _hand_out(started, wanted, used, opened)
     except BaseException:
         if not started.adopted:
-            await sweep(used, plan.run_id, 0.0)
+            failed = await sweep(used, plan.run_id, 0.0)
+            note(given_up(started.remote, failed), "")
         raise
     return started
+
+
+def given_up(remote: Remote, failed: Mapping[str, DynctlError]) -> Remote:
+    """The note of a run that did not come to be: it has ended, but for what may be left on some hosts."""
+    return msgspec.structs.replace(remote, ended=not failed, left=sorted(failed))
 
 
 async def _hand_out(

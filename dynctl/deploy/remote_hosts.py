@@ -98,16 +98,24 @@ async def _coming(call: Awaitable[Call]) -> bytes:
 
 
 def raise_first(answers: Iterable[object]) -> None:
-    """Raise what several hosts raised as one error: the first, with what the others said in its message."""
+    """Raise what several hosts raised as one error, in which what is the same on many is said once."""
     errors = [one for one in answers if isinstance(one, BaseException)]
     if not errors:
         return
     known = [one for one in errors if isinstance(one, DynctlError)]
     if len(known) < 2 or len(known) < len(errors):
         raise errors[0]
-    rest = "".join(f"\n{error}" for error in known[1:])
-    first = known[0]
-    raise type(first)(first.message + rest, where=first.where, hint=first.hint) from first
+    alike: dict[tuple[str, str], list[str]] = {}
+    for error in known:
+        alike.setdefault((error.message, error.hint), []).append(error.where)
+    hint = known[0].hint if len({hint for _, hint in alike}) == 1 else ""
+    told = [
+        (", ".join(filter(None, wheres)), f"{message} ({own})" if own and not hint else message)
+        for (message, own), wheres in alike.items()
+    ]
+    (where, message), *others = told
+    rest = "".join(f"\n{at}: {text}" if at else f"\n{text}" for at, text in others)
+    raise type(known[0])(message + rest, where=where, hint=hint) from known[0]
 
 
 async def sweep(

@@ -24,6 +24,7 @@ _REASONS = {
     "ReqNodeNotAvail": "a node it asks for is down, drained or reserved",
     "PartitionTimeLimit": "its time limit is above the partition's: it will never start",
     "PartitionNodeLimit": "the partition does not have so many nodes: it will never start",
+    "PartitionConfig": "the partition does not have what it asks for: it will never start",
     "PartitionDown": "the partition is down",
     "PartitionInactive": "the partition takes no jobs now",
     "AssocGrpGRES": "the account's GPUs are all in use",
@@ -37,6 +38,8 @@ _REASONS = {
 }
 NEVER = ("PartitionTimeLimit", "PartitionNodeLimit", "BadConstraints", "InvalidAccount", "InvalidQOS")
 """Reasons that time alone does not cure."""
+_SETTLED_S = 5.0
+"""A new job may have PartitionConfig for a moment, until Slurm has looked closer."""
 _ENDS = {
     "CANCELLED": "was cancelled",
     "TIMEOUT": "was ended at its time limit; slurm.time asks for more",
@@ -101,10 +104,14 @@ def pending_text(row: JobRow, place: tuple[int, int] | None) -> str:
     return ", ".join(parts)
 
 
-def refuse_hopeless(launcher: JobLauncher) -> None:
-    """Raises SlurmRejected for a job that will never start as it is."""
-    row = launcher.job()
-    if row is not None and row.pending and row.reason.startswith(NEVER):
+def refuse_hopeless(launcher: JobLauncher, waited_s: float = 0.0) -> None:
+    """Raises SlurmRejected for a job that will never start as it is, which has been pending for so long."""
+    try:
+        row = launcher.job()
+    except SlurmError:
+        return  # Slurm does not answer now: the view of the job says so
+    hopeless = (*NEVER, "PartitionConfig") if waited_s > _SETTLED_S else NEVER
+    if row is not None and row.pending and row.reason.startswith(hopeless):
         raise SlurmRejected(
             f"job {row.id} cannot start in partition {row.partition}: {row.reason} ({_why(row)})",
             hint="scontrol show partition tells its limits; ask for less, or for another partition",

@@ -92,11 +92,11 @@ def wait_ready(up: Up, waiter: Waiter, timeout_s: float | None) -> None:
 
 def _wait_phase(up: Up, waiter: Waiter, ends: float | None) -> DeploymentView:
     view: DeploymentView | None = None
-    launcher = waiter.stopper.launcher
+    launcher, began = waiter.stopper.launcher, waiter.now
     for seen in changes(up.run, up.controller, waiter):
         view = seen or view
-        if seen is not None and seen.phase == "pending" and isinstance(launcher, JobLauncher):
-            refuse_hopeless(launcher)
+        if view is not None and view.phase == "pending" and isinstance(launcher, JobLauncher):
+            refuse_hopeless(launcher, waiter.now - began)
         if seen is not None:
             waiter.on_view(seen)
             if seen.phase == "ready":

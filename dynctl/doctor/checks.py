@@ -9,6 +9,7 @@ from dynctl.command import MASK, Command
 from dynctl.doctor import across, devices, machine, programs
 from dynctl.doctor.findings import ALL_HOSTS, Finding, Verdict, findings_of, unknown
 from dynctl.doctor.subject import Subject, Wanted
+from dynctl.hostfacts import OWN
 from dynctl.hub import BUILTIN
 from dynctl.protocol.hosts import EngineQuestion, HostFacts, HostQuestion
 from dynctl.topology.inventory import Host
@@ -95,13 +96,15 @@ def question(
         if "model" in topics and not recipe.engine.container and not recipe.model.path.startswith(BUILTIN):
             at = f"@{recipe.model.revision}" if recipe.model.revision else ""
             model = recipe.model.path + ("" if os.path.isabs(recipe.model.path) else at)
+    engine = _engine(subject, topics)
+    asks_own = engine is not None and engine.argv0 == OWN
     return HostQuestion(
         paths=tuple(paths),
         model=model,
         ports=machine.fixed_ports(subject),
-        engine=_engine(subject, topics),
+        engine=engine,
         scratch=subject.home,
-        dynctl=pythons if "dynctl" in topics else (),
+        dynctl=pythons if "dynctl" in topics or asks_own else (),
     )
 
 

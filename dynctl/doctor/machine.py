@@ -176,5 +176,7 @@ def shm(subject: Subject) -> list[Verdict]:
         remedy = f"if nothing of {first.owner} needs them: rm /dev/shm/{first.name} ..."
         found.append(warn(f"{size(left)} that no process has open: {names}", remedy))
     elif told.leftovers:
-        found.append(note(f"{len(told.leftovers)} small files there that no process has open"))
+        count = len(told.leftovers)
+        named = f"{count} file{'s' if count > 1 else ''} there that no process has open"
+        found.append(note(f"{size(left)} in {named}, the largest: {told.leftovers[0].name}"))
     return found

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dynctl.doctor.findings import Verdict, fail, note, ok, unknown, warn
 from dynctl.doctor.subject import Subject
 from dynctl.engines.inquiry import doubts
+from dynctl.hostfacts import OWN
 from dynctl.hub import BUILTIN
 from dynctl.protocol.hosts import PathFacts
 from dynctl.recipe.check import role_settings
@@ -22,6 +23,9 @@ def engine(subject: Subject) -> list[Verdict]:
     if told is None:
         return [unknown(f"it was not asked: {subject.facts.note('engine') or 'no answer'}")]
     given = next((name for name in ("container", "python", "venv") if getattr(section, name)), "")
+    inquiry = subject.wanted.inquiry
+    if not told.found and inquiry is not None and inquiry.program == OWN:
+        return [unknown(f"{backend} comes with dynctl, which is not there")]
     if not told.found:
         where = f"engine.{given} ({getattr(section, given)})" if given else "PATH"
         remedy = f"install it {subject.on}, or correct engine.{given or 'venv'}"
@@ -151,4 +155,7 @@ def _other_files(subject: Subject, paths: Iterable[str]) -> list[Verdict]:
 def _unreadable(what: str, path: str, at: PathFacts, field: str, on: str) -> Verdict:
     if not at.exists:
         return fail(f"{what} missing: {path}", f"put it there {on}, or correct {field}")
-    return fail(f"{what} may not be read by this user: {path}", f"chmod -R a+rX {path}, or correct {field}")
+    below = f": {os.path.relpath(at.unread, path)} in it" if at.is_dir and at.unread not in ("", path) else ""
+    return fail(
+        f"{what} cannot be read by this user: {path}{below}", f"chmod -R a+rX {path}, or correct {field}"
+    )

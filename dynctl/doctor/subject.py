@@ -9,6 +9,7 @@ from functools import cached_property
 from dynctl.deploy.plan import Plan, PlannedNode, PlannedProcess
 from dynctl.engines import catalog
 from dynctl.engines.base import Engine, EngineEnvironment, Inquiry
+from dynctl.hostfacts import OWN
 from dynctl.protocol.hosts import HostFacts
 from dynctl.recipe.load import LoadedRecipe
 from dynctl.recipe.schema import Recipe
@@ -72,7 +73,7 @@ class Wanted:
         if self.recipe is None or self.engine is None:
             return None
         given = self.recipe.engine
-        where = EngineEnvironment(given.venv or "", given.python or "", given.container or "")
+        where = EngineEnvironment(given.venv or "", given.python or "", given.container or "", own=OWN)
         return self.engine.inquiry(where)
 
     def engine_env(self) -> Mapping[str, str]:

@@ -162,9 +162,12 @@ async def bootstrap(
     missing = msgspec.convert(
         await _remote(ssh, base, {"do": "missing", **asked}, what.wheel, _LOOK_S), list[str]
     )
+    if missing:
+        whole = sum(len(what.files[name]) for name in missing) / 1e6
+        files = missing[0] if len(missing) == 1 else f"{len(missing)} wheels"
+        progress(host.name, f"sending {files} ({whole:.1f} MB)")
     for name in missing:
         content = what.files[name]
-        progress(host.name, f"sending {name}")
         await ssh.put({f"{folder}/{name}": content}, timeout_s=60.0 + len(content) / _SLOWEST)
     progress(host.name, "installing dynctl")
     order = {"do": "install", "final": final, "wheel": what.wheel.filename, "deadline_s": _INSTALL_S, **asked}

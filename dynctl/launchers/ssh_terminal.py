@@ -11,6 +11,7 @@ import tty
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
+from dynctl.errors import HostLost
 from dynctl.launchers.ssh_host import Pty, SshHost, SshStream
 
 _BLOCK = 65536
@@ -28,26 +29,40 @@ async def forward(host: SshHost, argv: Sequence[str], *, pty: bool | None = None
     wanted = _terminal() if (both if pty is None else pty) else None
     out, err = sys.stdout.buffer, sys.stderr.buffer
 
+    unread = asyncio.Event()
+
     def to_stdout(data: bytes) -> None:
-        out.write(data)
-        out.flush()
+        try:
+            out.write(data)
+            out.flush()
+        except BrokenPipeError:
+            unread.set()
+            raise
 
     def to_stderr(data: bytes) -> None:
         err.write(data)
         err.flush()
 
-    async with host.open(argv, on_stdout=to_stdout, on_stderr=to_stderr, pty=wanted) as stream:
-        given_up = asyncio.get_running_loop().create_future()
-        with _signals(stream, given_up, pty=wanted is not None), _raw(wanted is not None), _input(stream):
-            ended = asyncio.ensure_future(stream.wait())
-            try:
-                await asyncio.wait({ended, given_up}, return_when=asyncio.FIRST_COMPLETED)
-                if not ended.done():
-                    return _INTERRUPTED
-                code = ended.result()
-            finally:
-                ended.cancel()
+    try:
+        async with host.open(argv, on_stdout=to_stdout, on_stderr=to_stderr, pty=wanted) as stream:
+            code = await _joined(stream, pty=wanted is not None)
+    except HostLost:
+        if unread.is_set():  # ours is the pipe that broke, not the connection
+            raise BrokenPipeError from None
+        raise
     return 128 - code if code < 0 else code
+
+
+async def _joined(stream: SshStream, *, pty: bool) -> int:
+    """Our input and signals are the command's until it ends, or somebody has enough of waiting; its code."""
+    given_up = asyncio.get_running_loop().create_future()
+    with _signals(stream, given_up, pty=pty), _raw(pty), _input(stream):
+        ended = asyncio.ensure_future(stream.wait())
+        try:
+            await asyncio.wait({ended, given_up}, return_when=asyncio.FIRST_COMPLETED)
+            return ended.result() if ended.done() else _INTERRUPTED
+        finally:
+            ended.cancel()
 
 
 def _terminal() -> Pty:

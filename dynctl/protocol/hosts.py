@@ -14,6 +14,7 @@ FACTS_VERSION = 1
 class EngineQuestion(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """An engine's program, and what makes it print its version and its flags (() = not asked).
 
+    The word `hostfacts.OWN` in them stands for the Python that has dynctl there.
     `env` is for these two commands; it is seen in the host's process list, so it holds no secrets.
     """
 
@@ -103,7 +104,10 @@ class ShmFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PathFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """A path as the host's user finds it. `fingerprint` is the same for the same content, "" = not made."""
+    """A path as the host's user finds it. `fingerprint` is the same for the same content, "" = not made.
+
+    `unread`: what it was that could not be read, be it the path or a file of a model below it; "" = nothing.
+    """
 
     exists: bool = False
     readable: bool = False
@@ -111,6 +115,7 @@ class PathFacts(msgspec.Struct, frozen=True, kw_only=True):
     dev: int = 0
     fstype: str = ""
     fingerprint: str = ""
+    unread: str = ""
 
 
 class IbFacts(msgspec.Struct, frozen=True, kw_only=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from pathlib import Path
 
@@ -25,4 +26,7 @@ if __name__ == "__main__":
     except SshError as error:
         sys.stderr.write(f"{error.kind}: {error}\n")
         code = 8
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
     sys.exit(code)

@@ -90,6 +90,11 @@ def test_a_pending_job_is_seen_and_ended_like_a_running_one(login: Login) -> Non
         eventually(lambda: login.status()["job"].get("reason") == "BeginTime", "a reason", 30)
         told = login.status()
         assert told["phase"] == "pending"
+        shown = login.run("status", login.name).stdout
+        assert shown.count("is pending in partition") == 1
+        assert "place 1 of 1" in shown
+        assert "has no logs yet: job" in login.run("logs", login.name).stderr
+        assert "ready 0/2\n" in login.run("ps", login.name).stderr
         assert told["job"]["place"] >= 1
         assert told["job"]["start"]
         assert {row["state"] for row in login.ps()} == {"waiting"}
@@ -108,7 +113,8 @@ def test_a_pending_job_is_seen_and_ended_like_a_running_one(login: Login) -> Non
         ("slurm.gpus_per_node=99", 3, "slurm.gpus_per_node"),
         ("slurm.gpus_per_node=64", 4, "Requested node configuration is not available"),
         ("slurm.nodelist=nope", 4, "Invalid node name specified"),
-        ("slurm.nodes=9", 4, "PartitionNodeLimit"),
+        ("slurm.nodes=9", 4, "cannot start in partition gpu: Partition"),
+        ("slurm.nodes=40", 4, "cannot start in partition gpu: Partition"),
         ("slurm.time=60", 3, "a time limit of 60 s is too short"),
         ("slurm.sbatch_args.frobnicate=1", 4, "unrecognized option '--frobnicate=1'"),
         ("slurm.sbatch_args.output=x", 3, "'output' cannot be given"),

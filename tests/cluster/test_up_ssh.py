@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import stat
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.cluster.cluster import Cluster
 from tests.cluster.commands import eventually
-from tests.cluster.hosts import MACHINE
+from tests.cluster.hosts import MACHINE, USER
 from tests.cluster.ssh_deployment import Laptop, deployed, under_load
 
 pytestmark = pytest.mark.timeout(240)
@@ -163,6 +165,23 @@ def test_a_host_that_is_off_is_one_message_and_nothing_is_started(laptop: Laptop
         assert mine(laptop) == []
 
 
+def test_a_host_whose_disk_is_full_is_one_message_and_nothing_is_left(laptop: Laptop) -> None:
+    laptop.there.mkdir(mode=0o700)
+    shutil.chown(laptop.there, USER, USER)
+    laptop.cluster.exec("n3", "mount", "-t", "tmpfs", "-o", "size=1m,mode=1777", "tmpfs", str(laptop.there))
+    try:
+        refused = laptop.dynctl(*laptop.up_args(), check=False)
+    finally:
+        laptop.cluster.exec("n3", "umount", str(laptop.there))
+    assert refused.returncode == 5
+    errors = [line for line in refused.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert errors[0].startswith("error: n3:")
+    assert "too little space for a run" in errors[0]
+    assert "remote" not in laptop.dynctl("ls").stdout
+    assert mine(laptop) == []
+
+
 def test_a_host_without_dynctl_says_how_to_bring_it_there(laptop: Laptop) -> None:
     laptop.inventory.write_text("")  # made anew below, with another interpreter for one host
     args = laptop.up_args()
@@ -187,6 +206,27 @@ def test_up_killed_at_any_moment_is_found_and_ended_by_down(laptop: Laptop, mome
         started.signal(signal.SIGKILL)
     laptop.dynctl("down", laptop.name, check=False)
     eventually(lambda: mine(laptop) == [], "nothing is left", 20.0)
+
+
+def test_two_ups_of_a_name_at_once_end_as_one_deployment_that_down_ends(laptop: Laptop) -> None:
+    args = laptop.up_args()
+    with ThreadPoolExecutor(2) as both:
+        first, second = both.map(lambda _: laptop.dynctl(*args, check=False), range(2))
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert first.stdout == second.stdout
+    assert len(laptop.ps()) == 5
+    laptop.dynctl("down", laptop.name)
+    assert mine(laptop) == []
+
+
+def test_the_note_of_what_one_head_looks_after_is_not_lost_to_another(laptop: Laptop) -> None:
+    with deployed(laptop):
+        before = laptop.ps()
+        laptop.hosts = ("n2", "n3")
+        refused = laptop.dynctl(*laptop.up_args(), check=False)
+        assert refused.returncode == 2
+        assert "is looked after from n1, not from n2" in refused.stderr
+        assert laptop.ps() == before
 
 
 def test_down_tells_of_a_host_it_could_not_reach_and_ends_it_later(laptop: Laptop) -> None:

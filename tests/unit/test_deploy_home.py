@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import threading
 from pathlib import Path
 
@@ -228,3 +229,12 @@ def test_hosts_with_one_home_and_the_same_pid_do_not_take_each_others_probe(home
     for thread in threads:
         thread.join()
     assert not failed
+
+
+def test_the_directory_of_notes_is_made_closed_to_others(tmp_path: Path) -> None:
+    home = Home(tmp_path / "h")
+    made = [home.make_note("a").path, home.create_node("run", "n1", {}).path]
+    inside = [
+        folder for path in made for folder in (path, *path.parents) if home.root in (folder, *folder.parents)
+    ]
+    assert {stat.S_IMODE(folder.stat().st_mode) for folder in inside} == {0o700}

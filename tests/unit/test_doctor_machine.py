@@ -151,6 +151,13 @@ def test_leftovers_in_shared_memory_are_named(want: Wanted) -> None:
     assert "rm /dev/shm/nccl-x" in told.remedy
 
 
+def test_leftovers_that_fill_little_of_it_are_told_by_their_size() -> None:
+    left = [Leftover(name="psm-y", bytes=3 * 10**8, age_s=9.0, owner="eve")]
+    roomy = ShmFacts(free=10**10, total=10**10, leftovers=left)
+    told = only(machine.shm(subject(Wanted(VERSION, HOME), shm=roomy)), "note").message
+    assert told == "300 MB in 1 file there that no process has open, the largest: psm-y"
+
+
 def test_shared_memory_that_was_not_told_is_no_pass(want: Wanted) -> None:
     assert levels(machine.shm(subject(want, shm=None, notes=["shm: OSError: no"]))) == ["unknown"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,16 @@ def test_an_engine_that_is_not_there(want: Wanted) -> None:
     told = only(programs.engine(subject(want, engine=EngineFacts())), "fail")
     assert "engine.venv (/opt/vllm)" in told.message
     assert "on n1" in told.remedy
+
+
+def test_an_engine_that_comes_with_dynctl_is_looked_for_where_dynctl_is_there(tmp_path: Path) -> None:
+    mocker = wanted(loaded(tmp_path, "backend=mocker", "engine.venv=null"))
+    asked = question(HOSTS[0], mocker, ("~/own/python",))
+    assert asked.engine is not None
+    assert sys.executable not in asked.to_json()
+    assert asked.dynctl == ("~/own/python",)
+    told = only(programs.engine(subject(mocker, engine=EngineFacts())), "unknown")
+    assert "comes with dynctl" in told.message
 
 
 def test_an_engine_that_does_not_tell_its_version_is_no_pass(want: Wanted) -> None:
@@ -95,7 +106,10 @@ def test_a_model_that_is_not_there(want: Wanted) -> None:
 
 def test_a_model_that_may_not_be_read(want: Wanted) -> None:
     closed = {MODEL: PathFacts(exists=True, is_dir=True)}
-    assert "may not be read" in only(programs.model(subject(want, paths=closed)), "fail").message
+    assert "cannot be read" in only(programs.model(subject(want, paths=closed)), "fail").message
+    part = {MODEL: PathFacts(exists=True, is_dir=True, unread=f"{MODEL}/a.safetensors")}
+    told = only(programs.model(subject(want, paths=part)), "fail").message
+    assert told.endswith(f"{MODEL}: a.safetensors in it")
 
 
 def test_a_model_on_a_server_that_hangs_is_no_pass(want: Wanted) -> None:

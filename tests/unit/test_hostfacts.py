@@ -165,6 +165,24 @@ def test_a_fingerprint_changes_with_names_sizes_and_the_config(tmp_path: Path) -
     assert hostfacts.fingerprint(str(file)) == hashlib.sha256(b"{}").hexdigest()
 
 
+def test_a_file_of_a_model_that_cannot_be_read_is_told_of(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "README.md").symlink_to("gone")  # no engine reads it
+    assert hostfacts.path_facts(str(tmp_path))["readable"]
+    weights = tmp_path / "sub" / "w.safetensors"
+    weights.symlink_to("gone")
+    told = hostfacts.path_facts(str(tmp_path))
+    assert (told["exists"], told["readable"], told["unread"]) == (True, False, str(weights))
+
+
+def test_an_engine_that_comes_with_dynctl_is_asked_by_the_python_that_has_it() -> None:
+    asked = {"argv0": hostfacts.OWN, "version_argv": [hostfacts.OWN, "-c", "print('1.2.3')"]}
+    told = hostfacts.engine_of(asked, ["/nowhere/python", sys.executable])
+    assert (told["found"], told["version"]) == (sys.executable, "1.2.3")
+    assert hostfacts.engine_of(asked, ["/nowhere/python"])["found"] == ""
+
+
 def test_a_model_of_the_hub_is_found_in_its_cache(tmp_path: Path) -> None:
     folder = tmp_path / "models--org--m"
     (folder / "refs").mkdir(parents=True)

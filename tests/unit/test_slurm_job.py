@@ -191,6 +191,13 @@ def test_a_forgotten_job_has_ended() -> None:
 def test_a_job_that_can_never_start_is_not_waited_for(tmp_path: Path) -> None:
     with pytest.raises(SlurmRejected, match="PartitionTimeLimit"):
         refuse_hopeless(launcher(tmp_path, row("PENDING", reason="PartitionTimeLimit")))
+
+
+def test_a_job_for_which_the_partition_is_too_small_is_waited_for_a_moment_only(tmp_path: Path) -> None:
+    told = launcher(tmp_path, row("PENDING", reason="PartitionConfig"))
+    refuse_hopeless(told, 0.5)
+    with pytest.raises(SlurmRejected, match="does not have what it asks for"):
+        refuse_hopeless(told, 6.0)
     refuse_hopeless(launcher(tmp_path, row("PENDING", reason="Resources")))
 
 
