@@ -70,16 +70,6 @@ NEEDS: dict[str, Callable[[pytest.Mark], str]] = {
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under pytest-xdist (`-n 2 --dist loadgroup`) one process has all of the one cluster, and each other
-    file is one process's, so that nothing a file starts is started twice.
-    """
-    for item in items:
-        cluster = "cluster" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("cluster" if cluster else item.nodeid.partition("::")[0]))
-
-
-@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for marker, need in NEEDS.items():
         mark = item.get_closest_marker(marker)
