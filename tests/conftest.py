@@ -40,6 +40,18 @@ def _sglang(mark: pytest.Mark) -> str:
     return environment.why_not_sglang()
 
 
+def _aiperf(mark: pytest.Mark) -> str:
+    from tests.engines import environment
+
+    return environment.why_not_aiperf()
+
+
+def _aiconfigurator(mark: pytest.Mark) -> str:
+    from tests.engines import environment
+
+    return environment.why_not_aiconfigurator()
+
+
 def _cluster(mark: pytest.Mark) -> str:
     from tests.cluster.cluster import why_not
 
@@ -51,8 +63,20 @@ NEEDS: dict[str, Callable[[pytest.Mark], str]] = {
     "debian": _debian,
     "vllm": _vllm,
     "sglang": _sglang,
+    "aiperf": _aiperf,
+    "aiconfigurator": _aiconfigurator,
     "cluster": _cluster,
 }
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under pytest-xdist (`-n 2 --dist loadgroup`) one process has all of the one cluster, and each other
+    file is one process's, so that nothing a file starts is started twice.
+    """
+    for item in items:
+        cluster = item.get_closest_marker("cluster") is not None
+        item.add_marker(pytest.mark.xdist_group("cluster" if cluster else item.nodeid.partition("::")[0]))
 
 
 @pytest.hookimpl(tryfirst=True)

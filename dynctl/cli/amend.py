@@ -16,9 +16,10 @@ from dynctl.cli.up import site
 from dynctl.cli.wait import wait
 from dynctl.deploy.amend import Amended, amend, apply, former_recipe
 from dynctl.deploy.audit import actor
+from dynctl.deploy.claim import same_recipe
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.replan import Difference, compare
-from dynctl.deploy.run import Checked, same_recipe
+from dynctl.deploy.run import Checked
 from dynctl.deploy.state import ENDED, readable_state
 from dynctl.deploy.stop import CONTROLLER
 from dynctl.launchers.local import LocalLauncher

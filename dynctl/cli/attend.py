@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 from dynctl.cli import options
+from dynctl.cli.attended import Detach, Timeout, attended
 from dynctl.cli.pick import pick, state
-from dynctl.cli.up import Detach, Timeout, attended
-from dynctl.deploy.run import Up
+from dynctl.deploy.claim import Up
 from dynctl.deploy.stop import CONTROLLER, Stopper
 from dynctl.errors import LaunchError
 from dynctl.launchers.base import ProcessHandle

@@ -20,18 +20,20 @@ from dynctl.cli.exits import UNFIT_FOR, UNFIT_HOST
 from dynctl.cli.plan import PREVIEW
 from dynctl.cli.render import data, json_data, prose
 from dynctl.deploy.home import Home
-from dynctl.deploy.plan import Plan, build_plan
+from dynctl.deploy.plan import Plan
+from dynctl.deploy.planner import build_plan
 from dynctl.doctor.checks import CHECKS, LOGIN, PLACEMENT, REACH
 from dynctl.doctor.findings import ALL_HOSTS, Finding, counts
 from dynctl.doctor.runners import LocalRunner, is_here, way_to
 from dynctl.doctor.service import Report, Way, cannot_be_asked, examine, examine_slurm, gpus_of, try_shared
 from dynctl.doctor.subject import Wanted
-from dynctl.errors import PlacementError, PortInUse
+from dynctl.errors import PlacementError, PortInUse, UsageError
 from dynctl.launchers.wheel import own_wheel
 from dynctl.recipe.check import check_recipe
 from dynctl.recipe.load import LoadedRecipe, load_recipe
 from dynctl.recipe.schema import Slurm
-from dynctl.topology.inventory import LOCAL, Host, Inventory, inventory_for, load_inventory, with_gpus
+from dynctl.topology.inventory import LOCAL, Host, Inventory, with_gpus
+from dynctl.topology.inventory_file import inventory_for, load_inventory
 
 HERE = Inventory((Host(LOCAL, "127.0.0.1"),), "this machine")
 
@@ -44,12 +46,24 @@ Shared = Annotated[
         show_default=False,
     ),
 ]
+OnNodes = Annotated[
+    bool, typer.Option("--on-nodes", help="On Slurm: look at nodes as the job would get them, by srun.")
+]
+Within = Annotated[
+    float,
+    typer.Option(
+        "--within", metavar="TIME", parser=options.duration, help="With --on-nodes: for Slurm to give them."
+    ),
+]
 
 
-def doctor(
+def doctor(  # noqa: PLR0913 - one parameter for each option of the verb
     recipe: options.MaybeRecipe = None,
     inventory: options.Inventory = None,
     shared: Shared = None,
+    target: options.Target = None,
+    on_nodes: OnNodes = False,
+    within: Within = 60.0,
     set_: options.Set = None,
     unset: options.Unset = None,
     as_json: options.Json = False,
@@ -60,15 +74,27 @@ def doctor(
     What cannot be checked is shown with a question mark: it is not passed. Exit code 0: nothing is wrong,
     8: a host could not be reached, 7: only a port is taken, 4: anything else.
     """
-    loaded = load_recipe(recipe, set_ or (), unset or (), files_here=False) if recipe else None
+    sets = options.with_target(set_, target)
+    loaded = load_recipe(recipe, sets, unset or (), files_here=False) if recipe else None
     if loaded:
         check_recipe(loaded)
+    if on_nodes:
+        # Like SSH not loaded where it is not used.
+        from dynctl.cli.doctor_nodes import look_at_nodes, on_slurm
+
+        if shared or inventory:
+            raise UsageError("with --on-nodes Slurm chooses the hosts", hint="no --shared, no --inventory")
+        return told(*asyncio.run(look_at_nodes(on_slurm(loaded), within)), loaded, as_json=as_json)
     there = machines(loaded, inventory)
     if sys.stderr.isatty():
         count = len(there.hosts)
         slow = "; an engine may take a minute to print its help" if loaded else ""
         prose(f"asking {count} host{'s' if count > 1 else ''} ...{slow}", style="dim")
-    hosts, report = asyncio.run(look(loaded, there, shared or ""))
+    return told(*asyncio.run(look(loaded, there, shared or "")), loaded, as_json=as_json)
+
+
+def told(hosts: Sequence[Host], report: Report, loaded: LoadedRecipe | None, *, as_json: bool) -> int:
+    """Say what was found; the exit code."""
     if as_json:
         json_data(as_object(report, loaded))
     else:
@@ -144,8 +170,12 @@ def placed(loaded: LoadedRecipe, there: Inventory) -> tuple[Plan | None, list[Fi
     try:
         return build_plan(loaded, there, (), PREVIEW), []
     except (PlacementError, PortInUse) as error:
-        remedy = f"{error.hint} ({error.where})"
-        return None, [Finding(ALL_HOSTS, PLACEMENT, "fail", error.message, remedy)]
+        return None, [unplaced(error)]
+
+
+def unplaced(error: PlacementError | PortInUse) -> Finding:
+    """That the recipe does not fit."""
+    return Finding(ALL_HOSTS, PLACEMENT, "fail", error.message, f"{error.hint} ({error.where})")
 
 
 def granted_by(slurm: Slurm | None) -> Inventory | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,9 +14,9 @@ from dynctl.cli.exits import EXIT_CODES
 from dynctl.cli.pick import ENV_NAME, ENV_RUN_ID
 from dynctl.cli.render import prose
 from dynctl.deploy.home import RunDir
-from dynctl.deploy.remote import HostSite, Remote, RemoteHost, sweep
-from dynctl.errors import CodecError, DynctlError, LaunchError, SshError, UsageError
-from dynctl.launchers.files import write_atomic
+from dynctl.deploy.remote_hosts import HostSite, sweep
+from dynctl.deploy.remote_note import Remote, RemoteHost, read_remote, save_keys, save_remote
+from dynctl.errors import DynctlError, LaunchError, SshError, UsageError
 from dynctl.launchers.ssh import SshHosts
 from dynctl.launchers.ssh_config import SshOptions
 from dynctl.launchers.ssh_host import SshHost
@@ -29,24 +29,6 @@ _DRAIN_S = 5.0
 FORGET = "--forget"
 
 
-def read_remote(run: RunDir) -> Remote:
-    """Where the run is. Raises CodecError, LaunchError."""
-    try:
-        return msgspec.json.decode(run.remote.read_bytes(), type=Remote)
-    except OSError as error:
-        raise LaunchError(f"it cannot be read: {error.strerror}", where=str(run.remote)) from error
-    except msgspec.MsgspecError as error:
-        raise CodecError(f"not the record of a remote run: {error}", where=str(run.remote)) from error
-
-
-def save_remote(run: RunDir, remote: Remote) -> None:
-    """Write down where the run is. Raises LaunchError."""
-    try:
-        write_atomic(run.remote, msgspec.json.encode(remote))
-    except OSError as error:
-        raise LaunchError(f"it cannot be written: {error.strerror}", where=str(run.remote)) from error
-
-
 def run_async(work: Coroutine[Any, Any, T]) -> T:
     """Run it to its end in a loop of its own."""
     return asyncio.run(work)
@@ -55,27 +37,17 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
 def run_there(run: RunDir, verb: str, args: Sequence[str]) -> int:
     """Run a verb on the head; its exit code. After `down` every host is looked at. Raises SshError."""
     remote = read_remote(run)
-    forget = verb == "down" and FORGET in args
-    there = [word for word in args if word != FORGET]
 
     async def work() -> int:
         async with SshHosts(SshOptions.find(os.environ)) as hosts:
-            code = 0
-            try:
-                head = await hosts.connect(host_of(remote.head))
-                code = await forward(head, command_there(remote, verb, there if forget else args))
-            except SshError as error:
-                if verb != "down":
-                    raise
-                prose(str(error), style="warning")
             if verb != "down":
-                return code
+                head = await hosts.connect(host_of(remote.head))
+                return await forward(head, command_there(remote, verb, args))
+            others = asyncio.ensure_future(hosts.connect_all(host_of(host) for host in remote.hosts[1:]))
             try:
-                return await _down(run, remote, hosts, code, How("--force" in args, forget))
-            except UsageError as locked:
-                if not code:
-                    raise
-                return EXIT_CODES[locked.kind]  # the head has said so
+                return await _down(run, remote, hosts, others, args)
+            finally:
+                others.cancel()
 
     return run_async(work())
 
@@ -91,15 +63,50 @@ def command_there(remote: Remote, verb: str, args: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class How:
-    """`force`: also when it is locked; `forget`: the name is to be free whatever cannot be reached."""
+    """`force`: also when it is locked; `forget`: the name is to be free whatever cannot be reached; `ended`:
+    the head has ended all that its controller reached.
+    """
 
     force: bool
     forget: bool
+    ended: bool
 
 
-async def _down(run: RunDir, remote: Remote, hosts: SshHosts, code: int, how: How) -> int:
-    """End what the head could not: on hosts that its controller did not reach, or all without one."""
-    reached = await hosts.connect_all(host_of(host) for host in remote.hosts)
+async def _down(
+    run: RunDir,
+    remote: Remote,
+    hosts: SshHosts,
+    others: Awaitable[dict[str, SshHost | SshError]],
+    args: Sequence[str],
+) -> int:
+    """Have the head end it; then what it could not: where its controller did not reach, or all without one.
+    `others` are being dialled meanwhile.
+    """
+    code, head = 0, host_of(remote.head)
+    there = [word for word in args if word != FORGET]
+    try:
+        code = await forward(await hosts.connect(head), command_there(remote, "down", there))
+        ended = not code
+    except SshError as error:
+        prose(str(error), style="warning")
+        ended = False
+    reached = await hosts.connect_all([head]) | await others
+    try:
+        return await _sweep(run, remote, reached, code, How("--force" in args, FORGET in args, ended))
+    except UsageError as locked:
+        if not code:
+            raise
+        return EXIT_CODES[locked.kind]  # the head has said so
+
+
+async def _sweep(
+    run: RunDir,
+    remote: Remote,
+    reached: Mapping[str, SshHost | SshError],
+    code: int,
+    how: How,
+) -> int:
+    """End what is left on each host, and write down where it could not be looked."""
     sites: list[HostSite] = []
     failed: dict[str, DynctlError] = {}
     for host in remote.hosts:
@@ -109,8 +116,10 @@ async def _down(run: RunDir, remote: Remote, hosts: SshHosts, code: int, how: Ho
         else:
             failed[host.name] = there
     if sites:
-        failed |= await sweep(sites, remote.run_id, _DRAIN_S, force=how.force)
+        failed |= await sweep(sites, remote.run_id, _DRAIN_S, force=how.force, at_once=how.ended)
     over = how.forget or not failed
+    if over:
+        save_keys(run, "")
     save_remote(run, msgspec.structs.replace(remote, ended=over, left=sorted(failed)))
     if failed and how.forget:
         told = "".join(f"\n  {error}" for error in failed.values())

@@ -58,7 +58,7 @@ def line(run: RunDir, name: str) -> dict[str, Any]:
 
 def elsewhere(run: RunDir, name: str) -> dict[str, Any]:
     """What is known here of a deployment that its head looks after."""
-    from dynctl.cli.elsewhere import read_remote
+    from dynctl.deploy.remote_note import read_remote
 
     remote = read_remote(run)
     left = f", left on {', '.join(remote.left)}" if remote.left else ""

@@ -33,11 +33,17 @@ VERBS: dict[str, tuple[str, str]] = {
     "exec": ("dynctl.cli.execute:execute", "Run a command beside a worker, with its environment"),
     "planner": ("dynctl.cli.planner:planner", "What the planner decided, and why"),
     "chat": ("dynctl.cli.chat:chat", "Send one prompt, stream the answer"),
+    "bench": ("dynctl.cli.bench:bench", "Send a load and measure what users would get"),
+    "compare": (
+        "dynctl.cli.compare:compare",
+        "Two recipes at the same load: which keeps the SLA, at what cost",
+    ),
     "ls": ("dynctl.cli.ls:ls", "All deployments of this user"),
     "plan": ("dynctl.cli.plan:plan", "Show nodes, GPUs, ports and every command, start nothing"),
     "doctor": ("dynctl.cli.doctor:doctor", "Check each host before a start: what is wrong, what would help"),
     "simulate": ("dynctl.cli.simulate:simulate", "Replay a trace against a recipe, hours in seconds"),
     "profile": ("dynctl.cli.profile:profile", "Choose parallelism and replicas for a service level"),
+    "estimate": ("dynctl.cli.estimate:estimate", "Predict TTFT and TPOT of serving points, without running"),
     "validate": ("dynctl.cli.validate:validate", "Check a recipe, start nothing"),
     "schema": ("dynctl.cli.schema:schema", "JSON Schema of a recipe, for editors"),
     "recipes": ("dynctl.cli.recipes:recipes", "The recipes that come with dynctl"),
@@ -50,7 +56,8 @@ GROUPS = (
     ("Run", ("up", "down")),
     ("Change", ("scale", "restart", "drain", "undrain", "rollback", "lock", "unlock")),
     ("Look", ("ps", "status", "top", "logs", "events", "wait", "planner", "chat", "exec", "ls")),
-    ("Prepare", ("doctor", "plan", "profile", "simulate", "validate", "schema", "recipes")),
+    ("Measure", ("profile", "estimate", "simulate", "bench", "compare")),
+    ("Prepare", ("doctor", "plan", "validate", "schema", "recipes")),
     ("Tool", ("completion", "version")),
 )
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from dynctl import procfs
-from dynctl.deploy.ask import ask_controller
+from dynctl.deploy.ask import ask_controller, listens
 from dynctl.deploy.home import Home, RunDir
 from dynctl.deploy.slurm_view import job_view
 from dynctl.deploy.state import ENDED, RunState, load_state
@@ -15,10 +15,12 @@ from dynctl.deploy.stop import CONTROLLER
 from dynctl.errors import CodecError, DynctlError, UsageError
 from dynctl.launchers.local import LocalLauncher
 from dynctl.launchers.slurm_client import SlurmClient
+from dynctl.launchers.slurm_follow import load_follow_ups
 from dynctl.launchers.slurm_job import JobLauncher, JobTable, load_record
 from dynctl.protocol.deployment import DeploymentView
 
 _ANSWER_S = 2.0
+_REACHED_S = 0.3
 ENV_NAME = "DYNCTL_NAME"
 """Names the deployment for a verb that another machine has this one run."""
 ENV_RUN_ID = "DYNCTL_RUN_ID"
@@ -49,9 +51,10 @@ def launcher_of(run: RunDir) -> LocalLauncher | JobLauncher:
         return LocalLauncher()
     place = home()
     if place.root not in _tables:
-        runs = (place.run_of(name) for name in place.names())
-        records = (load_record(one.path) for one in runs if one is not None)
-        _tables[place.root] = JobTable(SlurmClient(), [one for one in records if one is not None])
+        runs = [one for name in place.names() if (one := place.run_of(name)) is not None]
+        records = [found for one in runs if (found := load_record(one.path)) is not None]
+        records += [more.job for one in runs for more in load_follow_ups(one.path)]
+        _tables[place.root] = JobTable(SlurmClient(), records)
     return JobLauncher(_tables[place.root], record, run.path)
 
 
@@ -77,16 +80,30 @@ def ask(run: RunDir) -> tuple[DeploymentView, str]:
 
     Without an answer it is what `view` gives.
     """
+    if load_record(run.path) is not None and (answer := _answer_of_job(run)) is not None:
+        return answer, ""
     seen = view(run)
     if not seen.controller_pid:
         return seen, ""
     try:
-        endpoint = state(run).registry
-        return ask_controller(
-            run, endpoint, "controller.status", None, DeploymentView, deadline_s=_ANSWER_S
-        ), ""
+        return _answer(run, state(run).registry), ""
     except DynctlError as error:
         return seen, str(error)
+
+
+def _answer_of_job(run: RunDir) -> DeploymentView | None:
+    """What the controller in a job says, without a question to Slurm; None when Slurm has to be asked."""
+    found = state(run)
+    if found.phase in ENDED or not found.registry or not listens(found.registry, _REACHED_S):
+        return None
+    try:
+        return _answer(run, found.registry)
+    except DynctlError:
+        return None
+
+
+def _answer(run: RunDir, endpoint: str) -> DeploymentView:
+    return ask_controller(run, endpoint, "controller.status", None, DeploymentView, deadline_s=_ANSWER_S)
 
 
 def state(run: RunDir) -> RunState:

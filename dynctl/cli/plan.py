@@ -11,12 +11,13 @@ from dynctl.cli import options
 from dynctl.cli.pick import home
 from dynctl.cli.plan_view import plan_text
 from dynctl.cli.render import data, json_data, prose
-from dynctl.deploy.plan import RunContext, build_plan
+from dynctl.deploy.planner import build_plan
+from dynctl.deploy.seats import RunContext
 from dynctl.deploy.slurm_script import JobContext, script_text
 from dynctl.deploy.slurm_size import assumed, on_its_parts
 from dynctl.recipe.check import check_recipe
 from dynctl.recipe.load import load_recipe
-from dynctl.topology.inventory import inventory_for
+from dynctl.topology.inventory_file import inventory_for
 
 Sbatch = Annotated[bool, typer.Option("--sbatch", help="Print the batch script of target slurm.")]
 PREVIEW = RunContext(run_id="RUN_ID", run_dir="RUN_DIR", python=sys.executable)

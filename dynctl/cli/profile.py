@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +11,7 @@ import msgspec
 import typer
 
 from dynctl.cli import options
+from dynctl.cli.profile_measured_view import measured_lines
 from dynctl.cli.profile_view import choice_text
 from dynctl.cli.render import data, json_data, program, prose
 from dynctl.engines.catalog import get
@@ -17,15 +19,23 @@ from dynctl.errors import ProfileError, UsageError
 from dynctl.perfmodel.choice import Choice, Demand, Option, Sla
 from dynctl.perfmodel.gpus import Gpu, gpu_named
 from dynctl.perfmodel.profile import Profile, load_profile
+from dynctl.perfmodel.roofline import Roofline
+from dynctl.profiler.aiconfigurator import AiConfigurator
 from dynctl.profiler.estimators import estimator_for, shape_for
 from dynctl.profiler.npz import write_npz
+from dynctl.profiler.outcome import Measurement
 from dynctl.profiler.recipe_out import recipe_text
+from dynctl.profiler.report.told import Told
+from dynctl.profiler.report.write import write_report
 from dynctl.profiler.request import demand_from, sla_of
 from dynctl.profiler.service import Asked, Outcome, run
 from dynctl.recipe.check import check_recipe, parallel_of
 from dynctl.recipe.load import LoadedRecipe, load_recipe
 from dynctl.recipe.schema import RoleSection
-from dynctl.topology.inventory import Host, Inventory, inventory_for
+from dynctl.topology.inventory import Host, Inventory
+from dynctl.topology.inventory_file import inventory_for
+
+_RECIPE = "recipe.yaml"
 
 SlaOption = Annotated[
     str,
@@ -65,6 +75,33 @@ ProfileFile = Annotated[
     list[Path] | None,
     typer.Option("--profile", metavar="FILE", help="A measured profile, again for more.", show_default=False),
 ]
+EstimatorOption = Annotated[
+    str,
+    typer.Option(
+        "--estimator",
+        metavar="E",
+        help="roofline, or aiconfigurator[:PYTHON], the Python that has it (docs/profiling.md).",
+    ),
+]
+Budget = Annotated[
+    float,
+    typer.Option(
+        "--budget",
+        metavar="TIME",
+        parser=options.duration,
+        help="For measuring and trying it, like 30m.",
+        show_default="30m",
+    ),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on where an earlier run ended: what it measured stays.")
+]
+Parallel = Annotated[
+    int,
+    typer.Option(
+        "--parallel", metavar="N", help="Layouts measured at once, at most.", show_default="as GPUs allow"
+    ),
+]
 EstimateOnly = Annotated[bool, typer.Option("--estimate-only", help="Start nothing, measure nothing.")]
 Out = Annotated[
     Path | None,
@@ -84,7 +121,11 @@ def profile(  # noqa: PLR0913 - one parameter for each option of the verb
     precision: Precision = "",
     hit_rate: HitRate = None,
     profiles: ProfileFile = None,
+    estimator: EstimatorOption = "roofline",
     estimate_only: EstimateOnly = False,
+    budget: Budget = 1800.0,
+    resume: Resume = False,
+    parallel: Parallel = 0,
     inventory: options.Inventory = None,
     target: options.Target = None,
     out: Out = None,
@@ -94,31 +135,63 @@ def profile(  # noqa: PLR0913 - one parameter for each option of the verb
 ) -> int:
     """Choose parallelism, replicas and batch limits for a service level, and write the recipe.
 
-    With --rate the fewest GPUs, else the highest rate on --gpus (default: those of the inventory, else as
-    many as the recipe uses). Prefill and decode together is always a candidate. What is chosen is written to
-    --out: a recipe for dynctl up, the profiles it rests on, and the choice as JSON.
+    Layouts that the estimate leaves open are started as dynctl up does and measured; the split chosen from
+    that is started whole and tried at the rate. With --rate the fewest GPUs are looked for, else the highest
+    rate on --gpus (default: those of the inventory, else as many as the recipe uses). Prefill and decode
+    together is always a candidate. To --out go: a recipe for dynctl up, the profiles it rests on, the choice
+    and all measurements as JSON, a report with plots, and the journal. Ctrl-C ends what was started; --resume
+    goes on from there.
 
     Examples:
 
       dynctl profile recipes/llama70b-disagg.yaml --gpu h200_sxm --gpus 16 --estimate-only
 
-      dynctl profile my.yaml --sla ttft=1s,itl=30ms --trace trace.jsonl --rate 10 --gpu h100 --estimate-only
+      dynctl profile my.yaml --sla ttft=1s,itl=30ms --trace trace.jsonl --rate 10 --gpu h100 --budget 20m
     """
-    if not estimate_only:
-        raise UsageError("give --estimate-only", hint="the choice rests on estimates and on --profile FILE")
-    loaded = load_recipe(recipe, options.with_target(set_, target), unset or (), files_here=False)
+    loaded = load_recipe(recipe, options.with_target(set_, target), unset or (), files_here=not estimate_only)
     check_recipe(loaded)
     demand = demand_from((isl, osl), trace, rate, hit_rate)
-    if gpus is not None and gpus < 1:
-        raise UsageError(f"--gpus must be 1 or more, not {gpus}")
-    machines = Machines(inventory, gpus, gpu_named(gpu) if gpu else None, precision)
+    _check_numbers(gpus, parallel, budget)
+    kind = gpu_named(gpu) if gpu else None
+    machines = Machines(inventory, gpus, kind, precision, estimator, guess=not estimate_only)
     asked = asked_of(loaded, machines, sla_of(sla, loaded.recipe.sla), demand)
     measured = [(str(path), load_profile(path)) for path in profiles or ()]
-    outcome = run(replace(asked, measured=measured, most=rate is None and trace is None))
+    asked = replace(asked, measured=measured, most=rate is None and trace is None)
     folder = out or Path(f"profile-{loaded.recipe.name}")
-    written = write_files(folder, loaded, outcome) if outcome.choice.chosen else []
-    tell(outcome, loaded, written, as_json=json_)
-    return 0 if outcome.choice.chosen else 1
+    if estimate_only:
+        outcome = run(asked)
+        return finish(asked, folder, outcome, usable=outcome.choice.chosen is not None, as_json=json_)
+    from dynctl.cli.profile_measure import How, measured_choice, tell_measured
+
+    found = measured_choice(asked, folder, How(budget, resume, parallel, inventory, gpu))
+    tell_measured(found.measurement, found.usable)
+    return finish(
+        asked, folder, found.outcome, usable=found.usable, as_json=json_, measured=found.measurement
+    )
+
+
+def _check_numbers(gpus: int | None, parallel: int, budget: float) -> None:
+    """Raises UsageError."""
+    if gpus is not None and gpus < 1:
+        raise UsageError(f"--gpus must be 1 or more, not {gpus}")
+    if parallel < 0 or not budget > 0:
+        raise UsageError("--parallel and --budget must be above 0")
+
+
+def finish(
+    asked: Asked,
+    folder: Path,
+    outcome: Outcome,
+    *,
+    usable: bool,
+    as_json: bool,
+    measured: Measurement | None = None,
+) -> int:
+    """Write a choice that is of use, tell it; the exit code."""
+    written = write_files(folder, asked.loaded, outcome) if usable else []
+    written += write_pages(folder, asked, outcome, written, measured)
+    tell(outcome, asked.loaded, written, as_json=as_json, measured=measured)
+    return 0 if usable else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +202,20 @@ class Machines:
     gpus: int | None
     kind: Gpu | None
     precision: str
+    estimator: str = "roofline"
+    guess: bool = False
 
 
 def asked_of(loaded: LoadedRecipe, machines: Machines, level: Sla, demand: Demand) -> Asked:
     """The question for the profiler, with an estimator for the recipe's engine on these machines."""
     simulated = not get(loaded.recipe.backend).features.gpus
-    estimator = estimator_for(loaded, machines.kind, machines.precision)
-    shape = None if simulated else shape_for(loaded)
+    estimator = estimator_for(
+        loaded, machines.kind, machines.precision, machines.estimator, guess=machines.guess
+    )
+    if isinstance(estimator, AiConfigurator):
+        prose(f"estimated by {estimator.label}", style="dim")
+    known = isinstance(estimator, (Roofline, AiConfigurator))
+    shape = shape_for(loaded) if known else None
     there = nodes(loaded, machines, simulated=simulated)
     return Asked(
         loaded=loaded,
@@ -182,7 +262,7 @@ def write_files(folder: Path, loaded: LoadedRecipe, outcome: Outcome) -> list[Pa
     chosen = outcome.choice.chosen
     assert chosen is not None
     folder.mkdir(parents=True, exist_ok=True)
-    recipe = folder / "recipe.yaml"
+    recipe = folder / _RECIPE
     recipe.write_text(recipe_text(loaded, chosen, head_of(chosen, loaded.file)), encoding="utf-8")
     written = [recipe]
     by_role: dict[str, Profile] = {}
@@ -205,6 +285,39 @@ def write_files(folder: Path, loaded: LoadedRecipe, outcome: Outcome) -> list[Pa
     return written
 
 
+def write_pages(
+    folder: Path,
+    asked: Asked,
+    outcome: Outcome,
+    written: list[Path],
+    measured: Measurement | None = None,
+) -> list[Path]:
+    """The report for people, on what was written already. What is missing for it is said, no more."""
+    told = Told(
+        name=asked.loaded.recipe.name,
+        recipe=asked.loaded.file,
+        choice=outcome.choice,
+        profiles=outcome.profiles,
+        gpus=asked.gpus,
+        next_command=next_command(written),
+        measured=measured,
+    )
+    try:
+        pages, missing = write_report(folder, told)
+    except OSError as error:
+        prose(f"no report: {error}", style="warning")
+        return []
+    if missing:
+        prose(f"no plots in the report: {missing}", style="warning")
+    return pages
+
+
+def next_command(written: list[Path]) -> str:
+    """What to run with the recipe that was written; "" when none was."""
+    recipe = next((path for path in written if path.name == _RECIPE), None)
+    return f"{program()} up {shlex.quote(str(recipe))}" if recipe else ""
+
+
 def head_of(chosen: Option, file: str) -> str:
     """What the written recipe says of itself."""
     predicted = chosen.predicted
@@ -215,15 +328,26 @@ def head_of(chosen: Option, file: str) -> str:
     )
 
 
-def tell(outcome: Outcome, loaded: LoadedRecipe, written: list[Path], *, as_json: bool) -> None:
+def tell(
+    outcome: Outcome,
+    loaded: LoadedRecipe,
+    written: list[Path],
+    *,
+    as_json: bool,
+    measured: Measurement | None = None,
+) -> None:
     """The choice on standard output, where things are and what comes next on standard error."""
     if as_json:
-        json_data({**as_object(outcome.choice), "files": [str(path) for path in written]})
+        told = {**as_object(outcome.choice), "files": [str(path) for path in written]}
+        json_data({**told, "measured": msgspec.to_builtins(measured)} if measured else told)
     else:
         data(choice_text(outcome.choice, loaded.recipe.name))
+        if measured is not None:
+            data("\n".join(measured_lines(measured)))
     if written:
         prose(f"wrote {', '.join(path.name for path in written)} to {written[0].parent}", style="dim")
-        prose(f"next: {program()} up {written[0]}")
+    if command := next_command(written):
+        prose(f"next: {command}")
 
 
 def as_object(choice: Choice) -> dict[str, Any]:

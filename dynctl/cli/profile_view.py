@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from dynctl.cli.render import paint, table
-from dynctl.perfmodel.choice import Choice, Option, Refused, Sla, Variation
+from dynctl.perfmodel.choice import Choice, Option, Refused, Variation
+from dynctl.profiler.phrases import milliseconds, sla_text
 
 _NAMES = {"isl": "prompts", "osl": "answers", "rate": "rate"}
 
@@ -13,20 +14,6 @@ _NAMES = {"isl": "prompts", "osl": "answers", "rate": "rate"}
 def choice_text(choice: Choice, name: str) -> str:
     """All of it."""
     return "\n".join([*_head(choice, name), "", *_verdict(choice), *_sections(choice)])
-
-
-def milliseconds(seconds: float) -> str:
-    """8.6ms, 231ms, 12.4s."""
-    if seconds >= 10:
-        return f"{seconds:.1f}s"
-    return f"{seconds * 1000:.0f}ms" if seconds >= 0.1 else f"{seconds * 1000:.1f}ms"
-
-
-def sla_text(sla: Sla) -> str:
-    """p95 TTFT ≤ 200ms, ITL ≤ 20ms."""
-    asked = [("TTFT", sla.ttft_s), ("ITL", sla.itl_s)]
-    limits = [f"{name} ≤ {milliseconds(value)}" for name, value in asked if value is not None]
-    return f"p{sla.percentile * 100:g} {', '.join(limits)}"
 
 
 def _head(choice: Choice, name: str) -> Iterator[str]:
@@ -59,12 +46,8 @@ def _verdict(choice: Choice) -> Iterator[str]:
 
 def _options(options: Sequence[Option], choice: Choice) -> str:
     rows = []
-    for number, option in enumerate(options):
+    for option in options:
         predicted = option.predicted
-        rank = "chosen" if option is choice.chosen else "runner-up" if number == 1 else ""
-        best_agg = next((one for one in options if one.mode == "aggregated"), None)
-        if not rank and option is best_agg:
-            rank = "best aggregated"
         rows.append(
             [
                 option.label,
@@ -74,7 +57,7 @@ def _options(options: Sequence[Option], choice: Choice) -> str:
                 f"{predicted.capacity:.3g}",
                 f"{predicted.tokens_per_s_per_gpu:.0f}",
                 f"{predicted.tokens_per_s_per_user:.0f}",
-                rank,
+                choice.rank(option),
             ]
         )
     return table(("SPLIT", "GPUS", "TTFT", "ITL", "MAX REQ/S", "TOK/S/GPU", "TOK/S/USER", ""), rows)

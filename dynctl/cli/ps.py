@@ -7,7 +7,8 @@ import time
 import msgspec
 
 from dynctl.cli import options
-from dynctl.cli.pick import ask, pick
+from dynctl.cli.direct import ask_from_here
+from dynctl.cli.pick import Elsewhere, ask, pick
 from dynctl.cli.render import age, data, json_data, prose, table
 from dynctl.deploy.status import ready_counts
 from dynctl.protocol.deployment import DeploymentView
@@ -21,14 +22,19 @@ def ps(name: options.Name = None, as_json: options.Json = False) -> None:
     PID is the sidecar's, ENGINE its engine's. With --json: a list of objects with role, index, instance,
     node, state, ready, pid, engine_pid, restarts, url and more.
     """
-    run = pick(name, ended=True)
-    seen, silent = ask(run)
+    try:
+        seen, silent = ask(pick(name, ended=True))
+    except Elsewhere as there:
+        answer = ask_from_here(there.run)
+        if answer is None:
+            raise
+        seen, silent = answer, ""
     if silent:
         prose(f"the controller does not answer, this is what it wrote last: {silent}", style="warning")
     if as_json:
         json_data([msgspec.to_builtins(row) for row in seen.processes])
         return
-    data(table(HEADERS, rows(seen, time.time()), state_column=4))
+    data(table(HEADERS, rows(seen, seen.at or time.time()), state_column=4))
     prose(f"{seen.name}: {seen.phase}, ready {ready_counts(seen)}, {seen.url}")
     if seen.reason:
         prose(seen.reason, style="warning")

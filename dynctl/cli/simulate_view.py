@@ -7,9 +7,9 @@ from typing import Any
 
 import msgspec
 
-from dynctl.cli.profile_view import milliseconds, sla_text
 from dynctl.cli.render import age, paint, table
 from dynctl.perfmodel.simulation import Finished, Presence, Quantiles, Result, Task
+from dynctl.profiler.phrases import milliseconds, sla_text
 from dynctl.protocol.instances import Role
 
 _BARS = " ▁▂▃▄▅▆▇█"

@@ -13,7 +13,7 @@ from dynctl.cli.pick import ask, launcher_of, pick
 from dynctl.cli.render import STATE_STYLES, data, json_data, paint
 from dynctl.deploy.ask import Health, ask_health
 from dynctl.deploy.home import RunDir
-from dynctl.deploy.slurm_view import job_facts
+from dynctl.deploy.slurm_view import follow_ups, job_facts, no_successor
 from dynctl.deploy.state import ENDED
 from dynctl.deploy.status import Diagnosis, diagnose, ready_counts
 from dynctl.launchers.last_lines import tail
@@ -48,12 +48,14 @@ def status(name: options.Name = None, watch: Watch = False, as_json: options.Jso
     looked = look_for_causes(run, seen, found)
     launcher = launcher_of(run)
     job = job_facts(launcher) if isinstance(launcher, JobLauncher) else None
+    more = [job_facts(one) for one in follow_ups(run, launcher)] if isinstance(launcher, JobLauncher) else []
     if as_json:
         told = {**as_object(seen, found, doubts), "causes": [asdict(cause) for cause in looked]}
-        json_data(told | ({"job": job} if job is not None else {}))
+        json_data(told | ({"job": job | {"follow_ups": more}} if job is not None else {}))
         return
     lines = text(run, seen, found)
-    lines[2:2] = [job["line"]] if job is not None else []
+    lines[2:2] = [job["line"], *(f"follow-up {one['line']}" for one in more)] if job is not None else []
+    lines += [f"no successor: {why}"] if (why := no_successor(run)) and seen.phase not in ENDED else []
     lines += [f"doubt: {doubt}" for doubt in doubts]
     if looked:
         from dynctl.cli.causes import causes_text

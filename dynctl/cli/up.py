@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
@@ -12,18 +12,17 @@ from typing import Annotated
 import typer
 
 from dynctl.cli import options
+from dynctl.cli.attended import Detach, Timeout, attended
 from dynctl.cli.exits import INTERRUPTED
-from dynctl.cli.live import follow, screen, ways_back
-from dynctl.cli.pick import home, launcher_of, running_names, state
-from dynctl.cli.render import data, json_data, program, prose
+from dynctl.cli.pick import home, launcher_of
+from dynctl.cli.render import prose
 from dynctl.deploy.audit import actor, note
 from dynctl.deploy.home import RunDir
-from dynctl.deploy.plan import build_plan
-from dynctl.deploy.run import Checked, Site, Up, UpRequest, check, start
+from dynctl.deploy.planner import build_plan
+from dynctl.deploy.run import Checked, Site, UpRequest, check, start
 from dynctl.deploy.seats import RunContext
 from dynctl.deploy.slurm_up import begin_in_job, check_slurm, submit
 from dynctl.deploy.stop import Stopper
-from dynctl.deploy.watch import Waiter, wait_ready
 from dynctl.errors import UsageError
 from dynctl.launchers.local import LocalLauncher
 from dynctl.launchers.slurm_client import SlurmClient
@@ -31,7 +30,6 @@ from dynctl.launchers.slurm_job import JobLauncher
 from dynctl.protocol.day2 import Actor
 from dynctl.recipe.load import load_recipe
 
-Detach = Annotated[bool, typer.Option("--detach", "-d", help="Return when it is ready.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before GPUs are taken.")]
 InJob = Annotated[
     bool,
@@ -51,16 +49,6 @@ Wheelhouse = Annotated[
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Change it also when it is locked.")]
-Timeout = Annotated[
-    float | None,
-    typer.Option(
-        "--timeout",
-        metavar="TIME",
-        parser=options.duration,
-        help="Give up and end it when it is not ready by then, like 90s or 5m.",
-        show_default=False,
-    ),
-]
 
 
 def up(  # noqa: PLR0913 - one parameter for each option of the verb
@@ -194,29 +182,3 @@ def confirmed(checked: Checked) -> bool:
         return True
     names = ", ".join(node.name for node in plan.nodes)
     return typer.confirm(f"start {plan.name} on {names} with {gpus} GPUs?", default=True, err=True)
-
-
-def attended(started: Up, stopper: Stopper, timeout: float | None, *, detach: bool, as_json: bool) -> int:
-    """Wait until it is ready, say so, and stay unless told to detach."""
-    name, ready = started.name, False
-    try:
-        with screen() as shown:
-            wait_ready(started, Waiter(stopper, shown.show), timeout)
-        ready = True
-        started = started if started.url else replace(started, url=state(started.run).url)
-        announce(started, as_json=as_json)
-        return 0 if detach else follow(started.run, started.controller, stopper)
-    except KeyboardInterrupt:
-        prose(f"\nleft {name} {'running' if ready else 'starting'}; {ways_back(name)}")
-        return 0 if ready else INTERRUPTED
-
-
-def announce(started: Up, *, as_json: bool) -> None:
-    """Say that it is ready, and where."""
-    if as_json:
-        json_data({"name": started.name, "url": started.url, "run_dir": str(started.run.path)})
-        return
-    data(started.url)
-    prose(f"{started.name} is ready: {started.url}", style="good")
-    which = "" if running_names() == [started.name] else f" --name {started.name}"
-    prose(f"try: {program()} chat{which} 'Hello'   end: {program()} down {started.name}")

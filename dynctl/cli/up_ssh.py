@@ -12,26 +12,18 @@ from pathlib import Path
 
 import msgspec
 
-from dynctl.cli.elsewhere import command_there, read_remote, run_async, save_remote
+from dynctl.cli.elsewhere import command_there, run_async
 from dynctl.cli.limit import Limit
 from dynctl.cli.pick import home
 from dynctl.cli.render import prose
 from dynctl.cli.up_ssh_again import Change, change_there
 from dynctl.deploy.home import new_run_id
-from dynctl.deploy.remote import (
-    HostSite,
-    Remote,
-    Started,
-    Wanted,
-    is_ip,
-    raise_first,
-    start,
-    sweep,
-    with_addresses,
-)
+from dynctl.deploy.remote import Started, Wanted, is_ip, start, with_addresses
+from dynctl.deploy.remote_hosts import HostSite, raise_first, sweep
+from dynctl.deploy.remote_note import Remote, read_remote, save_keys, save_remote
 from dynctl.deploy.run import Checked
 from dynctl.errors import SshError
-from dynctl.launchers.bootstrap import Bootstrap, bootstrap, find_dynctl, read_wheelhouse
+from dynctl.launchers.bootstrap import Bootstrap, bootstrap, find_dynctl, named_dynctl, read_wheelhouse
 from dynctl.launchers.probe import probe
 from dynctl.launchers.ssh import SshHosts
 from dynctl.launchers.ssh_config import SshOptions
@@ -99,7 +91,9 @@ async def _reach(checked: Checked, hosts: SshHosts) -> tuple[dict[str, SshHost],
 
 async def _look(checked: Checked, reached: Mapping[str, SshHost], how: How) -> tuple[Checked, list[HostSite]]:
     """What each host is: interpreter, GPUs, address, ports in use."""
-    wheel = await asyncio.to_thread(own_wheel)
+    # Made of all files of dynctl, so only for hosts where its digest says where to look.
+    unnamed = how.bootstrap or not all(host.python for host in checked.inventory.hosts)
+    wheel = await asyncio.to_thread(own_wheel) if unnamed else None
     looks = (
         _look_at(host, reached[host.name], wheel, how)
         for host in checked.inventory.hosts
@@ -113,13 +107,15 @@ async def _look(checked: Checked, reached: Mapping[str, SshHost], how: How) -> t
     return replace(checked, inventory=inventory), [site for site, _, _ in seen]
 
 
-async def _look_at(host: Host, shell: SshHost, wheel: Wheel, how: How) -> tuple[HostSite, HostFacts, str]:
+async def _look_at(
+    host: Host, shell: SshHost, wheel: Wheel | None, how: How
+) -> tuple[HostSite, HostFacts, str]:
     told, python, address = await asyncio.gather(
         probe(shell, HostQuestion(), python=host.python), _dynctl(host, shell, wheel, how), reached_at(shell)
     )
     there = host.directory.replace("~", told.home, 1) if host.directory else f"{told.home}/.dynctl"
     taken, busy = frozenset(told.listening), busy_gpus(told)
-    return HostSite(host.name, shell, python, there, taken, host.ssh, busy), told, address
+    return HostSite(host.name, shell, python, there, taken, host.ssh, busy, shell.dialled), told, address
 
 
 def busy_gpus(told: HostFacts) -> dict[int, str]:
@@ -131,8 +127,10 @@ def busy_gpus(told: HostFacts) -> dict[int, str]:
     }
 
 
-async def _dynctl(host: Host, shell: SshHost, wheel: Wheel, how: How) -> str:
+async def _dynctl(host: Host, shell: SshHost, wheel: Wheel | None, how: How) -> str:
     """The interpreter there that has this dynctl, brought there if that was asked for."""
+    if wheel is None:
+        return await named_dynctl(shell, host, metadata.version("dynctl"))
     if not how.bootstrap:
         return await find_dynctl(shell, host, wheel)
     wheels = read_wheelhouse(how.wheelhouse, wheel) if how.wheelhouse is not None else {}
@@ -153,9 +151,10 @@ async def reached_at(shell: SshHost) -> str:
     return words[0]
 
 
-def note(remote: Remote) -> None:
+def note(remote: Remote, keys: str) -> None:
     """Write down here where a run is: its name means that from now on. Raises LaunchError, UsageError.
 
+    The keys, too, where its controller can be asked from here: whoever may read them may read them there.
     Hosts of the same run that could not be reached this time stay written down: they may hold parts of it.
     """
     place = home().make_note(remote.name)
@@ -164,6 +163,7 @@ def note(remote: Remote) -> None:
         names = {host.name for host in remote.hosts}
         kept = [host for host in before.hosts if host.name not in names]
         remote = msgspec.structs.replace(remote, hosts=[*remote.hosts, *kept])
+    save_keys(place, keys if remote.controller else "")
     save_remote(place, remote)
 
 

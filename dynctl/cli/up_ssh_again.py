@@ -7,12 +7,13 @@ from importlib import metadata
 
 import msgspec
 
-from dynctl.cli.elsewhere import command_there, host_of, read_remote
+from dynctl.cli.elsewhere import command_there, host_of
 from dynctl.cli.limit import Limit
 from dynctl.cli.pick import home
+from dynctl.deploy.claim import same_text
 from dynctl.deploy.home import next_name
-from dynctl.deploy.remote import Remote
-from dynctl.deploy.run import Checked, same_text
+from dynctl.deploy.remote_note import Remote, read_remote
+from dynctl.deploy.run import Checked
 from dynctl.errors import LaunchError
 from dynctl.launchers.ssh import SshHosts
 from dynctl.launchers.ssh_host import SshHost

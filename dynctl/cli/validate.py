@@ -7,11 +7,11 @@ import os
 from dynctl.cli import options
 from dynctl.cli.plan import PREVIEW
 from dynctl.cli.render import data, json_data, prose
-from dynctl.deploy.plan import build_plan
+from dynctl.deploy.planner import build_plan
 from dynctl.deploy.preflight import require_certificate, require_programs
 from dynctl.recipe.check import check_recipe
 from dynctl.recipe.load import load_recipe
-from dynctl.topology.inventory import inventory_for
+from dynctl.topology.inventory_file import inventory_for
 
 
 def validate(

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from functools import partial
 
 from dynctl import procfs
+from dynctl.controller.moving import More, NoMore
 from dynctl.controller.service import Controller, Parts, run_dir_of
 from dynctl.deploy.gpus import hold
 from dynctl.deploy.home import Home, RunDir
@@ -79,8 +80,10 @@ async def serve(
     incarnation: int,
     fleet: Fleet | None = None,
     endings: Mapping[signal.Signals, float] | None = None,
+    more: More | None = None,
 ) -> None:
-    """Read the run and look after it. `fleet` None: as the plan says (`fleet_of`).
+    """Read the run and look after it. `fleet` None: as the plan says (`fleet_of`). `more`: a way to nodes
+    beyond the plan's.
 
     SIGTERM and SIGINT have it leave what runs to another controller. `endings`: signals that have it end the
     deployment instead, each with the seconds that requests have to end.
@@ -97,7 +100,9 @@ async def serve(
     )
     plan = Plan.from_json(run.plan.read_bytes())
     keys = Keys.load(run.keys)
-    controller = Controller(Parts(run, plan, keys, fleet or fleet_of(plan, run, keys)), state)
+    controller = Controller(
+        Parts(run, plan, keys, fleet or fleet_of(plan, run, keys), more or NoMore()), state
+    )
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, controller.leave)

@@ -18,11 +18,12 @@ from dynctl.controller.claims import Claims
 from dynctl.controller.rolling import changing
 from dynctl.deploy.audit import audit
 from dynctl.deploy.beside import EXEC_MOST_S, beside
+from dynctl.deploy.claim import same_text
+from dynctl.deploy.digest import plan_digest
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.plan import Plan
-from dynctl.deploy.replan import plan_digest
+from dynctl.deploy.records import SEAT_KINDS
 from dynctl.deploy.reseat import reseat
-from dynctl.deploy.run import SEAT_KINDS, same_text
 from dynctl.deploy.state import LockRecord, RunState
 from dynctl.deploy.status import lock_words
 from dynctl.errors import DynctlError, LaunchError, UsageError

@@ -3,16 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Protocol
 
-from dynctl.deploy.amend import hosts_of
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.plan import Plan
-from dynctl.deploy.rehome import rehome
-from dynctl.deploy.replan import Room
-from dynctl.deploy.slurm_size import on_its_parts
-from dynctl.deploy.slurm_up import staged_recipe
+from dynctl.deploy.room import Room
 from dynctl.deploy.state import RunState
-from dynctl.recipe.load import load_recipe
+
+
+class More(Protocol):
+    """A way to more nodes than a deployment has. `grown` counts how often it has got some."""
+
+    grown: int
+
+    def want(self, nodes: frozenset[str], lost: frozenset[str], plan: Plan) -> None:
+        """There is no room for the workers of `nodes`, among those `lost`; none: no more is wanted.
+
+        Said again and again. Does not block.
+        """
+        ...
+
+    def told(self) -> str:
+        """What it waits for, for people; "" = nothing."""
+        ...
+
+    async def dismiss(self) -> None:
+        """The run has ended: give all back. Called before `close`, if at all."""
+        ...
+
+    async def close(self) -> None:
+        """Look after it no longer; what has been got stays."""
+        ...
+
+
+class NoMore:
+    """The nodes are those of the plan."""
+
+    grown = 0
+
+    def want(self, nodes: frozenset[str], lost: frozenset[str], plan: Plan) -> None:
+        """As `More`."""
+
+    def told(self) -> str:
+        """As `More`."""
+        return ""
+
+    async def dismiss(self) -> None:
+        """As `More`."""
+
+    async def close(self) -> None:
+        """As `More`."""
+
 
 _SERVES = ("ready", "draining", "silent")
 
@@ -32,6 +73,13 @@ def elsewhere(run: RunDir, plan: Plan, nodes: Collection[str], room: Room) -> Pl
     Raises PlacementError when there is no room, RecipeError, CodecError for a run that cannot be read. Reads
     files: not for the event loop.
     """
+    # Here, since recipes are slow to load, and most controllers never move anything.
+    from dynctl.deploy.amend import hosts_of
+    from dynctl.deploy.rehome import rehome
+    from dynctl.deploy.slurm_size import on_its_parts
+    from dynctl.deploy.slurm_up import staged_recipe
+    from dynctl.recipe.load import load_recipe
+
     loaded = load_recipe(run.lock, (), (), files_here=False)
     if loaded.recipe.target == "slurm":
         loaded = on_its_parts(staged_recipe(loaded))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import re
 import sys
 import time
 from collections import Counter
@@ -18,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 
+from dynctl.controller.planner_watch import LOOK_S, Note, has_section
 from dynctl.controller.rolling import Unit, units_of
 from dynctl.deploy.amend import apply, hosts_of, read_plan, rescaled
 from dynctl.deploy.audit import actor
@@ -41,9 +41,6 @@ from dynctl.recipe.load import load_recipe
 
 logger = logging.getLogger(__name__)
 
-_LOOK_S = 1.0
-"""Between two looks whether there is a planner now."""
-_SECTION = re.compile(r"^planner:", re.MULTILINE)
 _OLD = 10
 """Intervals after which the demand of before a restart says nothing any more."""
 
@@ -54,7 +51,7 @@ class PlanDesk:
 
     run: RunDir
     state: RunState
-    note: Callable[[str, dict[str, str | int | float]], None]
+    note: Note
     tell: Callable[[PlannerFigures], None]
 
 
@@ -93,7 +90,7 @@ class Planning:
             config = await self._configured()
             if config is None or self._desk.state.phase not in ("ready", "degraded"):
                 self._before = None
-                await asyncio.sleep(_LOOK_S)
+                await asyncio.sleep(LOOK_S)
                 continue
             try:
                 await self._tick(config)
@@ -268,7 +265,7 @@ def _stamp(run: RunDir) -> tuple[int, int]:
 def _read(run: RunDir, stamp: tuple[int, int]) -> _Rules:
     """The rules in the run's recipe."""
     try:
-        if not _SECTION.search(run.lock.read_text()):
+        if not has_section(run):
             return _Rules(stamp)  # most have none: nothing is parsed for it
         loaded = load_recipe(run.lock, (), (), files_here=False)
         if loaded.recipe.planner is None or not loaded.recipe.planner.enabled:

@@ -12,7 +12,7 @@ import logging
 import signal
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -40,14 +40,14 @@ from dynctl.controller.moves import (
     Terminate,
     Tick,
 )
-from dynctl.controller.moving import elsewhere, stranded
-from dynctl.controller.planning import PlanDesk, Planning
+from dynctl.controller.moving import More, NoMore, elsewhere, stranded
+from dynctl.controller.planner_watch import plan_replicas
 from dynctl.controller.supervise import Supervisor
 from dynctl.deploy.events import append_event
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.plan import Plan
-from dynctl.deploy.rehome import moved_seats
-from dynctl.deploy.replan import Room, merged
+from dynctl.deploy.reseat import moved_seats
+from dynctl.deploy.room import Room, merged
 from dynctl.deploy.state import RunState, SeatRecord, encode_state
 from dynctl.deploy.status import view_of
 from dynctl.discovery.adapters import Adapters
@@ -58,7 +58,7 @@ from dynctl.launchers.base import Launch, ProcessHandle
 from dynctl.launchers.files import write_atomic
 from dynctl.launchers.fleet import Fleet, Seated
 from dynctl.protocol.day2 import RoomReply
-from dynctl.protocol.deployment import DownCall, DownReply
+from dynctl.protocol.deployment import DeploymentView, DownCall, DownReply
 from dynctl.protocol.planner import PLANNER_TOPIC
 from dynctl.transport.control import ControlServer, read_body
 from dynctl.transport.event_plane import Publisher
@@ -86,6 +86,7 @@ class Parts:
     plan: Plan
     keys: Keys
     fleet: Fleet
+    more: More = field(default_factory=NoMore)
 
 
 class Controller:
@@ -101,9 +102,6 @@ class Controller:
         self._publisher = Publisher(parts.keys, parts.plan.membership)
         self._registry = Registry(self._publisher, on_change=self._members_changed)
         self._registry.want(state.roles)
-        self._planning = Planning(
-            PlanDesk(parts.run, state, self._note, partial(self._publisher.publish, PLANNER_TOPIC))
-        )
         self._adapters = Adapters(_content(parts.run.adapters), partial(write_atomic, parts.run.adapters))
         self._server = ControlServer(parts.keys, parts.plan.registry, self._answer)
         self._lanes: dict[str, deque[Instruction]] = {}
@@ -112,7 +110,8 @@ class Controller:
         self._moving: asyncio.Task[None] | None = None
         self._planner: asyncio.Task[None] | None = None
         self._move_at = 0.0
-        self._no_room: tuple[frozenset[str], frozenset[str], Plan] | None = None
+        self._no_room: tuple[frozenset[str], frozenset[str], Plan, int] | None = None
+        self._roomless: frozenset[str] = frozenset()
         self._moved_from: dict[str, dict[str, int]] = {}
         self._wake = asyncio.Event()
         self._saved = b""
@@ -121,6 +120,10 @@ class Controller:
         self._save_at = 0.0
         self._left = False
         self._finishing = False
+
+    async def _plan(self) -> None:
+        tell = partial(self._publisher.publish, PLANNER_TOPIC)
+        await plan_replicas(self._parts.run, self._state, self._note, tell)
 
     async def run(self) -> None:
         """Until the deployment is ended or this process is told to leave. Raises PortInUse, LaunchError."""
@@ -131,13 +134,15 @@ class Controller:
             self._server.start()
             self._registry.start()
             self._take_over(alive)
-            self._planner = asyncio.get_running_loop().create_task(self._planning.run(), name="planner")
+            self._planner = asyncio.create_task(self._plan(), name="planner")
             await self._work()
         finally:
             await self._end_lanes()
             await self._claims.close()
             if self._finishing:
+                await self._parts.more.dismiss()
                 await self._parts.fleet.dismiss()
+            await self._parts.more.close()
             await self._parts.fleet.close()
             await self._server.close()
             await self._registry.close()
@@ -231,7 +236,7 @@ class Controller:
         if op.startswith("adapters."):
             return self._adapters.handle(op, body)
         if op in ("controller.ps", "controller.status"):
-            return view_of(self._state, str(self._parts.run.path), _believed)
+            return self._view()
         if op == "controller.down":
             drain_s = read_body(body, DownCall).drain_s
             self._feed(Stop(max(0.0, drain_s)))
@@ -242,6 +247,11 @@ class Controller:
             return await self._day2.handle(op, body)
         hint = "registry.*, adapters.*, controller.ps, .status, .down, .room, .apply, .drain, .lock or .exec"
         raise DiscoveryError(f"unknown op {op!r}", hint=hint)
+
+    def _view(self) -> DeploymentView:
+        seen = view_of(self._state, str(self._parts.run.path), _believed)
+        why = "; ".join(filter(None, (seen.reason, self._parts.more.told())))
+        return msgspec.structs.replace(seen, reason=why, at=time.time())
 
     def _poll(self) -> None:
         """Look which processes have ended."""
@@ -270,10 +280,13 @@ class Controller:
 
     def _see_to_moves(self) -> None:
         """Have workers of lost nodes started elsewhere, again and again until they are."""
-        nodes = stranded(self._state, self._lost)
-        if not nodes or not self._state.ready_once or self._supervisor.stopping:
+        if not self._state.ready_once or self._supervisor.stopping:
             return
-        tried = (nodes, frozenset(self._lost), self._day2.plan)
+        nodes, more = stranded(self._state, self._lost), self._parts.more
+        more.want(nodes & self._roomless, frozenset(self._lost), self._day2.plan)
+        if not nodes:
+            return
+        tried = (nodes, frozenset(self._lost), self._day2.plan, more.grown)
         at_it = self._moving is not None and not self._moving.done()
         wait_s = NO_ROOM_AGAIN_S if tried == self._no_room else 0.0
         if at_it or time.monotonic() < self._move_at + wait_s:
@@ -281,7 +294,7 @@ class Controller:
         self._move_at = time.monotonic() + MOVE_AGAIN_S
         self._moving = asyncio.get_running_loop().create_task(self._move(*tried), name="move")
 
-    async def _move(self, nodes: frozenset[str], lost: frozenset[str], before: Plan) -> None:
+    async def _move(self, nodes: frozenset[str], lost: frozenset[str], before: Plan, grown: int) -> None:
         """Start the workers of these nodes on others, if there is room, which their GPUs are claimed for."""
         try:
             room = merged(Room(lost=dict.fromkeys(lost, "")), await self._parts.fleet.room())
@@ -290,10 +303,10 @@ class Controller:
                 if lost == self._lost and self._day2.plan is before and not self._supervisor.stopping:
                     self._take_moved(before, plan)  # else it is seen to anew, as it is by then
         except DynctlError as error:
-            tried = (nodes, lost, before)
+            tried = (nodes, lost, before, grown)
             if tried != self._no_room:
                 self._note("node.no_room", {"node": ", ".join(sorted(nodes)), "message": str(error)})
-            self._no_room = tried
+            self._no_room, self._roomless = tried, nodes
 
     def _take_moved(self, before: Plan, plan: Plan) -> None:
         left = {seat: before.process(seat).node for seat in moved_seats(before, plan)}

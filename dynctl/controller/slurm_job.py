@@ -13,10 +13,12 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 from dynctl.controller.__main__ import leave_word, only_one, serve
 from dynctl.controller.service import run_dir_of
+from dynctl.controller.slurm_follow_up import SlurmFollowUps, Ways
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.slurm_inventory import Allocation, allocation
 from dynctl.deploy.slurm_up import plan_in_job
@@ -25,8 +27,10 @@ from dynctl.errors import DynctlError, LaunchError
 from dynctl.http.runtime import run as run_loop
 from dynctl.launchers.base import RunRef
 from dynctl.launchers.slurm_client import SlurmClient
-from dynctl.launchers.slurm_fleet import JobSite, SlurmFleet, run_on
+from dynctl.launchers.slurm_fleet import SlurmFleet
+from dynctl.launchers.slurm_follow import load_follow_ups
 from dynctl.launchers.slurm_job import ABANDONED, JobRecord
+from dynctl.launchers.slurm_step import JobSite, run_on
 from dynctl.observability.logs import setup
 
 logger = logging.getLogger("dynctl.controller")
@@ -76,15 +80,18 @@ def begin(run: RunDir, environ: Mapping[str, str]) -> int:
     remember(run, given)
     incarnation = state.controller.incarnation + 1
     if not state.registry:
-        stager = partial(stage_on, given.site, run)
+        stager = partial(stage_on, given.site, run=run)
         state = plan_in_job(run, given, environ, stager)
-    fleet = SlurmFleet(client, given.site, RunRef(run.run_id, run.path))
-    run_loop(serve(run, incarnation, fleet, endings(state)))
+    follow_ups = load_follow_ups(run.path)
+    site = replace(given.site, others={node: one.job.job_id for one in follow_ups for node in one.nodes})
+    fleet = SlurmFleet(client, site, RunRef(run.run_id, run.path))
+    more = SlurmFollowUps(Ways(run, client, fleet, site, partial(stage_on, run=run)), follow_ups)
+    run_loop(serve(run, incarnation, fleet, endings(state), more))
     after = load_state(run.state)
     return 1 if after is not None and after.phase == "failed" else 0
 
 
-def stage_on(site: JobSite, run: RunDir, source: str, target: str, nodes: Sequence[str]) -> None:
+def stage_on(site: JobSite, source: str, target: str, nodes: Sequence[str], *, run: RunDir) -> None:
     """Copy a model to the disks of these nodes, all at the same time. Raises LaunchError."""
     logger.info("model.staging from=%s to=%s nodes=%s", source, target, " ".join(nodes))
     argv = [sys.executable, "-m", "dynctl.deploy.stage", "--from", source, "--to", target]

@@ -6,6 +6,7 @@ service with it, so another one takes over from it. Light, since it does nothing
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ MOST_RESTARTS = 10
 STABLE_S = 600.0
 """A controller that has lived so long was well: earlier ones no longer count."""
 _PAUSE_S = 0.5
+_PR_SET_PDEATHSIG = 1
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -42,13 +44,19 @@ def main() -> int:
     while True:
         started = time.monotonic()
         argv = [sys.executable, "-u", "-m", "dynctl.controller.slurm_job", *args]
-        child = subprocess.Popen(argv)
+        child = subprocess.Popen(argv, preexec_fn=die_together)
         code = child.wait()
         restarts = 0 if time.monotonic() - started > STABLE_S else restarts + 1
         if code >= 0 or told or restarts > MOST_RESTARTS:
             return code if code >= 0 else 128 - code
         sys.stderr.write(f"the controller was killed by signal {-code}: another one takes over\n")
         time.sleep(_PAUSE_S)
+
+
+def die_together() -> None:
+    """In the child, before it begins: it is killed with us, since the job ends with us."""
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
 
 
 if __name__ == "__main__":

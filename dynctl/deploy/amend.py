@@ -9,19 +9,13 @@ from pathlib import Path
 import msgspec
 
 from dynctl.deploy.ask import ask_controller
+from dynctl.deploy.digest import plan_digest
 from dynctl.deploy.gpus import others
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.plan import Plan
 from dynctl.deploy.ports import listening
-from dynctl.deploy.replan import (
-    Room,
-    as_before,
-    merged,
-    plan_digest,
-    replan,
-    with_stand_ins,
-    without_stand_ins,
-)
+from dynctl.deploy.replan import as_before, replan, with_stand_ins, without_stand_ins
+from dynctl.deploy.room import Room, merged
 from dynctl.deploy.run import INVENTORY, Site, reserved_ports
 from dynctl.errors import CodecError, LaunchError, UsageError
 from dynctl.protocol.day2 import Actor, ApplyCall, Done, NodeRoom, RoomReply

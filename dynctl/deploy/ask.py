@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import socket
 import ssl
 from dataclasses import dataclass
 from typing import TypeVar
@@ -41,6 +42,16 @@ def ask_controller(
             client.close()
 
     return asyncio.run(call())
+
+
+def listens(endpoint: str, timeout_s: float) -> bool:
+    """Whether somebody listens at a tcp:// endpoint: a quick look; a call would wait for one to come."""
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
+    except OSError:
+        return False
+    return True
 
 
 def open_frontend(url: str, timeout_s: float) -> http.client.HTTPConnection:

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from dynctl.deploy.plan import PlannedProcess
+from dynctl.deploy.plan import Plan, PlannedProcess
 
 _TOLD_LIVE = "roles"
 """Replicas by role, in the spec of a frontend: told by the registry too, whenever they change."""
@@ -78,3 +78,8 @@ def _only(these: list[str], others: list[str]) -> list[str]:
 def _place(process: PlannedProcess) -> str:
     gpus = ",".join(map(str, process.gpus))
     return process.node + (f" GPU {gpus}" if gpus else "")
+
+
+def plan_digest(plan: Plan) -> str:
+    """A short name for a plan."""
+    return hashlib.sha256(plan.to_json().encode()).hexdigest()[:16]

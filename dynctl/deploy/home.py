@@ -149,7 +149,8 @@ class Home:
             for folder in kept:
                 if folder.is_dir():
                     make_private(folder)
-            probe = self.runs / f".probe.{os.getpid()}"
+            # Not named for its pid: hosts that share this home have the same ones.
+            probe = self.runs / f".probe.{secrets.token_hex(6)}"
             probe.touch(mode=0o600)
             probe.unlink()
             free = shutil.disk_usage(self.runs).free

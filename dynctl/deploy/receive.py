@@ -12,10 +12,10 @@ import sys
 import msgspec
 
 from dynctl.command import Command
+from dynctl.deploy.claim import may_adopt, new_controller, same_recipe
 from dynctl.deploy.gpus import FILE as GPUS_FILE
 from dynctl.deploy.gpus import claim_of, locked, require_free
 from dynctl.deploy.home import LOCK_S, Home, RunDir, make_private
-from dynctl.deploy.run import may_adopt, new_controller, same_recipe
 from dynctl.deploy.state import ENDED, load_state, readable_state, save_state
 from dynctl.deploy.status import lock_words
 from dynctl.deploy.stop import CONTROLLER, Stopper, stop_run

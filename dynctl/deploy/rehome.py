@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from dynctl.deploy.plan import Kept, Plan, PlannedProcess, build_plan
-from dynctl.deploy.replan import Room, context_of, keeping_off, kept_of, ports_taken
+from dynctl.deploy.plan import Kept, Plan, PlannedProcess
+from dynctl.deploy.planner import build_plan
+from dynctl.deploy.replan import context_of, keeping_off, kept_of, ports_taken
+from dynctl.deploy.room import Room
 from dynctl.errors import PlacementError
 from dynctl.recipe.load import LoadedRecipe
 from dynctl.topology.inventory import Inventory
@@ -39,12 +41,6 @@ def rehome(
     if {p.id for p in plan.processes} != {p.id for p in old.processes}:
         raise PlacementError("the replicas of the lost node would be cut up in another way elsewhere")
     return plan
-
-
-def moved_seats(old: Plan, new: Plan) -> list[str]:
-    """The workers that are on another node in `new`."""
-    was = {process.id: process.node for process in old.processes}
-    return [p.id for p in new.processes if p.kind == "worker" and was.get(p.id) != p.node]
 
 
 def _unfit(old: Plan, moved: Collection[tuple[str, int]], lost: Collection[str]) -> set[str]:

@@ -9,121 +9,28 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
-
-import msgspec
 
 from dynctl.deploy.gpus import SHARE_HINT
-from dynctl.deploy.plan import Plan, PlannedProcess, build_plan
-from dynctl.deploy.receive import Answer, Call, Claim, Join, Look, Spawn, Sweep
+from dynctl.deploy.plan import Plan, PlannedProcess
+from dynctl.deploy.planner import build_plan
+from dynctl.deploy.receive import Answer, Claim, Join, Look, Spawn
+from dynctl.deploy.remote_hosts import ANSWER_S, HostSite, raise_first, sweep
+from dynctl.deploy.remote_note import Remote, RemoteHost
 from dynctl.deploy.run import Checked, run_files
 from dynctl.deploy.seats import ENGINE_KEY_FILE, KEYS_FILE, NodeContext, RunContext
 from dynctl.deploy.stop import CONTROLLER
 from dynctl.errors import (
-    CodecError,
     DynctlError,
     LaunchError,
-    NotReady,
     PlacementError,
-    PortInUse,
-    UsageError,
 )
-from dynctl.topology.inventory import Host, Inventory, Ssh
+from dynctl.topology.inventory import Host, Inventory
 from dynctl.topology.ports import first_port_of
 from dynctl.transport.keys import Keys, save_engine_key
-
-ANSWER_S = 30.0
-_KINDS: dict[str, type[DynctlError]] = {
-    kind.kind: kind for kind in (UsageError, PlacementError, LaunchError, PortInUse, NotReady, CodecError)
-}
-
-
-class Done(Protocol):
-    """How a command on a host ended."""
-
-    @property
-    def code(self) -> int: ...
-    @property
-    def stdout(self) -> bytes: ...
-    @property
-    def stderr(self) -> bytes: ...
-
-
-class Shell(Protocol):
-    """A host that commands can be run on. Raises LaunchError with the host when it cannot be reached."""
-
-    async def run(
-        self,
-        argv: Sequence[str],
-        *,
-        stdin: bytes = b"",
-        timeout_s: float,
-        env: Mapping[str, str] | None = None,
-    ) -> Done: ...
-
-
-@dataclass(frozen=True, slots=True)
-class HostSite:
-    """What `up` needs of one host: `python` runs dynctl, `home` is its directory, `taken` are ports in use,
-    `ssh` how it is reached, `busy` who uses which GPU.
-    """
-
-    name: str
-    shell: Shell
-    python: str
-    home: str
-    taken: frozenset[int] = frozenset()
-    ssh: Ssh = field(default_factory=Ssh)
-    busy: Mapping[int, str] = field(default_factory=dict)
-
-    async def ask(self, call: Call, timeout_s: float = ANSWER_S) -> Answer:
-        """Have dynctl on the host do something. Raises what it raised there, with the host's name."""
-        argv = (self.python, "-m", "dynctl.deploy.receive")
-        env = {"DYNCTL_HOME": self.home}
-        done = await self.shell.run(argv, stdin=msgspec.json.encode(call), timeout_s=timeout_s, env=env)
-        lines = done.stdout.splitlines()
-        try:
-            told = msgspec.json.decode(lines[-1] if lines else b"", type=Answer)
-        except msgspec.MsgspecError:
-            said = done.stderr.decode("utf-8", "replace").strip().splitlines()
-            why = said[-1] if said else f"exit code {done.code}"
-            raise LaunchError(f"dynctl there did not answer: {why}", where=self.name) from None
-        if told.error:
-            where = f"{self.name}:{told.where}" if told.where else self.name
-            raise _KINDS.get(told.error, LaunchError)(told.message, where=where, hint=told.hint)
-        return told
-
-
-class RemoteHost(msgspec.Struct, frozen=True, kw_only=True):
-    """One host of such a run, as `HostSite` has it."""
-
-    name: str
-    python: str
-    home: str
-    ssh: Ssh
-
-
-class Remote(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a run is that other machines look after. `hosts` in the order of the inventory, the head first.
-
-    `left`: hosts on which processes may be left, since they could not be reached when it was ended.
-    """
-
-    name: str
-    run_id: str
-    hosts: list[RemoteHost]
-    recipe: str
-    ended: bool = False
-    left: list[str] = []
-    version: int = 1
-
-    @property
-    def head(self) -> RemoteHost:
-        """The host that the controller runs on."""
-        return self.hosts[0]
 
 
 def contexts(sites: Iterable[HostSite], run_id: str) -> RunContext:
@@ -189,17 +96,54 @@ class Started:
     adopted: bool
     running: bool
     inventory: Inventory
+    secrets: Mapping[str, str] = field(repr=False)
 
 
 async def start(
-    checked: Checked, wanted: Wanted, sites: Sequence[HostSite], note: Callable[[Remote], None]
+    checked: Checked, wanted: Wanted, sites: Sequence[HostSite], note: Callable[[Remote, str], None]
 ) -> Started:
     """Plan, hand out, start. `sites` has a host for each of the inventory, in its order. `note` is told where
-    the run will be before anything of it is anywhere: whatever becomes of this process, it can be ended.
+    the run will be, and its keys, before anything of it is anywhere: whatever becomes of this process, it can
+    be ended.
 
     When a host fails, nothing is left on any. What lives of the same recipe is given what it lacks: agents, a
     controller. Raises UsageError when the name is taken on the head, PlacementError, PortInUse, LaunchError.
     """
+    async with _opened(sites) as opened:
+        return await _start(checked, wanted, sites, note, opened)
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """dynctl on a host, started and waiting to be told what to do."""
+
+    call: asyncio.Future[Claim | Join]
+    answer: asyncio.Task[Answer]
+
+
+@asynccontextmanager
+async def _opened(sites: Sequence[HostSite]) -> AsyncIterator[dict[str, _Opened]]:
+    """dynctl on each host, which loads while the plan is made; what is told nothing ends with the block."""
+    made = {}
+    for site in sites:
+        call: asyncio.Future[Claim | Join] = asyncio.get_running_loop().create_future()
+        made[site.name] = _Opened(call, asyncio.create_task(site.ask(call, 2 * ANSWER_S)))
+    try:
+        yield made
+    finally:
+        tasks = [one.answer for one in made.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _start(
+    checked: Checked,
+    wanted: Wanted,
+    sites: Sequence[HostSite],
+    note: Callable[[Remote, str], None],
+    opened: Mapping[str, _Opened],
+) -> Started:
     name, head, lock = checked.loaded.recipe.name, sites[0], wanted.lock
     living = await head.ask(Look(name=name, lock=lock))
     if living.run_id:
@@ -211,12 +155,18 @@ async def start(
         if not wanted.share_gpus:
             require_idle(plan, sites)
     used = [site for site in sites if any(node.name == site.name for node in plan.nodes)]
+    adopted = bool(living.run_id)
     started = Started(
-        plan, _remote(plan, used, checked), bool(living.run_id), living.running, checked.inventory
+        plan,
+        _remote(plan, used, checked),
+        adopted,
+        living.running,
+        checked.inventory,
+        await _secrets_of(head, plan.run_id) if adopted else _secrets(),
     )
-    note(started.remote)
+    note(started.remote, started.secrets[KEYS_FILE])
     try:
-        await _hand_out(started, wanted, used)
+        await _hand_out(started, wanted, used, opened)
     except BaseException:
         if not started.adopted:
             await sweep(used, plan.run_id, 0.0)
@@ -224,10 +174,11 @@ async def start(
     return started
 
 
-async def _hand_out(started: Started, wanted: Wanted, sites: Sequence[HostSite]) -> None:
+async def _hand_out(
+    started: Started, wanted: Wanted, sites: Sequence[HostSite], opened: Mapping[str, _Opened]
+) -> None:
     """All at once: whether the name is free has been asked for, and is once more when the head takes it."""
-    plan, head = started.plan, sites[0]
-    secret = await _secrets_of(head, plan.run_id) if started.adopted else _secrets()
+    plan, head, secret = started.plan, sites[0], dict(started.secrets)
     claim = Claim(
         name=plan.name,
         run_id=plan.run_id,
@@ -250,12 +201,13 @@ async def _hand_out(started: Started, wanted: Wanted, sites: Sequence[HostSite])
         for site in sites[1:]
     ]
     calls: list[Claim | Join] = [claim, *joins]
-    asked = [
-        (site, call)
-        for site, call in zip(sites, calls, strict=True)
-        if call is not claim or not started.running
-    ]
-    answers = await asyncio.gather(*(site.ask(call) for site, call in asked), return_exceptions=True)
+    asked = []
+    for site, call in zip(sites, calls, strict=True):
+        if call is not claim or not started.running:
+            if not opened[site.name].call.done():  # its time is up already
+                opened[site.name].call.set_result(call)
+            asked.append(opened[site.name].answer)
+    answers = await asyncio.gather(*asked, return_exceptions=True)
     raise_first(answers)
 
 
@@ -270,19 +222,6 @@ def require_idle(plan: Plan, sites: Iterable[HostSite]) -> None:
         users = [f"GPU {gpu} by {site.busy[gpu]}" for gpu in sorted(taken.intersection(site.busy))]
         if users:
             raise PlacementError(f"in use already: {', '.join(users)}", where=site.name, hint=SHARE_HINT)
-
-
-def raise_first(answers: Iterable[object]) -> None:
-    """Raise what several hosts raised as one error: the first, with what the others said in its message."""
-    errors = [one for one in answers if isinstance(one, BaseException)]
-    if not errors:
-        return
-    known = [one for one in errors if isinstance(one, DynctlError)]
-    if len(known) < 2 or len(known) < len(errors):
-        raise errors[0]
-    rest = "".join(f"\n{error}" for error in known[1:])
-    first = known[0]
-    raise type(first)(first.message + rest, where=first.where, hint=first.hint) from first
 
 
 def _spawn(process: PlannedProcess) -> Spawn:
@@ -314,28 +253,6 @@ def _secrets() -> dict[str, str]:
 def _remote(plan: Plan, sites: Sequence[HostSite], checked: Checked) -> Remote:
     hosts = [RemoteHost(name=s.name, python=s.python, home=s.home, ssh=s.ssh) for s in sites]
     recipe = str(Path(checked.loaded.file).resolve())
-    return Remote(name=plan.name, run_id=plan.run_id, hosts=hosts, recipe=recipe)
-
-
-async def sweep(
-    sites: Sequence[HostSite], run_id: str, drain_s: float, *, force: bool = True
-) -> dict[str, DynctlError]:
-    """End what there is of a run: on the head by its controller if it has one, then on all other hosts.
-
-    Gives back why it could not be done, by host: these may have processes left. Raises UsageError for a run
-    that is locked, unless by `force`.
-    """
-    limit_s = 3 * drain_s + ANSWER_S
-    failed: dict[str, DynctlError] = {}
-
-    async def one(site: HostSite) -> None:
-        try:
-            await site.ask(Sweep(run_id=run_id, drain_s=drain_s, force=force), limit_s)
-        except UsageError:
-            raise
-        except DynctlError as error:
-            failed[site.name] = error
-
-    await one(sites[0])
-    await asyncio.gather(*(one(site) for site in sites[1:]))
-    return failed
+    at = plan.registry.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+    direct = plan.registry if at and at == sites[0].dialled else ""
+    return Remote(name=plan.name, run_id=plan.run_id, hosts=hosts, recipe=recipe, controller=direct)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from dynctl.deploy.digest import digest_of, reasons
-from dynctl.deploy.plan import Kept, Plan, PlannedProcess, build_plan
-from dynctl.deploy.run import SEAT_KINDS
+from dynctl.deploy.plan import Kept, Plan, PlannedProcess
+from dynctl.deploy.planner import build_plan
+from dynctl.deploy.records import SEAT_KINDS
+from dynctl.deploy.room import Room
 from dynctl.deploy.seats import NodeContext, RunContext
 from dynctl.engines.base import Rank
 from dynctl.errors import PlacementError, RecipeError
-from dynctl.protocol.day2 import NodeRoom
 from dynctl.recipe.check import parallel_of
 from dynctl.recipe.load import LoadedRecipe
 from dynctl.recipe.schema import RoleSection
@@ -20,17 +20,6 @@ from dynctl.topology.inventory import Inventory
 from dynctl.topology.ports import first_port_of
 
 Taken = Iterable[tuple[str, int]]
-
-
-@dataclass(frozen=True, slots=True)
-class Room:
-    """What is not to be had: ports in use and GPUs of other deployments, as (node, number); nodes that do not
-    answer, and why.
-    """
-
-    ports: frozenset[tuple[str, int]] = frozenset()
-    gpus: frozenset[tuple[str, int]] = frozenset()
-    lost: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,19 +32,6 @@ class Difference:
 
     def __bool__(self) -> bool:
         return bool(self.added or self.removed or self.changed)
-
-
-def plan_digest(plan: Plan) -> str:
-    """A short name for a plan."""
-    return hashlib.sha256(plan.to_json().encode()).hexdigest()[:16]
-
-
-def merged(room: Room, asked: Mapping[str, NodeRoom]) -> Room:
-    """The room with what the nodes have told of themselves."""
-    ports = {(node, port) for node, told in asked.items() for port in told.ports}
-    gpus = {(node, gpu) for node, told in asked.items() for gpu in told.gpus}
-    lost = {node: told.lost for node, told in asked.items() if told.lost}
-    return Room(room.ports | ports, room.gpus | gpus, {**room.lost, **lost})
 
 
 def replan(loaded: LoadedRecipe, inventory: Inventory, old: Plan, room: Room) -> Plan:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from dynctl.deploy.plan import Plan
-from dynctl.deploy.run import SEAT_KINDS, seat_record
+from dynctl.deploy.records import SEAT_KINDS, seat_record
 from dynctl.deploy.state import RunState, SeatRecord
 
 
@@ -53,3 +53,9 @@ def _take_over(seat: SeatRecord, fresh: SeatRecord, *, stands_in: bool) -> None:
     seat.digest, seat.gpus = fresh.digest, fresh.gpus
     seat.start_timeout_s = fresh.start_timeout_s
     seat.drain_timeout_s, seat.stop_timeout_s = fresh.drain_timeout_s, fresh.stop_timeout_s
+
+
+def moved_seats(old: Plan, new: Plan) -> list[str]:
+    """The workers that are on another node in `new`."""
+    was = {process.id: process.node for process in old.processes}
+    return [p.id for p in new.processes if p.kind == "worker" and was.get(p.id) != p.node]

@@ -13,46 +13,43 @@ from pathlib import Path
 import msgspec
 
 from dynctl import procfs
-from dynctl.deploy.digest import digest_of
+from dynctl.deploy.claim import Up, may_adopt, new_controller
 from dynctl.deploy.gpus import FILE as GPUS_FILE
 from dynctl.deploy.gpus import claim_of, locked, require_free
+from dynctl.deploy.gpus import others as gpus_of_others
 from dynctl.deploy.home import LOCK_S, Home, RunDir, make_private, new_run_id
-from dynctl.deploy.plan import Plan, PlannedProcess, build_plan
+from dynctl.deploy.plan import Kept, Plan
+from dynctl.deploy.planner import build_plan
 from dynctl.deploy.ports import holder, listen_error, listening
 from dynctl.deploy.preflight import require_certificate, require_programs, require_startable
+from dynctl.deploy.records import initial_state
 from dynctl.deploy.seats import RunContext
 from dynctl.deploy.state import (
     ENDED,
-    ControllerRecord,
     RunState,
-    SeatKind,
-    SeatRecord,
     encode_state,
     load_state,
     readable_state,
     save_state,
 )
 from dynctl.deploy.stop import CONTROLLER
-from dynctl.errors import CodecError, LaunchError, PortInUse, RecipeError, UsageError
-from dynctl.launchers.base import Launch, Launcher, ProcessHandle, RunRef
+from dynctl.errors import CodecError, LaunchError, PlacementError, PortInUse, RecipeError
+from dynctl.launchers.base import Launch, Launcher, RunRef
 from dynctl.launchers.files import write_atomic
 from dynctl.recipe.check import check_recipe
 from dynctl.recipe.load import LoadedRecipe, load_recipe
 from dynctl.recipe.lock import lock_text
-from dynctl.topology.inventory import LOCAL, Inventory, inventory_for
+from dynctl.topology.inventory import LOCAL, Inventory
+from dynctl.topology.inventory_file import inventory_for
 from dynctl.topology.ports import first_port_of
 from dynctl.transport.keys import Keys, save_engine_key
 
 logger = logging.getLogger(__name__)
 
 _YOUNG_S = 30.0
-_START_S = 60.0
-"""For a process without an engine to register, unless its spec says otherwise."""
 _PORTS = ".ports"
 INVENTORY = "inventory.json"
 """In a run's directory: the hosts it was planned on, to plan on them again."""
-SEAT_KINDS: dict[str, SeatKind] = {"worker": "worker", "frontend": "frontend"}
-"""Kinds of planned processes that the controller looks after."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,17 +80,6 @@ class Checked:
     loaded: LoadedRecipe
     inventory: Inventory
     warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Up:
-    """A deployment whose controller has been started. `adopted`: processes of it lived already."""
-
-    name: str
-    run: RunDir
-    url: str
-    controller: ProcessHandle
-    adopted: bool
 
 
 def check(request: UpRequest) -> Checked:
@@ -128,51 +114,6 @@ def claim(checked: Checked, site: Site) -> RunDir | None:
     return may_adopt(site.home, site.launcher, name, lock_text(checked.loaded, site.version))
 
 
-def may_adopt(home: Home, launcher: Launcher, name: str, lock: str) -> RunDir | None:
-    """As `claim`: `lock` is the recipe that is to run."""
-    run = home.run_of(name)
-    owned = launcher.owned(run.run_id) if run else []
-    if run is None or not owned:
-        return None
-    ways = f"dynctl status {name} shows it, dynctl down {name} ends it"
-    if any(o.process_id == CONTROLLER for o in owned):
-        raise UsageError(f"'{name}' is running already", where=str(run.path), hint=ways)
-    state = readable_state(run.state)
-    if state is None or state.phase in ENDED or not same_recipe(run, lock):
-        again = f"{ways}, dynctl up {run.lock} looks after it again"
-        raise UsageError(
-            f"processes of an earlier '{name}' still run, from another recipe",
-            where=str(run.path),
-            hint=again,
-        )
-    return run
-
-
-def same_recipe(run: RunDir, lock: str) -> bool:
-    """Whether the run was made from a recipe that resolves to the same, wherever it was written."""
-    try:
-        return same_text(run.lock.read_text(), lock)
-    except OSError:
-        return False
-
-
-def same_text(one: str, other: str) -> bool:
-    """Whether two resolved recipes say the same but for their comments."""
-
-    def body(text: str) -> list[str]:
-        return [line for line in text.splitlines() if not line.startswith("#")]
-
-    return body(one) == body(other)
-
-
-def new_controller(state: RunState) -> RunState:
-    """The state that the next controller of a run begins with."""
-    state.phase = "degraded" if state.ready_once else "starting"
-    state.reason = "a new controller is starting"
-    state.controller = ControllerRecord(incarnation=state.controller.incarnation + 1)
-    return state
-
-
 def adopt(run: RunDir, checked: Checked, site: Site) -> Up:
     """Start a new controller on a run whose processes live."""
     make_private(run.path)
@@ -195,7 +136,7 @@ def begin(checked: Checked, site: Site, *, share_gpus: bool = False) -> Up:
     context = RunContext(run_id, str(site.home.runs / run_id), site.python, first_port_of(run_id))
     # One at a time from looking at ports until the run that has them is written down.
     with site.home.locked(_PORTS, deadline_s=LOCK_S), locked(site.home):
-        plan = plan_run(checked, site, context)
+        plan = plan_run(checked, site, context) if share_gpus else _on_free_gpus(checked, site, context)
         require_programs(plan, checked.loaded, site.environ)
         require_certificate(checked.loaded)
         gpus = [gpu for node in plan.nodes for gpu in node.gpus]
@@ -209,8 +150,26 @@ def begin(checked: Checked, site: Site, *, share_gpus: bool = False) -> Up:
     return Up(name, run, plan.url, handle, adopted=False)
 
 
-def plan_run(checked: Checked, site: Site, context: RunContext) -> Plan:
-    """The plan on free ports. Raises PortInUse that says who has the frontend's."""
+def _on_free_gpus(checked: Checked, site: Site, context: RunContext) -> Plan:
+    """The plan on GPUs that no other run has; where there is no room on those, as if all were free:
+    `require_free` then tells who has them.
+    """
+    others = gpus_of_others(site.home)
+    taken = frozenset((host.name, gpu) for host in checked.inventory.hosts for gpu in others)
+    try:
+        return plan_run(checked, site, context, taken)
+    except PlacementError:
+        if not taken:
+            raise
+        return plan_run(checked, site, context)
+
+
+def plan_run(
+    checked: Checked, site: Site, context: RunContext, others: frozenset[tuple[str, int]] = frozenset()
+) -> Plan:
+    """The plan on free ports, without the GPUs of `others` (node, index). Raises PortInUse that says who has
+    the frontend's.
+    """
     loaded = checked.loaded
     port, host = loaded.recipe.frontend.port, loaded.recipe.frontend.host
     reserved = reserved_ports(site)
@@ -223,7 +182,8 @@ def plan_run(checked: Checked, site: Site, context: RunContext) -> Plan:
                 raise _cannot_listen(loaded, error)
             taken.add(port)
     try:
-        return build_plan(loaded, checked.inventory, {(LOCAL, p) for p in taken}, context)
+        kept = Kept({}, {}, others)
+        return build_plan(loaded, checked.inventory, {(LOCAL, p) for p in taken}, context, kept)
     except PortInUse as error:
         who = holder(port)
         message = f"{error.message} by {who}" if who else error.message
@@ -299,51 +259,6 @@ def run_files(plan: Plan, lock: str, inventory: Inventory | None = None) -> dict
         "state.json": encode_state(state).decode(),
         GPUS_FILE: claim_of(plan.name, plan.run_id, gpus),
     }
-
-
-def initial_state(plan: Plan, now: float) -> RunState:
-    """The state of a run of which nothing has been started."""
-    return RunState(
-        name=plan.name,
-        run_id=plan.run_id,
-        url=plan.url,
-        registry=plan.registry,
-        backend=plan.backend,
-        model=plan.model,
-        roles=dict(plan.roles),
-        created_at=now,
-        head=plan.process(CONTROLLER).node,
-        seats=[seat_record(p, SEAT_KINDS[p.kind]) for p in plan.processes if p.kind in SEAT_KINDS],
-    )
-
-
-class _SpecHead(msgspec.Struct):
-    """What the state needs of a process's spec."""
-
-    start_timeout_s: float = _START_S
-    sync_timeout_s: float = 0.0
-    drain_timeout_s: float = 30.0
-    stop_timeout_s: float = 0.0
-    follower: bool = False
-
-
-def seat_record(process: PlannedProcess, kind: SeatKind) -> SeatRecord:
-    """A seat of which nothing has been started."""
-    text = process.command.files.get(f"specs/{process.id}.json", "{}")
-    spec = msgspec.json.decode(text, type=_SpecHead)
-    return SeatRecord(
-        id=process.id,
-        kind=kind,
-        role=process.role,
-        index=process.index,
-        node=process.node,
-        start_timeout_s=spec.start_timeout_s + spec.sync_timeout_s,
-        drain_timeout_s=spec.drain_timeout_s,
-        stop_timeout_s=spec.stop_timeout_s,
-        follower=spec.follower,
-        gpus=list(process.gpus),
-        digest=digest_of(process),
-    )
 
 
 def controller_of(plan: Plan, incarnation: int, checked: Checked) -> Launch:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from dynctl.errors import SlurmError
 from dynctl.launchers.slurm_client import SlurmClient
-from dynctl.launchers.slurm_fleet import JobSite
+from dynctl.launchers.slurm_step import JobSite
 from dynctl.topology.inventory import Host, Inventory
 
 _PORTION = re.compile(r"\bNodes=(\S+) CPU_IDs=\S* Mem=\S* GRES=(\S*)")
@@ -39,14 +39,19 @@ def allocation(environ: Mapping[str, str], client: SlurmClient) -> Allocation:
                 raise SlurmError("two parts of the job have this node", where=name, hint=hint)
             groups[name] = group
     names = list(groups)
-    gpus = gpus_by_node(client.job_detail(job_id), client.hostnames)
-    addresses = {row.name: row.address for row in client.nodes(names)}
     first = environ.get("SLURMD_NODENAME", "")
     names.sort(key=lambda name: name != first)  # stable: the others keep Slurm's order
-    hosts = tuple(Host(name, address_of(addresses.get(name) or name), gpus.get(name, 0)) for name in names)
+    hosts = hosts_of_job(client, job_id, names)
     ids = tuple(environ.get(f"SLURM_JOB_ID_HET_GROUP_{group}", job_id) for group, _ in lists)
     site = JobSite(job_id, groups, ids) if len(lists) > 1 else JobSite(job_id)
     return Allocation(site, environ.get("SLURM_JOB_NAME", ""), Inventory(hosts, f"job {job_id}"))
+
+
+def hosts_of_job(client: SlurmClient, job_id: str, names: Sequence[str]) -> tuple[Host, ...]:
+    """These nodes of a job with their addresses and the GPUs it has there. Raises SlurmError."""
+    gpus = gpus_by_node(client.job_detail(job_id), client.hostnames)
+    addresses = {row.name: row.address for row in client.nodes(names)}
+    return tuple(Host(name, address_of(addresses.get(name) or name), gpus.get(name, 0)) for name in names)
 
 
 def _node_lists(environ: Mapping[str, str]) -> list[tuple[int, str]]:

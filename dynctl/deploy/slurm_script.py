@@ -80,11 +80,27 @@ def script_text(loaded: LoadedRecipe, context: JobContext) -> str:
 
 def directives(loaded: LoadedRecipe, part: Part, context: JobContext, *, first: bool) -> list[str]:
     """What follows `#SBATCH ` on each line of a part. What is about the batch script is said in the first."""
-    options, own, size = loaded.recipe.slurm or Slurm(), part.options, part.size
+    options = loaded.recipe.slurm or Slurm()
     refuse_owned(loaded, options.sbatch_args)
     _refuse_short(loaded, options)
     given: dict[str, SbatchValue | int | None] = {
         "job-name": context.name,
+        **nodes_wanted(loaded, part),
+        "comment": options.comment,
+        "output": f"{no_pattern(context.run_dir)}/logs/controller.log" if first else None,
+        "open-mode": "append" if first else None,
+        "signal": _warning(options) if first else None,
+        "no-kill": options.no_kill or options.spares > 0,
+        "no-requeue": not {"requeue", "no-requeue"} & set(options.sbatch_args),
+        **options.sbatch_args,
+    }
+    return [_directive(name, value) for name, value in given.items() if value not in (None, "", False)]
+
+
+def nodes_wanted(loaded: LoadedRecipe, part: Part) -> dict[str, SbatchValue | int | None]:
+    """The options that say which nodes a part gets, on whose account and for how long; None, "" = none."""
+    options, own, size = loaded.recipe.slurm or Slurm(), part.options, part.size
+    return {
         "partition": own.partition,
         "account": options.account,
         "qos": options.qos,
@@ -100,15 +116,7 @@ def directives(loaded: LoadedRecipe, part: Part, context: JobContext, *, first: 
         "nodelist": own.nodelist,
         "exclusive": own.exclusive,
         "reservation": options.reservation,
-        "comment": options.comment,
-        "output": f"{_no_pattern(context.run_dir)}/logs/controller.log" if first else None,
-        "open-mode": "append" if first else None,
-        "signal": _warning(options) if first else None,
-        "no-kill": options.no_kill or options.spares > 0,
-        "no-requeue": not {"requeue", "no-requeue"} & set(options.sbatch_args),
-        **options.sbatch_args,
     }
-    return [_directive(name, value) for name, value in given.items() if value not in (None, "", False)]
 
 
 def refuse_owned(loaded: LoadedRecipe, given: Mapping[str, SbatchValue]) -> None:
@@ -157,6 +165,6 @@ def _directive(name: str, value: SbatchValue | int | None) -> str:
     return f'--{name}="{escaped}"'
 
 
-def _no_pattern(path: str) -> str:
+def no_pattern(path: str) -> str:
     """A path in which Slurm replaces nothing."""
     return path.replace("%", "%%")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
-from dynctl.deploy.plan import needs
+from dynctl.deploy.planner import needs
 from dynctl.engines import catalog
 from dynctl.errors import PlacementError
 from dynctl.protocol.instances import Role

@@ -17,11 +17,14 @@ from pathlib import Path
 
 import msgspec
 
+from dynctl.deploy.claim import Up
 from dynctl.deploy.disk import disk
 from dynctl.deploy.home import LOCK_S, RunDir, new_run_id
-from dynctl.deploy.plan import Plan, build_plan
+from dynctl.deploy.plan import Plan
+from dynctl.deploy.planner import build_plan
 from dynctl.deploy.ports import listening
-from dynctl.deploy.run import INVENTORY, Checked, Site, Up, initial_state
+from dynctl.deploy.records import initial_state
+from dynctl.deploy.run import INVENTORY, Checked, Site
 from dynctl.deploy.seats import RunContext
 from dynctl.deploy.slurm_inventory import Allocation
 from dynctl.deploy.slurm_script import JobContext, script_text

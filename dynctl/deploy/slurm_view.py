@@ -13,7 +13,8 @@ from dynctl.deploy.state import ENDED, RunState, load_state
 from dynctl.deploy.status import view_of
 from dynctl.errors import SlurmError, SlurmRejected
 from dynctl.launchers.slurm_client import JobRow
-from dynctl.launchers.slurm_job import CONTROLLER, JobLauncher
+from dynctl.launchers.slurm_follow import load_follow_ups
+from dynctl.launchers.slurm_job import CONTROLLER, REFUSED, JobLauncher
 from dynctl.protocol.deployment import DeploymentView
 from dynctl.protocol.exits import read_last_words
 
@@ -123,6 +124,21 @@ def ended_text(row: JobRow | None, job_id: str) -> str:
     details = f" ({row.reason})" if row.reason and row.state in ("FAILED", "NODE_FAIL") else ""
     nodes = f" on {row.nodes}" if row.nodes else ""
     return f"job {row.id}{nodes} {how}{details}"
+
+
+def follow_ups(run: RunDir, launcher: JobLauncher) -> list[JobLauncher]:
+    """The jobs that give the deployment nodes in the place of lost ones. Raises CodecError."""
+    return [
+        JobLauncher(launcher.table, one.job, run.path) for one in load_follow_ups(run.path) if one.job.job_id
+    ]
+
+
+def no_successor(run: RunDir) -> str:
+    """Why nothing takes over from the deployment's job yet, though it should; "" = all is as it should be."""
+    try:
+        return (run.path / REFUSED).read_text()
+    except OSError:
+        return ""
 
 
 def job_facts(launcher: JobLauncher) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from dynctl.errors import DynctlError, LaunchError, SlurmError
 from dynctl.launchers.base import Launcher, Owned, heads
 from dynctl.launchers.files import write_atomic
 from dynctl.launchers.slurm_client import JobRow
+from dynctl.launchers.slurm_follow import load_follow_ups
 from dynctl.launchers.slurm_job import ABANDONED, SUCCESSOR, JobLauncher, load_record
 from dynctl.protocol.deployment import DownCall, DownReply
 
@@ -77,6 +78,7 @@ def stop_job(run: RunDir, stopper: Stopper, launcher: JobLauncher, drain_s: floa
         row = _found(stopper, launcher)
     if row is None or not (row.active or row.pending):
         _record(run)
+        _end_follow_ups(run, stopper, launcher)
         return 0
     state = readable_state(run.state)
     led = row.active and state is not None and bool(state.registry) and drain_s > 0
@@ -94,7 +96,30 @@ def stop_job(run: RunDir, stopper: Stopper, launcher: JobLauncher, drain_s: floa
             raise SlurmError(f"job {row.id} was cancelled but has not ended", where=row.nodes, hint=hint)
         stopper.sleep(_JOB_POLL_S)
     _record(run)
+    _end_follow_ups(run, stopper, launcher)
     return 1
+
+
+def _end_follow_ups(run: RunDir, stopper: Stopper, launcher: JobLauncher) -> None:
+    """Cancel the jobs that gave it nodes in the place of lost ones, and see them ended. Raises SlurmError.
+
+    Its controller has done so already, if it could.
+    """
+    ends = stopper.clock() + _CANCELLED_S
+    asked: set[str] = set()
+    while True:
+        rows = [launcher.table.row(one.job, fresh=True) for one in load_follow_ups(run.path)]
+        left = [row for row in rows if row is not None and (row.active or row.pending)]
+        if not left:
+            return
+        for row in left:
+            if row.id not in asked:
+                launcher.table.client.cancel(row.id)
+                asked.add(row.id)
+        if stopper.clock() > ends:
+            told = f"job {left[0].id}, which gave it nodes, was cancelled but has not ended"
+            raise SlurmError(told, where=left[0].nodes, hint=f"squeue -j {left[0].id} shows it")
+        stopper.sleep(_JOB_POLL_S)
 
 
 def _end_successor(run: RunDir, launcher: JobLauncher) -> None:

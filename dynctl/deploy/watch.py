@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from dynctl import procfs
 from dynctl.deploy.ask import Health, ask_health
+from dynctl.deploy.claim import Up
 from dynctl.deploy.home import RunDir
-from dynctl.deploy.run import Up
 from dynctl.deploy.slurm_view import ended_text, job_changes, refuse_hopeless
 from dynctl.deploy.state import RunState, load_state
 from dynctl.deploy.status import diagnose, view_of

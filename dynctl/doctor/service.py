@@ -69,6 +69,11 @@ async def examine(
             return await ask(host, asked, wanted, way, left)
 
     answers = await asyncio.gather(*(one(host) for host in hosts))
+    return judged(answers, topics)
+
+
+def judged(answers: Sequence[Subject | Finding], topics: Collection[str] = CHECKS) -> Report:
+    """What all judges say of what hosts have told; a host that told nothing is a finding already."""
     subjects = [answer for answer in answers if isinstance(answer, Subject)]
     findings: list[Finding] = []
     for answer in answers:

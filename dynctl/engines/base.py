@@ -404,6 +404,8 @@ class Engine(Protocol):
     """The argument that limits the tokens computed per step, and its value unless given (0 = it depends)."""
     sequences_argument: str
     """The argument that limits the sequences of a data-parallel rank that run at once; "" = there is none."""
+    cached_argument: str
+    """The switch that has answers tell how much of the prompt was cached; "" = they tell, or never do."""
     key_variable: str
     """The environment variable that makes it ask for an API key; "" = there is none."""
     transfers: Mapping[str, PrefillDecode]

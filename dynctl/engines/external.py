@@ -54,6 +54,7 @@ class External:
     client_fields = Vllm.client_fields | Sglang.client_fields | Trtllm.client_fields
     step_tokens = ("", 0)
     sequences_argument = ""
+    cached_argument = ""
     key_variable = ""
     continuation = CONTINUES_AND_HOLDS_BACK
     transfers: Mapping[str, PrefillDecode] = {}

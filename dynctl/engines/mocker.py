@@ -118,6 +118,7 @@ class Mocker:
     client_fields = frozenset({"kv_transfer_params"})
     step_tokens = ("max-num-batched-tokens", 8192)
     sequences_argument = "max-num-seqs"
+    cached_argument = ""
     key_variable = "VLLM_API_KEY"
     continuation = CONTINUES_AND_HOLDS_BACK
     transfers: Mapping[str, PrefillDecode] = {"nixl": NixlPull()}

@@ -73,6 +73,7 @@ class Sglang:
     client_fields = LINK_FIELDS | {"routed_dp_rank", "data_parallel_rank"}
     step_tokens = ("chunked-prefill-size", 0)
     sequences_argument = "max-running-requests"
+    cached_argument = "enable-cache-report"
     key_variable = ""
     """Its key can be kept from the command line by --config, but it prints all its arguments in its log."""
     continuation = CONTINUES_MESSAGE

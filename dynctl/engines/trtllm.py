@@ -78,6 +78,7 @@ class Trtllm:
     client_fields = frozenset({PARAMS})
     step_tokens = ("max_num_tokens", 8192)
     sequences_argument = "max_batch_size"
+    cached_argument = ""
     key_variable = ""
     continuation = Continuation(chat=None, completion_tokens=None)
     transfers: Mapping[str, PrefillDecode] = dict.fromkeys(BACKENDS, ContextFirst())

@@ -123,6 +123,7 @@ class Vllm:
     client_fields = frozenset({"kv_transfer_params", "ec_transfer_params", "vllm_xargs"})
     step_tokens = ("max-num-batched-tokens", 0)
     sequences_argument = "max-num-seqs"
+    cached_argument = "enable-prompt-tokens-details"
     key_variable = "VLLM_API_KEY"
     continuation = CONTINUES_AND_HOLDS_BACK
     transfers: Mapping[str, PrefillDecode] = {"nixl": NixlPull(), **dict.fromkeys(_PROTOCOLS, Mooncake())}

@@ -30,6 +30,7 @@ from dynctl.topology.inventory import Host
 OLDEST_PYTHON = (3, 11)
 ENVIRONMENTS = ".dynctl/env"
 """Below the home directory of the host's user: one environment for each dynctl."""
+_HINT = "--bootstrap installs this one into an environment of its own there"
 _LOOK_S = 30.0
 _INSTALL_S = 600.0
 _SLOWEST = 256 * 1024
@@ -98,15 +99,8 @@ async def find_dynctl(ssh: SshHost, host: Host, wheel: Wheel) -> str:
 
     Raises HostDynctlMissing when there is none, or of another version only, with the remedy.
     """
-    hint = "--bootstrap installs this one into an environment of its own there"
     if host.python:
-        version = await version_of(ssh, host.python)
-        if version == wheel.version:
-            return host.python
-        told = f"has dynctl {version}" if version else "has no dynctl"
-        raise HostDynctlMissing(
-            f"{host.python} {told}, {wheel.version} is needed", where=host.name, hint=hint
-        )
+        return await named_dynctl(ssh, host, wheel.version)
     made = posixpath.join(await ssh.home(), environment_of(wheel), "bin/python")
     if await version_of(ssh, made) == wheel.version:
         return made
@@ -115,7 +109,16 @@ async def find_dynctl(ssh: SshHost, host: Host, wheel: Wheel) -> str:
     if version == wheel.version:
         return on_path
     told = f"dynctl {version} is there, {wheel.version} is needed" if version else "dynctl is not installed"
-    raise HostDynctlMissing(told, where=host.name, hint=f"{hint}, or `python:` of the inventory names one")
+    raise HostDynctlMissing(told, where=host.name, hint=f"{_HINT}, or `python:` of the inventory names one")
+
+
+async def named_dynctl(ssh: SshHost, host: Host, wanted: str) -> str:
+    """The interpreter of the inventory, which is to have this version. Raises HostDynctlMissing."""
+    version = await version_of(ssh, host.python)
+    if version == wanted:
+        return host.python
+    told = f"has dynctl {version}" if version else "has no dynctl"
+    raise HostDynctlMissing(f"{host.python} {told}, {wanted} is needed", where=host.name, hint=_HINT)
 
 
 def environment_of(wheel: Wheel) -> str:

@@ -166,6 +166,11 @@ class SlurmClient:
         """The names that "n[1-2,07]" stands for, in order."""
         return self._call(["scontrol", "show", "hostnames", nodelist]).split() if nodelist else []
 
+    def nodes_of(self, job_ids: str) -> list[str]:
+        """The nodes that jobs ("7,8") have now: those that Slurm has given up are taken out of them."""
+        lists = self._call(["squeue", "-h", "-a", "-t", "R", "-j", job_ids, "-o", "%N"], unknown="").split()
+        return [name for one in lists for name in self.hostnames(one)]
+
     def nodes(self, names: Sequence[str]) -> list[NodeRow]:
         """Address and state of these nodes. One call."""
         text = self._call(["scontrol", "-o", "show", "node", ",".join(names)])
@@ -174,6 +179,10 @@ class SlurmClient:
     def job_detail(self, job_id: str) -> str:
         """`scontrol -d show job` on one line a job; "" for a job that Slurm does not know."""
         return self._call(["scontrol", "-d", "-o", "show", "job", job_id], unknown="")
+
+    def avoid(self, job_id: str, nodes: Sequence[str]) -> None:
+        """Have a pending job avoid just these nodes."""
+        self._call(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(nodes)}"], unknown="")
 
     def requeue(self, job_id: str) -> None:
         """End a job and let the same script start again later."""

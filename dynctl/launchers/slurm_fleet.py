@@ -8,24 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal as signals
-import subprocess
 import time
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TypeVar
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from dynctl import procfs
 from dynctl.command import Command
-from dynctl.errors import LaunchError, SlurmError
+from dynctl.errors import SlurmError
 from dynctl.launchers.base import Launch, Owned, ProcessHandle, RunRef
 from dynctl.launchers.fleet import Ended, LocalFleet, NodeNews, Seated
-from dynctl.launchers.last_lines import tail, telling_lines
 from dynctl.launchers.local import LocalLauncher
 from dynctl.launchers.reach import reaches
 from dynctl.launchers.slurm_client import SlurmClient, StepRow
+from dynctl.launchers.slurm_step import JobSite, step_argv, step_name
 from dynctl.protocol.day2 import ExecReply, NodeRoom
 
 logger = logging.getLogger(__name__)
@@ -42,71 +38,6 @@ KNOCK_S = 1.5
 KNOCK_AGAIN_S = 1.0
 _UNREACHED = -1
 _SIGNALLED = 128
-_LINES = 20
-_EVERY_STEP = (
-    "--mem=0",
-    "--cpu-bind=none",
-    "--kill-on-bad-exit=0",
-    "--wait=0",
-    "--input=none",
-    "--unbuffered",
-    "--quiet",
-    "--export=ALL",
-)
-"""All memory of the job on the node, no CPU apart, the environment as it is, output as it comes."""
-_OF_THE_BATCH = (
-    "SLURM_MEM_PER_",
-    "SLURM_NTASKS",
-    "SLURM_NPROCS",
-    "SLURM_TASKS_PER_NODE",
-    "SLURM_CPUS_PER_TASK",
-    "SLURM_CPU_BIND",
-    "SLURM_MEM_BIND",
-    "SLURM_TRES_PER_TASK",
-    "SLURM_GPUS",
-    "SLURM_EXPORT_ENV",
-    "SLURM_DISTRIBUTION",
-    "SRUN_",
-)
-"""Variables of the batch script that `srun` would take for options of the step."""
-
-
-@dataclass(frozen=True, slots=True)
-class JobSite:
-    """The job this process runs in.
-
-    `groups`: node → its part of a job of several parts, `part_ids` the ids of all parts, each with steps of
-    its own.
-    """
-
-    job_id: str
-    groups: Mapping[str, int] = field(default_factory=dict)
-    part_ids: tuple[str, ...] = ()
-
-
-def step_name(seat: str, incarnation: int) -> str:
-    """By which the step is found again."""
-    return f"{seat}.i{incarnation}"
-
-
-def step_argv(site: JobSite, launch: Launch, run: RunRef) -> tuple[str, ...]:
-    """`srun` for one process, beside whatever else runs on the node, with all the job has there."""
-    group = site.groups.get(launch.node)
-    return (
-        "srun",
-        *(() if group is None else (f"--het-group={group}",)),
-        "--overlap",
-        "--nodes=1",
-        "--ntasks=1",
-        f"--nodelist={launch.node}",
-        f"--job-name={step_name(launch.process_id, launch.incarnation)}",
-        *_EVERY_STEP,
-        f"--chdir={launch.command.cwd or run.run_dir}",
-        *launch.command.argv,
-    )
-
-
-T = TypeVar("T")
 
 
 class SlurmFleet:
@@ -120,6 +51,8 @@ class SlurmFleet:
         self._here = LocalFleet(self._launcher, run)
         self._news: list[NodeNews] = []
         self._knocking: dict[str, asyncio.Task[None]] = {}
+        self.returned: set[str] = set()
+        """Lost nodes that answer again, but are in no job of ours any more."""
 
     async def start(self, launch: Launch) -> ProcessHandle:
         """As `Fleet`; the handle is that of `srun`, on the controller's node."""
@@ -132,11 +65,10 @@ class SlurmFleet:
     def _step(self, launch: Launch) -> Launch:
         """The start of its `srun` here."""
         argv = step_argv(self._site, launch, self._run)
-        group = self._site.groups.get(launch.node)
+        group = None if launch.node in self._site.others else self._site.groups.get(launch.node)
         marks = {ENV_STEP: "1"} | ({} if group is None else {ENV_GROUP: str(group)})
         command = Command(argv, {**launch.command.env, **marks}, str(self._run.run_dir), launch.command.files)
-        batch = frozenset(name for name in os.environ if name.startswith(_OF_THE_BATCH))
-        return replace(launch, command=command, withheld=launch.withheld | batch)
+        return replace(launch, command=command, withheld=launch.withheld | self._site.withheld(launch.node))
 
     def ended(self, seats: Sequence[Seated]) -> list[Ended]:
         """As `Fleet`: those whose `srun` has ended."""
@@ -161,10 +93,36 @@ class SlurmFleet:
                     lost = True
                     self._news.append(NodeNews(node, False, f"{address} does not answer"))
                 await asyncio.sleep(KNOCK_AGAIN_S)
-            if lost:
+            if lost and await self._still_given(node):
                 self._news.append(NodeNews(node, True))
+            elif lost:
+                self.returned.add(node)
+                self._news.append(NodeNews(node, False, "it is back, but Slurm has taken it out of the job"))
         finally:
             del self._knocking[node]
+
+    async def _still_given(self, node: str) -> bool:
+        """Whether a node that was lost is in a job of ours, as soon as Slurm says."""
+        while True:
+            try:
+                return node in await asyncio.to_thread(self._client.nodes_of, self._site.jobs)
+            except SlurmError as error:
+                logger.info("node.unknown node=%s error=%s", node, error)
+            await asyncio.sleep(KNOCK_AGAIN_S)
+
+    def join(self, nodes: Collection[str], job_id: str, lost: Collection[str]) -> None:
+        """Nodes of a follow-up job are ours from now on; those that were `lost` are back by that."""
+        self._site = replace(self._site, others={**self._site.others, **dict.fromkeys(nodes, job_id)})
+        self._news += [NodeNews(node, True) for node in nodes if node in lost]
+        self.returned.difference_update(nodes)
+
+    def part(self, job_id: str, lost: Collection[str], why: str) -> None:
+        """A follow-up job has ended: its nodes are lost, those that are not `lost` already."""
+        left = [node for node, owner in self._site.others.items() if owner == job_id]
+        self._site = replace(
+            self._site, others={node: job for node, job in self._site.others.items() if job != job_id}
+        )
+        self._news += [NodeNews(node, False, why) for node in left if node not in lost]
 
     async def signal(self, seated: Seated, signum: int) -> bool:
         """As `Fleet`. SIGTERM is sent as the signal that only our own processes act on."""
@@ -231,8 +189,7 @@ class SlurmFleet:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _steps(self) -> list[StepRow]:
-        jobs = self._site.part_ids or (self._site.job_id,)
-        return await asyncio.to_thread(self._client.steps, ",".join(jobs))
+        return await asyncio.to_thread(self._client.steps, self._site.jobs)
 
     def _left_here(self, seat: str, incarnation: int) -> list[Owned]:
         """`srun` of the seat, and what of it is on this very node."""
@@ -243,38 +200,3 @@ class SlurmFleet:
 def exit_code(code: int | None) -> int | None:
     """What `srun` ended with as a process's own: 128 and more is a signal."""
     return _SIGNALLED - code if code is not None and code > _SIGNALLED else code
-
-
-def run_on(site: JobSite, nodes: Sequence[str], argv: Sequence[str], log: Path, within_s: float) -> None:
-    """Run a command once on each of these nodes, to its end. Raises LaunchError with what it said last."""
-    for group in sorted({site.groups.get(node, 0) for node in nodes}):
-        chosen = [node for node in nodes if site.groups.get(node, 0) == group]
-        step = (
-            "srun",
-            *((f"--het-group={group}",) if site.groups else ()),
-            "--overlap",
-            f"--nodes={len(chosen)}",
-            f"--ntasks={len(chosen)}",
-            "--ntasks-per-node=1",
-            f"--nodelist={','.join(chosen)}",
-            *_EVERY_STEP,
-            "--label",
-            *argv,
-        )
-        environ = {k: v for k, v in os.environ.items() if not k.startswith(_OF_THE_BATCH)}
-        try:
-            with log.open("ab") as output:
-                done = subprocess.run(
-                    step,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    env=environ,
-                    timeout=within_s,
-                    check=False,
-                )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise LaunchError(f"{argv[0]} could not be run on {' '.join(chosen)}: {error}") from error
-        if done.returncode:
-            said = "\n".join(f"  {line}" for line in telling_lines(tail(log, _LINES), _LINES))
-            raise LaunchError(f"it failed on one of {' '.join(chosen)}:\n{said}", where=str(log))

@@ -25,13 +25,15 @@ ABANDONED = "abandoned"
 """A file of the run directory: a job that starts all the same must end at once."""
 SUCCESSOR = "successor"
 """A file of the run directory: the id of the run that takes over from this one."""
+REFUSED = "successor.refused"
+"""A file of the run directory: why there is no such run yet, though there should be."""
 CONTROLLER = "controller"
 JOB = "job"
 """The seat of a job that has no controller yet."""
 LOOK_S = 0.5
 """How old an answer of Slurm's may be."""
 _LOOK_MOST_S = 5.0
-_FRESH_S = 15.0
+FRESH_S = 15.0
 """A job submitted so recently may not be listed yet."""
 
 
@@ -78,8 +80,9 @@ class JobTable:
 
     def row(self, record: JobRecord, *, fresh: bool = False) -> JobRow | None:
         """The job; None when Slurm does not know it (any more). Raises SlurmError."""
+        unasked = record.name not in self._names
         self._names.add(record.name)
-        if fresh or self._asked_at is None or self._clock() - self._asked_at >= self._wait:
+        if fresh or unasked or self._asked_at is None or self._clock() - self._asked_at >= self._wait:
             self._ask()
         if self._failure is not None:
             raise self._failure
@@ -130,7 +133,7 @@ class JobLauncher:
             logger.info("job.unknown name=%s error=%s", self.record.name, error)
             return False
         if row is None:
-            return time.time() - self.record.submitted_at > _FRESH_S
+            return time.time() - self.record.submitted_at > FRESH_S
         return not (row.active or row.pending)
 
     def start(self, launch: Launch, run: RunRef) -> ProcessHandle:

@@ -72,17 +72,18 @@ class SshHosts:
             if there is not None and there.alive:
                 return there
             async with self._turns:
-                made = SshHost(host.name, await self._reach(host.name, host.ssh))
+                made = await self._reach(host.name, host.ssh)
             self._hosts[host.name] = made
             return made
 
-    async def _reach(self, name: str, ssh: Ssh) -> _Connection:
+    async def _reach(self, name: str, ssh: Ssh) -> SshHost:
         deadline_s = self.options.connect_s
         target: Target | None = None
         try:
             async with asyncio.timeout(deadline_s):
                 target = await resolve(name, ssh, self.options)
-                return await self._dial(target, (ssh.host,))
+                connection = await self._dial(target, (ssh.host,))
+                return SshHost(name, connection, dialled=_dialled(connection, target))
         except ERRORS as error:
             if target is None:
                 raise SshError(
@@ -162,6 +163,13 @@ class SshHosts:
                 raise type(told)(message, where=name, hint=told.hint) from error
             self._jumps[key] = made
             return made
+
+
+def _dialled(connection: _Connection, target: Target) -> str:
+    """The address that was dialled from here; "" when another host or program is in between."""
+    between = target.jumps or target.settings.config.get("ProxyCommand")
+    peer: tuple[str, ...] | None = None if between else connection.get_extra_info("peername")
+    return str(peer[0]) if peer else ""
 
 
 class _Client(asyncssh.SSHClient):

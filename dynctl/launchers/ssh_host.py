@@ -12,7 +12,7 @@ import re
 import secrets
 import shlex
 import signal
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -82,8 +82,10 @@ class Pty:
 class SshHost:
     """A host with a living connection. All methods raise SshError (HostLost, HostTimeout and the like)."""
 
-    def __init__(self, name: str, connection: asyncssh.SSHClientConnection) -> None:
+    def __init__(self, name: str, connection: asyncssh.SSHClientConnection, dialled: str = "") -> None:
         self.name = name
+        self.dialled = dialled
+        """The address it was reached at from here; "" when that was by way of another host."""
         self._connection = connection
         self._sessions = asyncio.Semaphore(_SESSIONS)
         self._home = ""
@@ -101,12 +103,13 @@ class SshHost:
         self,
         argv: Sequence[str],
         *,
-        stdin: bytes = b"",
+        stdin: bytes | Awaitable[bytes] = b"",
         timeout_s: float,
         env: Mapping[str, str] | None = None,
     ) -> Finished:
         """Run to the end, whatever its exit code. `env` is seen by all users of the host while it runs.
 
+        Input that is still to come is waited for when the command has been started.
         A command that is late is sent SIGKILL, as far as the host can be reached.
         """
         what = _shown(argv)
@@ -116,9 +119,10 @@ class SshHost:
         except TimeoutError:
             raise too_late(self.name, what, timeout_s) from None
 
-    async def _run(self, line: str, stdin: bytes, what: str) -> Finished:
+    async def _run(self, line: str, stdin: bytes | Awaitable[bytes], what: str) -> Finished:
         async with self._process(line, what, stdin=asyncssh.PIPE if stdin else asyncssh.DEVNULL) as process:
-            stdout, stderr = await process.communicate(stdin or None)
+            data = stdin if isinstance(stdin, bytes) else await stdin
+            stdout, stderr = await process.communicate(data or None)
             return Finished(_code(process, self.name, what), stdout, stderr)
 
     @asynccontextmanager

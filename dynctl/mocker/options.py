@@ -11,6 +11,7 @@ from typing import Any
 
 from dynctl.errors import UsageError
 from dynctl.hub import builtin_dir
+from dynctl.perfmodel.layout import Layout
 
 
 def _flag(default: Any, help_text: str) -> Any:
@@ -47,7 +48,7 @@ class Options:
     shutdown_timeout: float = _flag(0.0, "seconds to let requests finish after SIGTERM; 0: abort them")
     default_max_tokens: int = _flag(128, "tokens of a chat answer when the request sets no limit")
     mean_output_tokens: int = _flag(0, "end answers by themselves after about so many tokens; 0: never")
-    profile: str = _flag("", "performance profile (JSON); empty: a built-in one")
+    profile: str = _flag("", "performance profile (JSON), {tensor} etc. its sizes; empty: a built-in one")
     speedup: float = _flag(1.0, "simulated seconds per real second; 0: as fast as possible")
     fault_slow_start: float = _flag(0.0, "seconds before the port is opened")
     fault_die_at_start: str = _flag("", "print this as the error and exit 1 instead of starting")
@@ -72,6 +73,15 @@ class Options:
             raise UsageError("--fault-event-loss must be between 0 and 1")
         if self.speedup < 0:
             raise UsageError("--speedup must not be negative")
+
+    @property
+    def layout(self) -> Layout:
+        """Its parallel sizes."""
+        return Layout(
+            tensor=self.tensor_parallel_size,
+            pipeline=self.pipeline_parallel_size,
+            data=self.data_parallel_size,
+        )
 
     @property
     def kv_role(self) -> str:

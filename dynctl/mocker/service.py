@@ -54,7 +54,7 @@ async def run(options: Options) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     serving, length = build(options)
-    profile = load_profile(Path(options.profile)) if options.profile else DEFAULT
+    profile = load_profile(Path(options.layout.named(options.profile))) if options.profile else DEFAULT
     engine = SimulatedEngine(options, serving, profile, _crash)
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(engine.close)

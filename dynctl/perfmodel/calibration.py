@@ -12,7 +12,6 @@ shows):
 from __future__ import annotations
 
 import functools
-import math
 from importlib import resources
 
 import msgspec
@@ -43,25 +42,52 @@ class Overhead(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     step_s: float
 
 
-class EngineConstants(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Of one engine. `interference`: how much of other requests' prompt reading decoding feels when both
-    share the engine; `queue`: growth of the TTFT in a closed loop with each doubling of the requests of a
-    rank.
+class ClosedLoop(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How an engine under a closed loop of clients differs from its passes alone (`perfmodel.serving`).
+
+    `interference`: share of other requests' prompt reading that decoding feels; `own`: of its own prefill and
+    `queue`: of all others' of its rank, that a request waits for its first token; `steps`: decode steps it
+    waits for, `rank_steps`: more of them when ranks wait for each other; `client_s`: on the way; `overflow`:
+    share of a turn that requests wait for which there is no KV room.
     """
+
+    interference: float
+    own: float
+    queue: float
+    steps: float
+    rank_steps: float
+    client_s: float
+    overflow: float
+
+
+class EngineConstants(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Of one engine; `agg` with both roles in one, `disagg` with prefill and decode apart."""
 
     decode: Overhead
     prefill: Overhead
-    interference: float
-    queue: float
+    agg: ClosedLoop
+    disagg: ClosedLoop
+
+
+class Effect(msgspec.Struct, frozen=True, array_like=True):
+    """What measured points say beyond the formulas: logarithms of factors on TPOT and TTFT."""
+
+    tpot: float = 0.0
+    ttft: float = 0.0
 
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All constants. `other` stands for engines that were not measured."""
+    """All constants. `other` stands for engines that were not measured.
+
+    `effects`: by what they are tied to (`perfmodel.serving.effect_terms`); those not met in the points are
+    none.
+    """
 
     source: str
     hardware: Hardware
     engines: dict[str, EngineConstants]
     other: EngineConstants
+    effects: dict[str, Effect] = {}
 
     def engine(self, name: str) -> EngineConstants:
         """Constants of an engine by its name in recipes."""
@@ -93,4 +119,5 @@ def calibration() -> Calibration:
 
 
 def _corner(x: float, y: float) -> float:
-    return math.cbrt(x**3 + y**3)
+    corner: float = (x**3 + y**3) ** (1 / 3)
+    return corner

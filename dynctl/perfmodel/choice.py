@@ -134,3 +134,15 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     refused: tuple[Refused, ...] = ()
     sensitivity: tuple[Variation, ...] = ()
     why: str = ""
+
+    def rank(self, option: Option) -> Literal["chosen", "runner-up", "best aggregated", ""]:
+        """What an option of this choice is, in words; "" when nothing much, or nothing was chosen."""
+        if self.chosen is None:
+            return ""
+        if option == self.chosen:
+            return "chosen"
+        others = [one for one in self.options if one != self.chosen]
+        if others and option == others[0]:
+            return "runner-up"
+        together = [one for one in self.options if one.mode == "aggregated"]
+        return "best aggregated" if together and option == together[0] else ""

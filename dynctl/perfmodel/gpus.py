@@ -18,8 +18,8 @@ from dynctl.errors import ProfileError
 class Gpu(msgspec.Struct, frozen=True, kw_only=True):
     """One GPU: bytes, bytes/s, floating-point operations/s by format.
 
-    A format that its tensor cores lack runs as the next wider one. `per_node`: GPUs that `link` joins; beyond
-    them each has `network` bytes/s.
+    Formats that its tensor cores lack are widened to 16 bit on the way. `per_node`: GPUs that `link` joins;
+    beyond them each has `network` bytes/s.
     """
 
     name: str
@@ -46,9 +46,9 @@ _TABLE = (
     Gpu(name="A100", memory_bytes=80 * _G, bandwidth=2.039 * _T,
         bf16=312 * _T, fp8=312 * _T, fp4=312 * _T, link=300 * _G, network=25 * _G),
     Gpu(name="H100", memory_bytes=80 * _G, bandwidth=3.35 * _T,
-        bf16=989 * _T, fp8=1979 * _T, fp4=1979 * _T, link=450 * _G),
+        bf16=989 * _T, fp8=1979 * _T, fp4=989 * _T, link=450 * _G),
     Gpu(name="H200", memory_bytes=141 * _G, bandwidth=4.8 * _T,
-        bf16=989 * _T, fp8=1979 * _T, fp4=1979 * _T, link=450 * _G),
+        bf16=989 * _T, fp8=1979 * _T, fp4=989 * _T, link=450 * _G),
     Gpu(name="B200", memory_bytes=180 * _G, bandwidth=8.0 * _T,
         bf16=2250 * _T, fp8=4500 * _T, fp4=9000 * _T, link=900 * _G),
     Gpu(name="B300", memory_bytes=270 * _G, bandwidth=8.0 * _T,
@@ -58,9 +58,9 @@ _TABLE = (
     Gpu(name="GB300", memory_bytes=279 * _G, bandwidth=8.0 * _T,
         bf16=2500 * _T, fp8=5000 * _T, fp4=15000 * _T, link=900 * _G, per_node=72, network=100 * _G),
     Gpu(name="MI300X", memory_bytes=192 * _G, bandwidth=5.3 * _T,
-        bf16=1307 * _T, fp8=2615 * _T, fp4=2615 * _T, link=448 * _G),
+        bf16=1307 * _T, fp8=2615 * _T, fp4=1307 * _T, link=448 * _G),
     Gpu(name="L40S", memory_bytes=48 * _G, bandwidth=0.864 * _T,
-        bf16=362 * _T, fp8=733 * _T, fp4=733 * _T, link=32 * _G, network=25 * _G),
+        bf16=362 * _T, fp8=733 * _T, fp4=362 * _T, link=32 * _G, network=25 * _G),
 )  # fmt: skip
 GPUS: dict[str, Gpu] = {gpu.name: gpu for gpu in _TABLE}
 

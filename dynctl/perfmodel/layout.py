@@ -22,6 +22,12 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """GPUs of one replica."""
         return self.tensor * self.pipeline * self.data
 
+    def named(self, text: str) -> str:
+        """`text` with the sizes in the place of {tensor}, {pipeline}, {data} and {expert}."""
+        for name in ("tensor", "pipeline", "data", "expert"):
+            text = text.replace(f"{{{name}}}", str(getattr(self, name)))
+        return text
+
     @property
     def label(self) -> str:
         """As people write it: TP4, TP2·PP2, TP1·DP8·EP8."""

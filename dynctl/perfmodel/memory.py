@@ -90,14 +90,30 @@ def kv_bytes_per_gpu(shape: ModelShape, precision: Precision, layout: Layout) ->
     return stage * shape.kv_bytes_per_token(precision) / cut
 
 
+def kv_room_tokens(shape: ModelShape, gpu: Gpu, precision: Precision, layout: Layout) -> float:
+    """Tokens of KV one rank has room for when the engine is given nearly all memory, as for a benchmark; 0 or
+    below when nothing is left. Windowed layers keep a window only.
+    """
+    limits = EngineLimits(memory_share=0.95)
+    workspace = workspace_bytes(shape, layout, limits)
+    left = gpu.memory_bytes * limits.memory_share - weights_bytes(shape, precision, layout) - workspace
+    kept = 1.0 - shape.window_layers / shape.layers
+    return left / (kv_bytes_per_gpu(shape, precision, layout) * max(kept, 1 / shape.layers))
+
+
+def workspace_bytes(shape: ModelShape, layout: Layout, limits: EngineLimits) -> float:
+    """Of one GPU: the fixed rest, and activations of a full step."""
+    widest = max(shape.ffn_width if shape.dense_layers else 0, shape.heads * shape.head_dim, 4 * shape.hidden)
+    return FIXED_BYTES + 2.0 * limits.batched_tokens * (2 * shape.hidden + 3 * widest / layout.tensor)
+
+
 def fit(shape: ModelShape, gpu: Gpu, precision: Precision, layout: Layout, limits: EngineLimits) -> Fit:
     """What a layout leaves for KV. Raises ProfileError with the reason when it cannot be cut or does not
     fit.
     """
     check_divides(shape, layout)
     weights = weights_bytes(shape, precision, layout)
-    widest = max(shape.ffn_width if shape.dense_layers else 0, shape.heads * shape.head_dim, 4 * shape.hidden)
-    workspace = FIXED_BYTES + 2.0 * limits.batched_tokens * (2 * shape.hidden + 3 * widest / layout.tensor)
+    workspace = workspace_bytes(shape, layout, limits)
     usable = gpu.memory_bytes * limits.memory_share
     left = usable - weights - workspace
     told = f"{gpu.memory_bytes / 1e9:.0f} GB {gpu.name} of which {limits.memory_share:.0%} may be used"

@@ -4,6 +4,8 @@ constants.
 
 from __future__ import annotations
 
+from msgspec import structs
+
 from dynctl.perfmodel.calibration import Calibration, EngineConstants, calibration, pass_s
 from dynctl.perfmodel.gpus import Gpu
 from dynctl.perfmodel.layout import Layout
@@ -57,7 +59,8 @@ class Roofline:
     def prefill_s(self, layout: Layout, tokens: float, prompts: float = 1.0) -> float:
         """Seconds to read `prompts` prompts of `tokens` each on every attention rank, from empty contexts.
 
-        With one prompt that is also what a prompt takes alone: the other ranks then wait.
+        With one prompt that is also what a prompt takes alone: the other ranks then wait. Stages count as
+        busy all at once, each with another prompt.
         """
         work = work_of(self._machine(layout), prefill_pass(tokens, prompts))
         return pass_s(work, self._constants.hardware, self.engine.prefill)
@@ -75,7 +78,8 @@ class Roofline:
         Raises ProfileError with the reason why the layout cannot be.
         """
         room = fit(self.shape, self.gpu, self.precision, layout, self.limits)
-        prefill = tuple(self.prefill_s(layout, tokens) for tokens in PROMPTS)
+        through = structs.replace(layout, pipeline=1)  # a prompt alone goes through one stage after the other
+        prefill = tuple(self.prefill_s(through, tokens) for tokens in PROMPTS)
         decode = tuple(tuple(self.decode_s(layout, batch, c) for c in CONTEXTS) for batch in BATCHES)
         subject = Subject(
             model=self.shape.name,
@@ -91,7 +95,7 @@ class Roofline:
             decode=DecodeGrid(
                 batch=tuple(map(float, BATCHES)), context=tuple(map(float, CONTEXTS)), seconds=decode
             ),
-            transfer=self._transfer(layout),
+            transfer=self.transfer(layout),
             limits=Limits(
                 kv_tokens=room.kv_tokens,
                 sequences=self.limits.sequences * layout.data,
@@ -104,7 +108,7 @@ class Roofline:
     def _machine(self, layout: Layout) -> Machine:
         return Machine(shape=self.shape, gpu=self.gpu, precision=self.precision, layout=layout)
 
-    def _transfer(self, layout: Layout) -> Transfer:
+    def transfer(self, layout: Layout) -> Transfer:
         """Each GPU of a rank sends its part of the KV through its own network card."""
         senders = layout.pipeline * (1 if self.shape.latent else min(layout.tensor, self.shape.kv_heads))
         return Transfer(

@@ -49,6 +49,11 @@ def choose(ask: Ask) -> Choice:
     )
 
 
+def best(ask: Ask) -> Option | None:
+    """The best option alone, None when nothing keeps the SLA: what `choose` chooses, in less time."""
+    return next(iter(_ranked(Offers(ask))), None)
+
+
 def keeps(ask: Ask, option: Option) -> bool:
     """Whether the option's pools, as they are, keep the SLA at the demand's rate."""
     offers, rate = Offers(ask), ask.demand.rate * _AT_MOST
@@ -180,10 +185,7 @@ def _variations(ask: Ask, chosen: Option) -> Iterator[Variation]:
     for what in ("isl", "osl", "rate"):
         for factor in _VARIED:
             varied = replace(ask, demand=ask.demand.scaled(**{what: factor}), most=False)
-            found = _ranked(Offers(varied))
-            yield Variation(
-                what=what,
-                factor=factor,
-                option=found[0] if found else None,
-                holds=keeps(varied, chosen),
-            )
+            found, holds = _ranked(Offers(varied)), keeps(varied, chosen)
+            if holds:  # at its very limit, where no other is found
+                found = found or [chosen]
+            yield Variation(what=what, factor=factor, option=found[0] if found else None, holds=holds)

@@ -28,12 +28,15 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Pass(msgspec.Struct, frozen=True, kw_only=True):
-    """Of one attention rank: new tokens, sequences, cached tokens that are read, (query, key) pairs."""
+    """Of one attention rank: new tokens, sequences, cached tokens read, (query, key) pairs; `decode`:
+    one new token of each sequence.
+    """
 
     tokens: float
     sequences: float
     cached: float
     pairs: float
+    decode: bool = False
 
 
 class Work(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,7 +62,7 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
 
 def decode_pass(batch: float, context: float) -> Pass:
     """One step of `batch` sequences a rank with `context` tokens each."""
-    return Pass(tokens=batch, sequences=batch, cached=batch * context, pairs=batch * context)
+    return Pass(tokens=batch, sequences=batch, cached=batch * context, pairs=batch * context, decode=True)
 
 
 def prefill_pass(tokens: float, prompts: float = 1.0) -> Pass:
@@ -96,7 +99,7 @@ def work_of(machine: Machine, step: Pass) -> Work:
         expert_read_s=expert_read,
         expert_math_s=expert_math,
         kv_s=kept * kv_bytes_per_gpu(shape, precision, layout) / gpu.bandwidth,
-        attention_s=_attention_flops(shape, absorbed=step.tokens <= step.sequences)
+        attention_s=_attention_flops(shape, absorbed=step.decode)
         * pairs
         * shape.layers
         / tp

@@ -67,7 +67,7 @@ def roles_text(recipe: Recipe, option: Option) -> str:
 
 def _role(recipe: Recipe, pool: Pool) -> dict[str, Any]:
     engine = get(recipe.backend)
-    before = _before(recipe, pool)
+    before = section_before(recipe, pool)
     made: dict[str, Any] = {"replicas": pool.replicas}
     made |= {field: size for field, name in _SIZES if (size := getattr(pool.layout, name)) > 1}
     made["args"] = {**before.args, **limit_args(engine, pool)}
@@ -82,7 +82,7 @@ def limit_args(engine: Engine, pool: Pool) -> dict[str, int]:
     return {name: max(1, -(-value // ranks)) for name, value in found.items() if name}
 
 
-def _before(recipe: Recipe, pool: Pool) -> RoleSection:
+def section_before(recipe: Recipe, pool: Pool) -> RoleSection:
     """What the recipe says of the role; of the nearest one when it has it not."""
     present: dict[str, RoleSection] = {role: one for role, one in recipe.roles.present().items()}
     nearest = {"aggregated": ("decode", "prefill"), "prefill": ("aggregated",), "decode": ("aggregated",)}

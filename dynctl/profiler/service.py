@@ -65,31 +65,38 @@ class Outcome:
 
 def run(asked: Asked) -> Outcome:
     """Estimate all layouts and choose. Raises ProfileError when nothing can be estimated at all."""
+    require_context(asked)
+    profiles, refused = estimated(asked)
+    profiles.update(checked(asked.measured, profiles))
+    return Outcome(choose(ask_of(asked, profiles, refused)), profiles)
+
+
+def require_context(asked: Asked) -> None:
+    """Raises ProfileError when the demand holds requests that are longer than the model takes."""
     wanted = max(prompt + answer for prompt, answer in asked.demand.lengths)
     if asked.longest and wanted > asked.longest:
         raise ProfileError(
             f"a prompt and its answer take {wanted} tokens, the model's context is {asked.longest}",
             hint="smaller --isl and --osl, or a trace without such requests",
         )
-    profiles, refused = estimated(asked)
-    profiles.update(checked(asked.measured, profiles))
+
+
+def ask_of(asked: Asked, profiles: Mapping[Layout, Profile], refused: tuple[Refused, ...] = ()) -> Ask:
+    """What to choose from, when layouts cost this in whatever role."""
     engine = get(asked.loaded.recipe.backend)
     roles: tuple[Role, ...] = ("aggregated", "prefill", "decode")
     if not engine.features.disaggregation:
         roles = ("aggregated",)
-    choice = choose(
-        Ask(
-            sla=asked.sla,
-            demand=asked.demand,
-            profiles=dict.fromkeys(roles, profiles),
-            gpus=asked.gpus,
-            most=asked.most,
-            routing=ROUTINGS.get(asked.loaded.recipe.router.mode, "random"),
-            fits=fitting(asked, engine),
-            refused=refused,
-        )
+    return Ask(
+        sla=asked.sla,
+        demand=asked.demand,
+        profiles=dict.fromkeys(roles, profiles),
+        gpus=asked.gpus,
+        most=asked.most,
+        routing=ROUTINGS.get(asked.loaded.recipe.router.mode, "random"),
+        fits=fitting(asked, engine),
+        refused=refused,
     )
-    return Outcome(choice, profiles)
 
 
 def estimated(asked: Asked) -> tuple[dict[Layout, Profile], tuple[Refused, ...]]:

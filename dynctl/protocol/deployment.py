@@ -58,8 +58,8 @@ class ProcessView(msgspec.Struct, frozen=True, kw_only=True):
 class DeploymentView(msgspec.Struct, frozen=True, kw_only=True):
     """The whole. `reason` says why it is not ready, `controller_pid` 0 that no controller is alive.
 
-    `changing` says what is being replaced, added or removed; `locked` why nobody may change it;
-    `planner` how the planner is ("" = there is none).
+    `changing` says what is being replaced, added or removed; `locked` why nobody may change it; `planner` how
+    the planner is ("" = there is none). `at` is when a controller said so, by its clock; 0 = now.
     """
 
     name: str
@@ -73,6 +73,7 @@ class DeploymentView(msgspec.Struct, frozen=True, kw_only=True):
     processes: list[ProcessView]
     changing: str = ""
     locked: str = ""
+    at: float = 0.0
     planner: str = ""
 
 

@@ -90,6 +90,8 @@ class Slurm(SlurmPart):
     """Further nodes, in each part of the job, that take over from lost ones; no_kill then holds too."""
     no_kill: bool = False
     """When a node is lost, go on with the others; else Slurm ends the job. Not if it is the first node."""
+    follow_up: bool = True
+    """When a node is lost that the job outlives, and none is free, have another job give one in its place."""
     comment: Word = ""
     """Comment of the job."""
     warning: Annotated[Duration, Field(ge=0)] = 120.0

@@ -89,8 +89,8 @@ class Cluster(Faults):
         return [*map(str, processes), *told, *broken]
 
     def log_sizes(self) -> dict[Path, int]:
-        """The daemons' logs and how much is in them."""
-        return {path: path.stat().st_size for path in sorted((self.folder / "log").iterdir())}
+        """The daemons' logs and how much is in them; none of a cluster that is down again."""
+        return {path: path.stat().st_size for path in sorted((self.folder / "log").glob("*"))}
 
     def log_tails(self, since: dict[Path, int]) -> str:
         """The last lines that the daemons have written since `log_sizes`."""

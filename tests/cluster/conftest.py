@@ -15,6 +15,7 @@ import pytest
 from tests.cluster import environment
 from tests.cluster.cluster import Cluster, running
 from tests.cluster.hosts import USER
+from tests.cluster.login import Login
 
 _BEFORE = pytest.StashKey[tuple[Cluster, dict[Path, int]]]()
 """The cluster, and how long its logs were when the test began."""
@@ -57,6 +58,12 @@ def _nothing_left_over(request: pytest.FixtureRequest) -> Iterator[None]:
 def token() -> str:
     """A name that no other test has, for jobs, folders, environments: t-<8 hex>."""
     return f"t-{secrets.token_hex(4)}"
+
+
+@pytest.fixture
+def login(cluster: Cluster, home: Path, token: str) -> Login:
+    """dynctl on the login node, for jobs of one test's name."""
+    return Login(cluster, home, token)
 
 
 @pytest.fixture

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +82,16 @@ class Slurm(Hosts):
     def update_node(self, node: str, *settings: str, timeout: float = _CLIENT_S) -> None:
         """`scontrol update nodename=NODE SETTINGS...` with the rights of an administrator."""
         self._as_admin(["scontrol", "update", f"nodename={node}", *settings], timeout)
+
+    @contextmanager
+    def partition_closed(self, partition: str, *, timeout: float = _CLIENT_S) -> Iterator[None]:
+        """A partition that takes no more jobs; those that it has go on."""
+        update = ["scontrol", "update", f"partitionname={partition}"]
+        self._as_admin([*update, "state=drain"], timeout)
+        try:
+            yield
+        finally:
+            self._as_admin([*update, "state=up"], timeout)
 
     def await_nodes(self, *nodes: str, timeout: float = 60.0) -> None:
         """Wait until these nodes can run jobs; one that is down is resumed, a drained one is not."""

@@ -4,81 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.cluster.cluster import Cluster
 from tests.cluster.commands import eventually
+from tests.cluster.login import READY_S, Login, served
 
-READY_S = 90.0
 pytestmark = pytest.mark.timeout(240)
-
-
-class Login:
-    """dynctl as a user calls it on the login node, with jobs of one test's name."""
-
-    def __init__(self, cluster: Cluster, home: Path, token: str) -> None:
-        self.cluster, self.home, self.name = cluster, home, token
-
-    def run(
-        self, verb: str, *args: str, check: bool = True, timeout: float = READY_S
-    ) -> subprocess.CompletedProcess[str]:
-        """One command line to its end."""
-        return self.cluster.dynctl(verb, *args, home=self.home, check=check, timeout=timeout)
-
-    def up(
-        self, *sets: str, args: tuple[str, ...] = (), check: bool = True
-    ) -> subprocess.CompletedProcess[str]:
-        """`up` of the quickstart as two mockers on two nodes, unless told otherwise."""
-        given = [f"name={self.name}", "frontend.port=0", "slurm.nodes=2", *sets]
-        words = [word for one in given for word in ("--set", one)]
-        return self.run("up", "quickstart", "--target", "slurm", "-d", *words, *args, check=check)
-
-    def status(self) -> dict[str, Any]:
-        """`status --json`."""
-        told: dict[str, Any] = json.loads(self.run("status", self.name, "--json").stdout)
-        return told
-
-    def ps(self) -> list[dict[str, Any]]:
-        """`ps --json`."""
-        rows: list[dict[str, Any]] = json.loads(self.run("ps", self.name, "--json").stdout)
-        return rows
-
-    def url(self) -> str:
-        """Where it serves."""
-        return str(self.status()["url"])
-
-    def health(self) -> str:
-        """What the frontend says, asked from the login node."""
-        return self.cluster.run_as_user(["curl", "-s", f"{self.url()}/health"], check=False).stdout
-
-    def jobs(self) -> list[str]:
-        """Jobs of this test that have not ended, with their states."""
-        return [f"{job.id} {job.state}" for job in self.cluster.squeue() if self.name in job.name]
-
-    def job(self) -> str:
-        """The id of its job."""
-        return str(self.status()["job"]["id"])
-
-
-@pytest.fixture
-def login(cluster: Cluster, home: Path, token: str) -> Login:
-    return Login(cluster, home, token)
-
-
-@contextmanager
-def served(login: Login, *sets: str) -> Iterator[str]:
-    """A deployment that is ready, and is ended afterwards; its URL."""
-    url = login.up(*sets).stdout.strip()
-    try:
-        yield url
-    finally:
-        login.run("down", login.name, "--timeout", "5s", check=False)
 
 
 def test_one_command_serves_on_several_nodes_and_one_ends_it(login: Login) -> None:
@@ -293,7 +227,7 @@ def test_prefill_and_decode_in_parts_of_their_own(login: Login) -> None:
 
 
 def test_a_lost_node_costs_its_workers_and_not_the_service(login: Login) -> None:
-    with served(login, "slurm.no_kill=true", "slurm.nodes=2"):
+    with served(login, "slurm.no_kill=true", "slurm.follow_up=false", "slurm.nodes=2"):
         nodes = {row["instance"]: row["node"] for row in login.ps()}
         lost = nodes["aggregated-1"]
         assert lost != nodes["frontend-0"]
@@ -352,3 +286,18 @@ def test_down_ends_the_successor_too(login: Login) -> None:
         login.cluster.run_as_user(["scancel", "--batch", "--signal=USR1", login.job()])
         eventually(lambda: len(login.jobs()) == 2, "a successor", 60)
     eventually(lambda: login.jobs() == [], "both ended", 60)
+
+
+def test_a_successor_that_slurm_refuses_is_tried_again_while_the_old_job_serves(login: Login) -> None:
+    with served(login, *RESUBMIT):
+        first = login.job()
+        with login.cluster.partition_closed("gpu"):
+            login.cluster.run_as_user(["scancel", "--batch", "--signal=USR1", first])
+            eventually(lambda: "successor.refused" in login.run("events", login.name).stdout, "refused", 60)
+            told = login.run("status", login.name).stdout
+            assert "no successor: Slurm refuses the job: " in told
+            assert login.status()["phase"] == "ready"
+        eventually(lambda: login.job() != first, "another job has the name", 120)
+        told = login.run("status", login.name).stdout
+        assert "no successor" not in told
+        assert login.cluster.await_job(first, "COMPLETED", timeout=60) == "COMPLETED"

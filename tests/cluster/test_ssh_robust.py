@@ -49,9 +49,12 @@ def test_with_its_head_gone_for_good_the_rest_is_ended_and_the_name_is_free(lapt
         refused = laptop.dynctl("down", laptop.name, check=False)
         assert refused.returncode != 0
         assert "--forget" in refused.stderr
+        keys = laptop.home / "notes" / laptop.name / "keys.json"
+        assert keys.exists()
         told = laptop.dynctl("down", laptop.name, "--forget")
         assert "n1" in told.stderr
         assert "its name is free" in told.stderr
+        assert not keys.exists()
         left = [p for p in laptop.cluster.processes() if p.host != "n1" and "dynctl" in p.args]
         assert left == []
         laptop.hosts = ("n2", "n3", "n4")

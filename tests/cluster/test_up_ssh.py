@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import stat
 import sys
 import time
 from pathlib import Path
@@ -216,3 +217,20 @@ def test_secrets_are_on_no_command_line(laptop: Laptop) -> None:
         secret = json.loads(plans[0].read_text())
         shown = "\n".join(one.args for one in laptop.cluster.processes())
         assert not any(str(value) in shown for value in secret.values() if len(str(value)) > 20)
+
+
+def test_ps_asks_the_controller_itself_and_goes_by_ssh_where_it_cannot(laptop: Laptop) -> None:
+    no_ssh = {"DYNCTL_SSH_CONFIG": "/nonexistent"}
+
+    def ps(env: dict[str, str]) -> int:
+        args = ("ps", laptop.name, "--json")
+        return laptop.cluster.dynctl(*args, home=laptop.home, host=MACHINE, env=env, check=False).returncode
+
+    note = laptop.home / "notes" / laptop.name
+    with deployed(laptop):
+        assert stat.S_IMODE((note / "keys.json").stat().st_mode) == 0o600
+        assert ps(no_ssh) == 0
+        (note / "keys.json").unlink()
+        assert ps(no_ssh) != 0
+        assert ps({}) == 0
+    assert not (note / "keys.json").exists()

@@ -16,11 +16,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from dynctl.deploy.plan import Plan, RunContext, build_plan
+from dynctl.deploy.plan import Plan
+from dynctl.deploy.planner import build_plan
+from dynctl.deploy.seats import RunContext
 from dynctl.recipe import shipped
 from dynctl.recipe.check import check_recipe
 from dynctl.recipe.load import load_recipe
-from dynctl.topology.inventory import LOCAL, Host, Inventory, load_inventory
+from dynctl.topology.inventory import LOCAL, Host, Inventory
+from dynctl.topology.inventory_file import load_inventory
 
 HERE = Path(__file__).resolve().parent
 PACKAGE = HERE.parent.parent / "dynctl"

@@ -9,8 +9,9 @@ Parts, on real sshd hosts and a real Slurm that all share one machine's CPUs (`t
     slurm  4 nodes: job start to ready, submit to the job's first line beside a bare sbatch, `ps`, `down`
     node   one of four hosts loses its power under load, a fifth is spare: until each of the steps
 
-Medians of the rounds. Times of steps are those of the run's events, which have the same clock. `--write` puts
-the tables into docs/performance.md, part by part.
+Medians of the rounds; where there are control groups also the CPU time of all that was started, here and on
+all hosts. Times of steps are those of the run's events, which have the same clock. `--write` puts the tables
+into docs/performance.md, part by part.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import time
 import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -39,6 +40,7 @@ from tests.cluster.commands import eventually
 from tests.cluster.hosts import USER
 from tests.cluster.ssh_deployment import Laptop, Load, deployed, under_load
 from tests.deployment import counter
+from tests.perf.cpu_group import CpuGroup
 from tests.perf.serving import write
 
 POLL_S = 0.01
@@ -46,6 +48,7 @@ SCRAPE_S = 0.05
 READY_S = 120.0
 MOVED_S = 60.0
 VICTIM = "n3"
+CPU = CpuGroup()
 
 Measured = dict[str, list[float]]
 
@@ -83,6 +86,16 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
+@contextmanager
+def cpu_of(what: str, into: Measured, calls: int = 1) -> Iterator[None]:
+    """CPU seconds of everything the block has started here and on all hosts, for each of its calls."""
+    before = CPU.seconds()
+    yield
+    after = CPU.seconds()
+    if before is not None and after is not None:
+        into[f"{what}, CPU"].append((after - before) / calls)
+
+
 def events_of(runs: Path) -> list[dict[str, Any]]:
     """The events of the only run there."""
     (file,) = runs.glob("*/events.jsonl")
@@ -114,14 +127,18 @@ def ssh(cluster: Cluster, into: Measured, engines: int = 4) -> None:
     with user_home(cluster, name) as home:
         laptop = Laptop(cluster, home, name, sets=[f"roles.aggregated.replicas={engines}"])
         begun = time.time()
-        with deployed(laptop):
+        with ExitStack() as stack:
+            with cpu_of("up -d to ready", into):
+                stack.enter_context(deployed(laptop))
             into["up -d to ready"].append(time.time() - begun)
             told = events_of(laptop.there / "runs")
             into["of it: the controller runs"].append(first(told, "controller.started") - begun)
             into["of it: its processes are started"].append(last(told, "process.started") - begun)
             into["of it: all are ready"].append(first(told, "deployment.ready") - begun)
-            into["ps"].append(statistics.median(seconds(laptop.ps) for _ in range(3)))
-            into["down"].append(seconds(lambda: laptop.dynctl("down", name)))
+            with cpu_of("ps", into, calls=3):
+                into["ps"].append(statistics.median(seconds(laptop.ps) for _ in range(3)))
+            with cpu_of("down", into):
+                into["down"].append(seconds(lambda: laptop.dynctl("down", name)))
             into["processes left"].append(left(cluster))
 
 
@@ -313,32 +330,27 @@ def node(cluster: Cluster, into: Measured) -> None:
 
 
 _SSH_ROWS = {
+    "up -d to ready": ("s", "≤ 6 s"),
     "of it: the controller runs": ("s", ""),
     "of it: its processes are started": ("s", ""),
     "of it: all are ready": ("s", ""),
+    "up -d to ready, CPU": ("s", ""),
+    "ps": ("s", "≤ 0.5 s"),
+    "ps, CPU": ("s", ""),
+    "down": ("s", "≤ 4 s"),
+    "down, CPU": ("s", ""),
+    "processes left": ("", "0"),
 }
 PARTS = {
     "ssh": Part(
         "SSH: 4 hosts with a simulated engine each, and a frontend",
         ssh,
-        {
-            "up -d to ready": ("s", "≤ 6 s"),
-            **_SSH_ROWS,
-            "ps": ("s", "≤ 0.5 s"),
-            "down": ("s", "≤ 4 s"),
-            "processes left": ("", "0"),
-        },
+        _SSH_ROWS,
     ),
     "many": Part(
         "SSH: 4 hosts with four simulated engines each, and a frontend",
         many,
-        {
-            "up -d to ready": ("s", "≤ 6 s"),
-            **_SSH_ROWS,
-            "ps": ("s", "≤ 0.5 s"),
-            "down": ("s", "≤ 4 s"),
-            "processes left": ("", "0"),
-        },
+        _SSH_ROWS,
     ),
     "slurm": Part(
         "Slurm: a job of 4 nodes with a simulated engine each, and a frontend",
@@ -377,6 +389,8 @@ def table(part: Part, measured: Measured) -> str:
     lines = ["| | median | min, max | wanted |", "|---|---|---|---|"]
     for what, (unit, wanted) in part.rows.items():
         values = measured[what]
+        if not values:
+            continue  # CPU where there are no control groups
         shown = [f"{value:.2f}" if unit else f"{value:g}" for value in (min(values), max(values))]
         middle = statistics.median(values)
         median = f"{middle:.2f} {unit}" if unit else f"{middle:g}"
@@ -408,12 +422,16 @@ def main() -> None:
     args = parser.parse_args()
     if why := why_not():
         raise SystemExit(f"no cluster here: {why}")
-    with running(environment.build()) as cluster:
-        for name in args.only.split(","):
-            section = measure(PARTS[name], cluster, args.rounds)
-            print(f"\n{section}\n", flush=True)
-            if args.write:
-                write(f"cluster-{name}", section)
+    CPU.enter()
+    try:
+        with running(environment.build()) as cluster:
+            for name in args.only.split(","):
+                section = measure(PARTS[name], cluster, args.rounds)
+                print(f"\n{section}\n", flush=True)
+                if args.write:
+                    write(f"cluster-{name}", section)
+    finally:
+        CPU.close()
 
 
 if __name__ == "__main__":

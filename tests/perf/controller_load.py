@@ -31,8 +31,9 @@ import msgspec
 
 from dynctl.controller.service import Controller, Parts
 from dynctl.deploy.home import Home, RunDir, new_run_id
-from dynctl.deploy.plan import Plan, RunContext
+from dynctl.deploy.plan import Plan
 from dynctl.deploy.run import Site, UpRequest, check, plan_run, write_run
+from dynctl.deploy.seats import RunContext
 from dynctl.deploy.state import ControllerRecord, load_state
 from dynctl.discovery.client import Registrar, Watcher
 from dynctl.errors import DynctlError, LaunchError

@@ -7,7 +7,8 @@ from typing import Any
 
 import msgspec
 
-from dynctl.deploy.plan import RunContext, build_plan
+from dynctl.deploy.planner import build_plan
+from dynctl.deploy.seats import RunContext
 from dynctl.doctor.findings import Level, Verdict
 from dynctl.doctor.subject import Subject, Wanted
 from dynctl.protocol.hosts import (

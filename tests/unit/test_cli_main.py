@@ -57,7 +57,7 @@ def test_an_error_kind_without_an_exit_code_is_one_that_no_verb_ends_with() -> N
         "error": "the root: a fault of dynctl's own, or trouble with a file",
         "codec": "a file that cannot be read as what it should be",
         "superseded": "sidecars and frontends have it, as their own exit code",
-        "profile": "the mocker has it",
+        "profile": "trouble with a file: a profile or a trace",
     }
     tree = [
         each for each in vars(errors).values() if isinstance(each, type) and issubclass(each, DynctlError)

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from dynctl.cli.elsewhere import save_remote
 from dynctl.cli.pick import ENV_NAME, ENV_RUN_ID, Elsewhere, pick, running_names, view
 from dynctl.deploy.home import Home, RunDir
-from dynctl.deploy.remote import Remote, RemoteHost
+from dynctl.deploy.remote_note import Remote, RemoteHost, save_remote
 from dynctl.deploy.state import ControllerRecord, RunState, encode_state
 from dynctl.errors import UsageError
 from dynctl.launchers.base import ENV_PROCESS, ENV_RUN

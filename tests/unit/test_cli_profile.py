@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from dynctl.recipe.load import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = str(ROOT / "recipes" / "llama70b-disagg.yaml")
-USUAL = ("--gpu", "h200_sxm", "--gpus", "16", "--estimate-only")
-APART = ("--sla", "ttft=3s,itl=16ms", *USUAL)
+ON = ("--gpu", "h200_sxm", "--gpus", "16", "--estimate-only")
+USUAL = ("--sla", "ttft=400ms,itl=20ms", *ON)
+APART = ("--sla", "ttft=3s,itl=16ms", *ON)
 
 
 def asked(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
@@ -39,7 +41,7 @@ def test_sixteen_gpus_give_a_choice_with_all_its_parts(
 ) -> None:
     code, out, err = asked(capsys, RECIPE, *USUAL)
     assert code == 0
-    assert "p95 TTFT ≤ 200ms, ITL ≤ 20.0ms" in out
+    assert "p95 TTFT ≤ 400ms, ITL ≤ 20.0ms" in out
     assert "chosen" in out
     assert "runner-up" in out
     assert "prompts +20%" in out
@@ -77,7 +79,7 @@ def test_json_tells_prediction_and_rejected_layouts(here: Path, capsys: pytest.C
     code, out, _ = asked(capsys, RECIPE, "--json", *USUAL)
     told = json.loads(out)
     assert code == 0
-    assert told["chosen"]["predicted"]["ttft_s"] <= 0.2 * 1.01
+    assert told["chosen"]["predicted"]["ttft_s"] <= 0.4 * 1.01
     assert told["chosen"]["predicted"]["itl_s"] <= 0.02
     assert told["chosen"]["predicted"]["tokens_per_s_per_gpu"] > 0
     assert [one["layout"] for one in told["rejected"]] == ["TP1"]
@@ -107,15 +109,17 @@ def test_profiles_and_npz_are_written_beside_the_recipe(
     assert decode["max_kv_tokens"].shape == (1,)
 
 
-def test_without_room_for_the_sla_the_answer_is_why_and_nothing_is_written(
+def test_without_room_for_the_sla_the_answer_is_why_and_no_recipe_is_written(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, out, _ = asked(capsys, RECIPE, "--sla", "ttft=1ms,itl=20ms", *USUAL)
+    code, out, err = asked(capsys, RECIPE, "--sla", "ttft=1ms,itl=20ms", *ON)
     assert code == 1
     assert "nothing keeps this SLA" in out
     assert "a TTFT of 1 ms cannot be kept" in out
     assert "TTFT" in out.split("nearest")[1]
-    assert not list(here.iterdir())
+    assert "runner-up" not in out
+    assert "next:" not in err
+    assert sorted(path.name for path in here.rglob("*.*")) == ["report.html", "report.png"]
 
 
 def test_a_rate_beyond_the_gpus_tells_how_many_it_would_take(
@@ -145,7 +149,7 @@ def test_a_rate_beyond_the_gpus_tells_how_many_it_would_take(
         (("--isl", "200000"), 1, "the model's context is 131072"),
         (("--trace", "none.jsonl"), 1, "cannot read the trace"),
         (("--trace", "none.jsonl", "--isl", "5"), 2, "leave --isl and --osl out"),
-        (("--set", "model.path=nobody/knows-it"), 1, "there is no config.json of nobody/knows-it"),
+        (("--set", "model.path=nobody/knows-it"), 1, "model 'nobody/knows-it' has no config"),
         (("--set", "backend=external"), 3, "external"),
     ],
 )
@@ -167,14 +171,27 @@ def test_without_a_gpu_named_it_is_asked_for(here: Path, capsys: pytest.CaptureF
     assert "--gpu h200_sxm" in err
 
 
-def test_measuring_is_not_promised(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = asked(capsys, RECIPE, "--gpu", "h200", "--gpus", "16")
-    assert code == 2
-    assert "--estimate-only" in err
+@pytest.mark.parametrize(
+    ("args", "code", "said"),
+    [
+        ((), 3, "target ssh needs hosts"),
+        (("--set", "target=local", "--set", "model.path=."), 2, "no GPU is found on this machine"),
+        (("--budget", "0s"), 2, "above 0"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_before_anything_is_started(
+    here: Path, capsys: pytest.CaptureFixture[str], args: tuple[str, ...], code: int, said: str
+) -> None:
+    config = {"hidden_size": 4096, "num_hidden_layers": 4, "num_attention_heads": 32, "vocab_size": 1000}
+    config |= {"intermediate_size": 8192, "num_key_value_heads": 8, "max_position_embeddings": 16384}
+    (here / "config.json").write_text(json.dumps(config))
+    found, _, err = asked(capsys, RECIPE, "--gpu", "h200", "--gpus", "16", *args)
+    assert (found, said in err) == (code, True), err
+    assert [path.name for path in here.iterdir()] == ["config.json"]
 
 
 def test_a_recipe_without_sla_needs_one(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = asked(capsys, RECIPE, "--unset", "sla", *USUAL)
+    code, _, err = asked(capsys, RECIPE, "--unset", "sla", *ON)
     assert code == 2
     assert "no service level is given" in err
 
@@ -245,3 +262,40 @@ def test_relative_paths_are_whole_in_the_written_recipe(
     code, _, _ = asked(capsys, "mine.yaml", *args)
     assert code == 0
     assert f'path: "{here}/model"   # or a directory' in (here / "deep" / "er" / "recipe.yaml").read_text()
+
+
+def test_the_report_names_the_choice_and_the_next_command(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = asked(capsys, RECIPE, "--json", "--out", "my made", *APART)
+    assert code == 0
+    page = (here / "my made" / "report.html").read_text()
+    assert json.loads(out)["chosen"]["label"] in page
+    assert "dynctl up &#39;my made/recipe.yaml&#39;" in page
+    assert err.endswith("next: dynctl up 'my made/recipe.yaml'\n")
+    assert "report.html, report.png to my made" in err
+    assert (here / "my made" / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_all_but_the_plots_is_there(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, out, err = asked(capsys, RECIPE, "--json", "--out", "made", *APART)
+    assert code == 0
+    assert json.loads(out)["chosen"]
+    assert err.count("pip install 'dynctl[profile]'") == 1
+    assert (here / "made" / "recipe.yaml").is_file()
+    assert "No plots: " in (here / "made" / "report.html").read_text()
+    assert not (here / "made" / "report.png").exists()
+
+
+def test_a_report_that_cannot_be_written_costs_nothing_else(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "made" / "report.html").mkdir(parents=True)
+    code, out, err = asked(capsys, RECIPE, "--json", "--out", "made", *APART)
+    assert code == 0
+    assert json.loads(out)["chosen"]
+    assert "warning: no report: " in err
+    assert (here / "made" / "recipe.yaml").is_file()

@@ -34,7 +34,7 @@ PLANNER = """\
 planner: {interval: 10, load_interval: 5, boot_time: 10, cooldown: 20, profile: PROFILE}
 """
 SHOWN = """\
-small  p95 TTFT ≤ 1000ms, ITL ≤ 20.0ms
+small  p95 TTFT ≤ 1s, ITL ≤ 20.0ms
 240 requests in 59s, on average 2000 prompt and 40 answer tokens
 
 POLICY    MET     TTFT    ITL     TTFT p50/p95/p99   ITL p50/p95/p99    GOODPUT  GPU-H  REFUSED  ABORTED

@@ -10,9 +10,11 @@ import pytest
 
 from dynctl.controller import claims
 from dynctl.controller.claims import Claims
-from dynctl.deploy.plan import Plan, RunContext, build_plan
+from dynctl.deploy.plan import Plan
+from dynctl.deploy.planner import build_plan
+from dynctl.deploy.records import initial_state
 from dynctl.deploy.reseat import reseat
-from dynctl.deploy.run import initial_state
+from dynctl.deploy.seats import RunContext
 from dynctl.errors import LaunchError, PlacementError
 from dynctl.recipe.load import load_recipe
 from dynctl.topology.inventory import Host, Inventory

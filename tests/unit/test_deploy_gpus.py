@@ -8,7 +8,8 @@ import pytest
 from dynctl.deploy.gpus import FILE, GpuClaim, Living, claim_of, hold, others, require_free
 from dynctl.deploy.home import Home
 from dynctl.deploy.plan import Plan, PlannedNode
-from dynctl.deploy.remote import HostSite, require_idle
+from dynctl.deploy.remote import require_idle
+from dynctl.deploy.remote_hosts import HostSite
 from dynctl.errors import PlacementError
 
 

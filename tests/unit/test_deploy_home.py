@@ -210,3 +210,21 @@ def test_two_recipes_that_are_to_be_applied_at_once_have_two_names(home: Home) -
     for name in ("recipe.lock.yaml", "../r-2/recipe.next.00.yaml", "recipe.next.yaml"):
         with pytest.raises(UsageError, match="no recipe that was put there"):
             run.next(name)
+
+
+def test_hosts_with_one_home_and_the_same_pid_do_not_take_each_others_probe(home: Home) -> None:
+    failed: list[LaunchError] = []
+
+    def prepare() -> None:
+        try:
+            for _ in range(100):
+                home.prepare()
+        except LaunchError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=prepare) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from dynctl.deploy.plan import Plan, PlannedProcess, RunContext, build_plan
-from dynctl.deploy.rehome import moved_seats, rehome
-from dynctl.deploy.replan import Room
+from dynctl.deploy.plan import Plan, PlannedProcess
+from dynctl.deploy.planner import build_plan
+from dynctl.deploy.rehome import rehome
+from dynctl.deploy.reseat import moved_seats
+from dynctl.deploy.room import Room
+from dynctl.deploy.seats import RunContext
 from dynctl.errors import PlacementError
 from dynctl.recipe.load import LoadedRecipe, load_recipe
 from dynctl.topology.inventory import Host, Inventory

@@ -9,19 +9,13 @@ import pytest
 
 from dynctl.deploy.beside import beside
 from dynctl.deploy.digest import digest_of, reasons
-from dynctl.deploy.plan import Plan, RunContext, build_plan
-from dynctl.deploy.replan import (
-    Room,
-    as_before,
-    compare,
-    context_of,
-    merged,
-    replan,
-    with_stand_ins,
-    without_stand_ins,
-)
+from dynctl.deploy.plan import Plan
+from dynctl.deploy.planner import build_plan
+from dynctl.deploy.records import initial_state
+from dynctl.deploy.replan import as_before, compare, context_of, replan, with_stand_ins, without_stand_ins
 from dynctl.deploy.reseat import reseat
-from dynctl.deploy.run import initial_state
+from dynctl.deploy.room import Room, merged
+from dynctl.deploy.seats import RunContext
 from dynctl.errors import PlacementError, RecipeError
 from dynctl.protocol.day2 import NodeRoom
 from dynctl.recipe.load import LoadedRecipe, load_recipe

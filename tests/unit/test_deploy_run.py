@@ -12,18 +12,10 @@ import pytest
 
 from dynctl.deploy import run as steps
 from dynctl.deploy.home import Home, RunDir
-from dynctl.deploy.plan import Plan, build_plan
-from dynctl.deploy.run import (
-    Checked,
-    Site,
-    UpRequest,
-    check,
-    claim,
-    controller_of,
-    initial_state,
-    plan_run,
-    write_run,
-)
+from dynctl.deploy.plan import Plan
+from dynctl.deploy.planner import build_plan
+from dynctl.deploy.records import initial_state
+from dynctl.deploy.run import Checked, Site, UpRequest, check, claim, controller_of, plan_run, write_run
 from dynctl.deploy.seats import RunContext
 from dynctl.deploy.state import load_state, save_state
 from dynctl.errors import CodecError, LaunchError, PortInUse, RecipeError, UsageError
@@ -69,6 +61,26 @@ def written(made: Checked, where: Site) -> tuple[RunDir, Plan]:
     context = RunContext("d-1", str(where.home.runs / "d-1"), sys.executable)
     plan = build_plan(made.loaded, made.inventory, (), context)
     return write_run(plan, lock_text(made.loaded, "0"), made.inventory, where.home), plan
+
+
+@pytest.mark.parametrize(("size", "gpus"), [(2, [2, 3]), (4, [0, 1, 2, 3])])
+def test_gpus_that_other_runs_have_are_left_to_them_while_there_are_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, gpus: list[int]
+) -> None:
+    (tmp_path / "hosts.yaml").write_text("hosts: [{name: local, address: 127.0.0.1, gpus: 4}]\n")
+    path = tmp_path / "d.yaml"
+    path.write_text(
+        RECIPE.replace("mocker", "vllm")
+        .replace(
+            "{prefill: {replicas: 1}, decode: {replicas: 1}}", f"{{aggregated: {{tensor_parallel: {size}}}}}"
+        )
+        .replace("builtin:tiny", ".")
+    )
+    made = check(UpRequest(path, (), (), tmp_path / "hosts.yaml"))
+    monkeypatch.setattr(steps, "gpus_of_others", lambda home: {0: "a", 1: "a"})
+    context = RunContext("d-1", str(tmp_path), sys.executable)
+    plan = steps._on_free_gpus(made, site(tmp_path), context)
+    assert [gpu for node in plan.nodes for gpu in node.gpus] == gpus
 
 
 def test_only_what_can_run_here_is_accepted(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 from dynctl import procfs
 from dynctl.deploy import stop
 from dynctl.deploy.ask import Health
+from dynctl.deploy.claim import Up
 from dynctl.deploy.home import Home, RunDir
-from dynctl.deploy.run import Up
 from dynctl.deploy.state import ControllerRecord, RunState, SeatRecord, drain_of, load_state, save_state
 from dynctl.deploy.stop import Stopper, stop_run
 from dynctl.deploy.watch import Waiter, failure_of, wait_ready

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from dynctl.deploy.plan import Plan, RunContext, build_plan
+from dynctl.deploy.plan import Plan
+from dynctl.deploy.planner import build_plan
 from dynctl.deploy.preflight import require_programs, require_startable
+from dynctl.deploy.seats import RunContext
 from dynctl.errors import CodecError, PlacementError, PortInUse, RecipeError
 from dynctl.protocol.specs import FrontendSpec, WorkerSpec
 from dynctl.recipe.load import LoadedRecipe, load_recipe

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dynctl.deploy.plan import RunContext, build_plan
+from dynctl.deploy.planner import build_plan
+from dynctl.deploy.seats import RunContext
 from dynctl.deploy.slurm_script import JobContext, script_text, slurm_time
 from dynctl.deploy.slurm_size import Size, assumed, labelled, on_its_parts, size_of
 from dynctl.errors import PlacementError, RecipeError

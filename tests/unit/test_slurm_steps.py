@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 
 from dynctl.command import Command
-from dynctl.deploy.plan import Plan, RunContext, build_plan
+from dynctl.deploy.plan import Plan
+from dynctl.deploy.planner import build_plan
+from dynctl.deploy.seats import RunContext
 from dynctl.deploy.slurm_inventory import gpus_by_node
 from dynctl.deploy.slurm_size import assumed
 from dynctl.launchers.base import Launch, RunRef
-from dynctl.launchers.slurm_fleet import JobSite, exit_code, step_argv, step_name
+from dynctl.launchers.slurm_fleet import exit_code
+from dynctl.launchers.slurm_step import JobSite, step_argv, step_name
 from dynctl.recipe.load import load_recipe
 from dynctl.worker.step import engine_argv, engine_environment
 

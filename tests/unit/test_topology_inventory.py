@@ -7,15 +7,8 @@ import pytest
 from dynctl.errors import PlacementError, RecipeError
 from dynctl.recipe.schema import Host as RecipeHost
 from dynctl.recipe.schema import Recipe
-from dynctl.topology.inventory import (
-    Host,
-    Ssh,
-    discover_local,
-    from_hosts,
-    inventory_for,
-    load_inventory,
-    with_gpus,
-)
+from dynctl.topology.inventory import Host, Ssh, with_gpus
+from dynctl.topology.inventory_file import discover_local, from_hosts, inventory_for, load_inventory
 
 
 def write(tmp_path: Path, text: str) -> Path:

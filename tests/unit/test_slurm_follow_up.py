@@ -1,0 +1,135 @@
+"""Follow-up jobs: when one is asked for, used and given back; its script; how steps in it are started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dynctl.command import Command
+from dynctl.controller.follow_ups import Act, Forget, Nodes, Release, Seen, Submit, Take, Widen, decide
+from dynctl.deploy.slurm_follow_up import follow_up_script
+from dynctl.deploy.slurm_script import JobContext
+from dynctl.errors import RecipeError
+from dynctl.launchers.base import Launch, RunRef
+from dynctl.launchers.slurm_client import JobRow
+from dynctl.launchers.slurm_follow import FollowUp, load_follow_ups, save_follow_ups
+from dynctl.launchers.slurm_job import JobRecord
+from dynctl.launchers.slurm_step import JobSite, step_argv
+from dynctl.recipe.load import load_recipe
+
+RECIPE = """\
+schema: dynctl/v1
+name: demo
+model: {path: org/model}
+backend: vllm
+target: slurm
+roles: {prefill: {replicas: 1}, decode: {replicas: 4}}
+slurm:
+  {partition: gpu, account: llm, qos: high, gpus_per_node: 2, no_kill: true, nodelist: "n[1-3]", exclude: n9,
+   time: 4h, sbatch_args: {begin: now+1hour, mail-type: END}}
+"""
+STARTED = "2026-11-28T08:00:00"
+
+
+def follow_up(*nodes: str, part: int = 0, avoid: tuple[str, ...] = ()) -> FollowUp:
+    job = JobRecord(job_id="8", name="demo-1.follow-1", submitted_at=0.0)
+    return FollowUp(job=job, wanted=1, part=part, nodes=nodes, avoid=avoid, started=STARTED if nodes else "")
+
+
+def row(state: str, **more: str) -> JobRow:
+    return JobRow(**{"id": "8", "name": "demo-1.follow-1", "state": state, "start": STARTED, **more})  # type: ignore[arg-type]
+
+
+def acts(
+    lacking: dict[int, int], one: FollowUp | None = None, seen: JobRow | None = None, **nodes: list[str]
+) -> list[Act]:
+    return decide(lacking, [Seen(one, seen, fresh=True)] if one is not None else [], Nodes(**nodes))
+
+
+def test_one_is_asked_for_once_and_not_again_while_it_waits() -> None:
+    assert acts({0: 1}) == [Submit(0, 1)]
+    assert acts({0: 1}, follow_up(), None) == [], "submitted, and not listed yet"
+    assert acts({0: 1}, follow_up(), row("PENDING")) == []
+    assert acts({0: 3}, follow_up(), row("PENDING")) == [Submit(0, 2)], "two more nodes were lost"
+    assert acts({1: 1}, follow_up(part=0), row("PENDING")) == [
+        Release(follow_up(), "it is no longer needed"),
+        Submit(1, 1),
+    ]
+
+
+def test_one_that_runs_is_used_and_its_idle_nodes_count() -> None:
+    assert acts({0: 1}, follow_up(), row("RUNNING")) == [Take(follow_up(), row("RUNNING"))]
+    assert acts({0: 1}, follow_up(), row("CONFIGURING")) == []
+    assert acts({0: 1}, follow_up("n5"), row("RUNNING")) == [], "workers are about to be moved there"
+    assert acts({0: 1}, follow_up("n5"), row("RUNNING"), used=["n5"]) == [Submit(0, 1)]
+    assert acts({0: 1}, follow_up("n5"), row("RUNNING"), lost=["n5"]) == [Submit(0, 1)]
+
+
+def test_one_that_nobody_needs_is_given_back() -> None:
+    assert [type(act) for act in acts({}, follow_up(), row("PENDING"))] == [Release]
+    assert [type(act) for act in acts({}, follow_up("n5"), row("RUNNING"))] == [Release]
+    assert acts({}, follow_up("n5"), row("RUNNING"), used=["n5"]) == []
+
+
+def test_one_that_has_ended_or_will_never_start_is_told_with_the_reason() -> None:
+    (over, again) = acts({0: 1}, follow_up("n5"), row("NODE_FAIL", nodes="n5"), used=["n5"])
+    assert isinstance(over, Forget)
+    assert over.why == "job 8 on n5 lost a node"
+    assert again == Submit(0, 1)
+    (never, _) = acts({0: 1}, follow_up(), row("PENDING", reason="PartitionTimeLimit"))
+    assert isinstance(never, Release)
+    assert never.failed
+    assert "PartitionTimeLimit" in never.why
+
+
+def test_one_that_slurm_has_started_anew_is_not_the_one_that_was_used() -> None:
+    """Its nodes may be others now, and what ran on the ones before has been ended."""
+    for now in (row("PENDING"), row("RUNNING", start="2026-11-28T09:00:00")):
+        (act,) = acts({}, follow_up("n5"), now, used=["n5"])
+        assert isinstance(act, Release)
+        assert act.failed
+
+
+def test_one_that_waits_may_have_the_lost_node_once_that_is_back() -> None:
+    waits, back = follow_up(avoid=("n1", "n2")), row("PENDING")
+    assert acts({0: 1}, waits, back, lost=["n2"], returned=["n2"]) == [Widen(waits, back, ("n2",))]
+    assert acts({0: 1}, waits, back, lost=["n2"]) == []
+
+
+def test_its_script_asks_for_nodes_of_the_same_kind_and_starts_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(RECIPE)
+    loaded = load_recipe(file, environ={"HOME": str(tmp_path)})
+    context = JobContext("demo-1.follow-1", "/runs/demo-1", "/py", "/home")
+    text = follow_up_script(loaded, context, 0, 2, {"n2", "n1"}, 3600.0)
+    lines = text.splitlines()
+    wanted = {"job-name=demo-1.follow-1", "partition=gpu", "account=llm", "qos=high", "nodes=2", "no-kill"}
+    wanted |= {"gpus-per-node=2", "time=0-01:00:00", "exclude=n9,n1,n2", "mail-type=END", "no-requeue"}
+    assert wanted <= {line.removeprefix("#SBATCH --") for line in lines}
+    assert not any(
+        word in text for word in ("nodelist", "begin=", "--signal", "controller.log", "slurm_keeper")
+    )
+    assert lines[-1] == "exec /py -u -m dynctl.controller.slurm_holder --run-dir /runs/demo-1"
+    with pytest.raises(RecipeError, match="too short"):
+        follow_up_script(loaded, context, 0, 1, (), 90.0)
+
+
+def test_a_step_in_another_job_sees_nothing_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
+    monkeypatch.setenv("SLURM_CONF", "/c")
+    site = JobSite("7", {"n1": 0, "n2": 1}, ("7", "8"), {"n5": "9", "n2": "10"})
+    assert site.jobs == "7,8,9,10"
+    argv = step_argv(site, Launch("decode-0", 1, Command(("x",)), "n5"), RunRef("r", Path("/r")))
+    assert argv[1:3] == ("--jobid=9", "--overlap")
+    assert site.way_to("n1") == ("--het-group=0",)
+    assert site.way_to("n2") == ("--jobid=10",), "it came back in another job"
+    assert "SLURM_JOB_NODELIST" in site.withheld("n5")
+    assert "SLURM_CONF" not in site.withheld("n5")
+    assert "SLURM_JOB_NODELIST" not in site.withheld("n1")
+
+
+def test_what_is_kept_of_them_is_read_again(tmp_path: Path) -> None:
+    assert load_follow_ups(tmp_path) == []
+    save_follow_ups(tmp_path, [follow_up("n5", avoid=("n1",))])
+    assert load_follow_ups(tmp_path) == [follow_up("n5", avoid=("n1",))]
