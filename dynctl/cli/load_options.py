@@ -17,8 +17,8 @@ import typer
 from dynctl.cli import options
 from dynctl.errors import UsageError
 from dynctl.perfmodel.choice import Sla
+from dynctl.perfmodel.trace import load_trace
 from dynctl.profiler.load.spec import Api, Closed, Lengths, Load, Open, Replay, check
-from dynctl.profiler.load.trace import load_trace
 
 ENV_KEY = "DYNCTL_API_KEY"
 _DEFAULT_REQUESTS = 200
@@ -293,7 +293,7 @@ def _arrivals(given: Given) -> Closed | Open | Replay:
     if given.burstiness is not None and given.rate is None:
         raise UsageError("--burstiness is of the gaps that --rate makes", hint="give --rate as well")
     if given.trace is not None:
-        return Replay(requests=load_trace(given.trace), speedup=given.speedup)
+        return Replay(requests=tuple(load_trace(given.trace)), speedup=given.speedup)
     if given.rate is None:
         return Closed(concurrency=8 if given.concurrency is None else given.concurrency)
     return Open(rate=given.rate, burstiness=_calmness(given.burstiness))

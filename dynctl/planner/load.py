@@ -136,7 +136,8 @@ def _users_wait(sight: _Sight) -> str:
     late = sight.reads and sla.ttft_s is not None and (waits or seen.queued)
     if late and sla.ttft_s is not None and (seen.ttft_s or 0.0) > max(sla.ttft_s, sight.ttft_s or 0.0):
         return f"first tokens came after {_ms(seen.ttft_s or 0.0)}, {asked_for.format(_ms(sla.ttft_s))}"
-    blind = sight.profile is None or sight.usual is None
+    # Where prompts are read in between, gaps are longer than the profile's, most of all in short answers.
+    blind = sight.profile is None or sight.usual is None or sight.reads
     if sight.writes and blind and sla.itl_s is not None and (seen.itl_s or 0.0) > sla.itl_s:
         return f"tokens came {_ms(seen.itl_s or 0.0)} apart, {asked_for.format(_ms(sla.itl_s))}"
     if sight.reads and sla.ttft_s is None and seen.queued:

@@ -20,11 +20,12 @@ from dynctl.perfmodel.fit import scaled
 from dynctl.perfmodel.layout import Layout
 from dynctl.perfmodel.offers import Ask, Offers
 from dynctl.perfmodel.profile import Profile
+from dynctl.perfmodel.trace import TraceRequest
 from dynctl.profiler.candidate import candidate, depends_on
 from dynctl.profiler.journal import key_of
 from dynctl.profiler.load.result import Result
 from dynctl.profiler.load.run import Watch, run
-from dynctl.profiler.load.spec import Endpoint, Lengths, Load, Open, Replay, TraceRequest
+from dynctl.profiler.load.spec import Endpoint, Lengths, Load, Open, Replay
 from dynctl.profiler.load.statistics import Figure, label
 from dynctl.profiler.outcome import Confirmed
 from dynctl.profiler.probe import lines_of
@@ -64,7 +65,7 @@ def load_for(ask: Ask, rate: float, requests: int, seed: int) -> Load:
     rng, at_s, drawn = random.Random(seed), 0.0, []
     for _ in range(requests + warmup):
         isl, osl = rng.choice(demand.lengths)
-        drawn.append(TraceRequest(at_s=at_s, input_tokens=isl, output_tokens=osl))
+        drawn.append(TraceRequest(at_s=at_s, prompt_tokens=isl, output_tokens=osl))
         at_s += rng.expovariate(rate)
     return Load(arrivals=Replay(requests=tuple(drawn)), **common)
 

@@ -22,9 +22,10 @@ from dynctl.errors import (
     Unauthorized,
 )
 from dynctl.hub import ASSETS
+from dynctl.perfmodel.trace import TraceRequest
 from dynctl.profiler.load.client import Asker, split_url
 from dynctl.profiler.load.run import Watch, measure, run
-from dynctl.profiler.load.spec import Closed, Endpoint, Lengths, Load, Open, Replay, TraceRequest
+from dynctl.profiler.load.spec import Closed, Endpoint, Lengths, Load, Open, Replay
 from tests.integration.mocker_process import MockerProcess, mocker
 
 TINY = str(ASSETS / "tiny")
@@ -101,7 +102,7 @@ async def test_shared_beginnings_are_found_in_the_cache_as_they_should_be(engine
 async def test_a_trace_shares_as_its_blocks_say(engine: MockerProcess) -> None:
     blocks = [(1, 2), (1, 3), (9, 4)]
     requests = tuple(
-        TraceRequest(at_s=n, input_tokens=1024, output_tokens=3, blocks=ids) for n, ids in enumerate(blocks)
+        TraceRequest(at_s=n, prompt_tokens=1024, output_tokens=3, blocks=ids) for n, ids in enumerate(blocks)
     )
     load = Load(arrivals=Replay(requests=requests, speedup=5), api="completions", seed=3)
     measured = await run(load, at(engine), Watch())

@@ -11,8 +11,9 @@ from tokenizers import Tokenizer
 
 from dynctl.errors import ProfileError
 from dynctl.hub import ASSETS
+from dynctl.perfmodel.trace import TraceRequest
 from dynctl.profiler.load.prompts import Prompts, body
-from dynctl.profiler.load.spec import Closed, Lengths, Load, Replay, TraceRequest
+from dynctl.profiler.load.spec import Closed, Lengths, Load, Replay
 from dynctl.profiler.load.words import COMMON, Words, words_of
 
 TINY = ASSETS / "tiny"
@@ -29,7 +30,7 @@ def tokens(text: str) -> list[int]:
 
 def trace(*requests: tuple[int, tuple[int, ...]]) -> Load:
     made = tuple(
-        TraceRequest(at_s=0, input_tokens=size, output_tokens=5, blocks=ids) for size, ids in requests
+        TraceRequest(at_s=0, prompt_tokens=size, output_tokens=5, blocks=ids) for size, ids in requests
     )
     return Load(arrivals=Replay(requests=made), seed=1)
 

@@ -13,11 +13,12 @@ import pytest
 
 from dynctl.errors import ProfileError
 from dynctl.perfmodel.choice import Sla
+from dynctl.perfmodel.trace import TraceRequest
 from dynctl.profiler.load.files import COLUMNS, csv_text, load_object, save, writable
 from dynctl.profiler.load.lag import ClientLoad
 from dynctl.profiler.load.record import Record
 from dynctl.profiler.load.result import Result, meets_sla, summed_up
-from dynctl.profiler.load.spec import Closed, Lengths, Load, Open, Replay, TraceRequest
+from dynctl.profiler.load.spec import Closed, Lengths, Load, Open, Replay
 
 LOAD = Load(arrivals=Open(rate=10), requests=40, isl=Lengths(tokens=100), osl=Lengths(tokens=5))
 IDLE = ClientLoad(lag_mean_s=0.0, lag_p95_s=0.0, lag_p99_s=0.0, lag_max_s=0.0, cpu=0.1)
@@ -181,7 +182,7 @@ def test_one_row_of_csv_for_each_request_whatever_became_of_it() -> None:
 
 
 def test_a_trace_is_not_written_out_with_the_result() -> None:
-    requests = tuple(TraceRequest(at_s=n, input_tokens=1, output_tokens=1) for n in range(9))
+    requests = tuple(TraceRequest(at_s=n, prompt_tokens=1, output_tokens=1) for n in range(9))
     assert load_object(Load(arrivals=Replay(requests=requests)))["arrivals"]["requests"] == 9
     assert load_object(LOAD)["arrivals"] == {"type": "open", "rate": 10.0, "burstiness": 1.0}
 

@@ -9,9 +9,9 @@ import msgspec
 import pytest
 
 from dynctl.errors import ProfileError, UsageError
+from dynctl.perfmodel.trace import TraceRequest, load_trace, parse_trace
 from dynctl.profiler.load.schedule import arrivals
-from dynctl.profiler.load.spec import Closed, Lengths, Load, Open, Replay, TraceRequest, check
-from dynctl.profiler.load.trace import load_trace, parse_trace
+from dynctl.profiler.load.spec import Closed, Lengths, Load, Open, Replay, check
 
 POISSON = Load(arrivals=Open(rate=50), requests=4000, seed=3)
 
@@ -47,7 +47,7 @@ def test_a_closed_loop_has_no_times_but_a_number() -> None:
 
 
 def test_a_trace_begins_at_once_and_is_replayed_faster() -> None:
-    requests = tuple(TraceRequest(at_s=at_s, input_tokens=1, output_tokens=1) for at_s in (10.0, 12.0, 20.0))
+    requests = tuple(TraceRequest(at_s=at_s, prompt_tokens=1, output_tokens=1) for at_s in (10.0, 12.0, 20.0))
     replay = Replay(requests=requests, speedup=4)
     assert list(arrivals(Load(arrivals=replay))) == [0.0, 0.5, 2.5]
     assert list(arrivals(Load(arrivals=replay, duration_s=1.0))) == [0.0, 0.5]
@@ -69,7 +69,7 @@ def test_a_trace_begins_at_once_and_is_replayed_faster() -> None:
         (
             {
                 "arrivals": Replay(
-                    requests=(TraceRequest(at_s=0, input_tokens=1, output_tokens=1),), speedup=0
+                    requests=(TraceRequest(at_s=0, prompt_tokens=1, output_tokens=1),), speedup=0
                 )
             },
             "speed",
@@ -97,7 +97,7 @@ def test_a_trace_is_read_by_time() -> None:
     later = LINE.replace(b"500", b"100")
     found = parse_trace([LINE, b"\n", later], "t")
     assert [request.at_s for request in found] == [0.1, 0.5]
-    assert found[1] == TraceRequest(at_s=0.5, input_tokens=600, output_tokens=7, blocks=(1, 2))
+    assert found[1] == TraceRequest(at_s=0.5, prompt_tokens=600, output_tokens=7, blocks=(1, 2))
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_a_broken_line_of_a_trace_is_told_with_its_number(broken: bytes) -> None
 def test_a_trace_without_requests_or_without_a_file_is_refused(tmp_path: object) -> None:
     from pathlib import Path
 
-    with pytest.raises(ProfileError, match="no requests"):
+    with pytest.raises(ProfileError, match="no request"):
         parse_trace([b"\n"], "t")
     with pytest.raises(ProfileError, match="cannot read"):
         load_trace(Path(str(tmp_path), "none.jsonl"))

@@ -100,7 +100,7 @@ def test_arrivals_are_poisson_for_equal_lengths_and_for_a_mix() -> None:
     times = list(arrivals(mixed))
     assert len(times) == 330
     assert times[-1] == pytest.approx(330 / 5.0, rel=0.25)
-    assert {r.input_tokens for r in mixed.arrivals.requests} == {100, 3000}
+    assert {r.prompt_tokens for r in mixed.arrivals.requests} == {100, 3000}
 
 
 def test_a_percentile_is_not_judged_by_too_few_requests() -> None:

@@ -52,7 +52,7 @@ class Prompts:
         """A prompt of a trace: equal block ids are equal words, the last block as long as is needed."""
         request, words = replay.requests[number], self._words
         size = round(replay.block_tokens / words.per_word)
-        left = words.count_for(request.input_tokens)
+        left = words.count_for(request.prompt_tokens)
         said = []
         for block in request.blocks:
             if left < size:
@@ -62,7 +62,7 @@ class Prompts:
         if left:
             last = request.blocks[len(said)] if len(said) < len(request.blocks) else f"own/{number}"
             said.append(self._say(random.Random(f"{self._load.seed}/block/{last}"), left))
-        return Ask("".join(said), request.input_tokens, request.output_tokens)
+        return Ask("".join(said), request.prompt_tokens, request.output_tokens)
 
     def _make_block(self, block: int, size: int) -> str:
         return self._say(random.Random(f"{self._load.seed}/block/{block}"), size)

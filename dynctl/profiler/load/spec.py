@@ -8,6 +8,7 @@ import msgspec
 
 from dynctl.errors import UsageError
 from dynctl.perfmodel.choice import Sla
+from dynctl.perfmodel.trace import BLOCK_TOKENS, TraceRequest
 
 Api = Literal["chat", "completions"]
 NO_SLA = Sla()
@@ -35,21 +36,12 @@ class Open(msgspec.Struct, frozen=True, kw_only=True, tag="open"):
     burstiness: float | None = 1.0
 
 
-class TraceRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """One request of a trace. `blocks`: an id for each block of its prompt; equal first ids: one prefix."""
-
-    at_s: float
-    input_tokens: int
-    output_tokens: int
-    blocks: tuple[int, ...] = ()
-
-
 class Replay(msgspec.Struct, frozen=True, kw_only=True, tag="replay"):
     """The requests of a trace at their times, `speedup` times as fast."""
 
     requests: tuple[TraceRequest, ...]
     speedup: float = 1.0
-    block_tokens: int = 512
+    block_tokens: int = BLOCK_TOKENS
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
