@@ -102,7 +102,7 @@ def test_a_trace_is_replayed(served: Deployment, tmp_path: Path) -> None:
     path.write_text(path.read_text() + '{"timestamp": }\n')
     done = served.cli.run("bench", "--trace", str(path))
     assert done.returncode == 1
-    assert f"{path}:10: not a request of a trace" in told(done)
+    assert f"{path}:10: no request of a trace" in told(done)
 
 
 @pytest.mark.parametrize(
