@@ -54,7 +54,7 @@ class PlannerConfig:
     predictor: Predictor = "kalman"
     season_s: float = 86_400.0
     gpus: int = 0
-    headroom: float = 0.2
+    headroom: float = 0.1
     slack: float = 0.15
     cooldown_s: float = 180.0
     boot_s: float = 60.0

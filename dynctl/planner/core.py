@@ -30,6 +30,9 @@ _LESS_RATE = 0.85
 """Where load has asked for one more, it is taken away again once demand is below so much of what it was."""
 _BEYOND = 4
 """So many times the maximum is told of what demand takes."""
+_UNEVEN = 1.15
+"""So much more demand where one worker does both: a prompt that is read in between makes the gaps of short
+answers longer than the model's, which knows the mean answer only (measured: docs/profiling.md)."""
 _WORTH = 1.1
 """Beyond the budget, shares are changed only when whoever is worst off gets so much more."""
 
@@ -115,9 +118,10 @@ def refused(state: PlannerState, config: PlannerConfig, decision: Decision, now:
 
 def _set_floors(state: PlannerState, config: PlannerConfig, costs: Costs, ahead: Forecast) -> None:
     """How many replicas demand takes, and how many more of it those would have to bear to be too few."""
-    wanted = replace(ahead, rate=ahead.rate * (1.0 + config.headroom))
-    ample = replace(wanted, rate=wanted.rate * (1.0 + config.slack))
     for role, bounds in config.roles.items():
+        more = (1.0 + config.headroom) * (_UNEVEN if role == "aggregated" else 1.0)
+        wanted = replace(ahead, rate=ahead.rate * more)
+        ample = replace(wanted, rate=wanted.rate * (1.0 + config.slack))
         if role not in costs.profiles:
             state.roles[role].floor = state.roles[role].ample = None
             continue

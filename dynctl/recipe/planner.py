@@ -59,7 +59,7 @@ class Planner(Section):
     """Bounds by role."""
     max_gpus: Annotated[int, Field(ge=0)] = 0
     """Most GPUs for all workers together; 0: those of the deployment's hosts."""
-    headroom: Share = 0.2
+    headroom: Share = 0.1
     """So much more demand than forecast is planned for."""
     cooldown: Span = 180.0
     """After a change nothing is taken away for so long, and only what was not needed for so long."""

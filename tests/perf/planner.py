@@ -1,6 +1,7 @@
 """The planner on a trace whose rate rises and falls, beside fixed numbers, the classic formula and an oracle.
 
-    python -m tests.perf.planner [--mode aggregated|disaggregated|both] [--repeats N] [--seed N] [--why]
+    python -m tests.perf.planner [--mode aggregated|disaggregated|both] [--repeats N] [--seed N]
+        [--why] [--alone]
 
 The trace is Mooncake's (tests/data) with twice its requests, several times one after another, each time from
 other users; its gaps are stretched and shrunk so that its rate goes up and down (`rate_at`). All is simulated
@@ -22,6 +23,7 @@ from dynctl.perfmodel.profile import DEFAULT, Limits
 from dynctl.perfmodel.simulation import Finished, Group, Result, Service, Task, Told
 from dynctl.perfmodel.trace import TraceRequest, denser, load_trace
 from dynctl.planner.config import PlannerConfig, RoleConfig
+from dynctl.simulator.pilots import Planner
 from dynctl.simulator.run import Runs
 
 TRACE = Path(__file__).resolve().parent.parent / "data" / "mooncake_trace.jsonl.gz"
@@ -91,7 +93,7 @@ def line(result: Result, oracle_hours: float | None) -> str:
     return f"| {result.policy} | {met} | {ttft:.2f} s | {itl * 1e3:.1f} ms | {cost} |"
 
 
-def table(mode: str, requests: list[TraceRequest], seed: int, *, why: bool) -> None:
+def table(mode: str, requests: list[TraceRequest], seed: int, *, why: bool, alone: bool) -> None:
     """Run all of it and print."""
     service = service_of(mode)
     config = config_of(service)
@@ -108,7 +110,8 @@ def table(mode: str, requests: list[TraceRequest], seed: int, *, why: bool) -> N
         if isinstance(told, Finished):
             took[told.result.policy] = told.took_s
 
-    results = Runs(task, requests, tell).all(config)
+    runs = Runs(task, requests, tell)
+    results = [runs.steered("planner", Planner(config))] if alone else runs.all(config)
     oracle = next((one.gpu_hours for one in results if one.policy == "oracle"), None)
     print(f"\n{mode}: {len(requests)} requests in {requests[-1].at_s:.0f} s, SLA {SLA}, boot {BOOT_S:g} s")
     print("| policy | SLA met | TTFT | ITL | TTFT p95 | ITL p95 | GPU-hours | of oracle | aborted |")
@@ -129,10 +132,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--why", action="store_true", help="the planner's reasons")
+    parser.add_argument("--alone", action="store_true", help="only the planner, compared with nothing")
     given = parser.parse_args()
     requests = shaped(denser(load_trace(TRACE), DENSITY, Random(given.seed)), given.repeats)
     for mode in STARTS if given.mode == "both" else (given.mode,):
-        table(mode, requests, given.seed, why=given.why)
+        table(mode, requests, given.seed, why=given.why, alone=given.alone)
 
 
 if __name__ == "__main__":
