@@ -100,7 +100,9 @@ class Controller:
         self._day2 = Day2(Desk(parts.run, state, parts.fleet, self._claims, self._changed), parts.plan)
         self._supervisor = Supervisor(state)
         self._publisher = Publisher(parts.keys, parts.plan.membership)
-        self._registry = Registry(self._publisher, on_change=self._members_changed)
+        self._registry = Registry(
+            self._publisher, on_change=self._members_changed, on_late=self._members_late
+        )
         self._registry.want(state.roles)
         self._adapters = Adapters(_content(parts.run.adapters), partial(write_atomic, parts.run.adapters))
         self._server = ControlServer(parts.keys, parts.plan.registry, self._answer)
@@ -219,10 +221,15 @@ class Controller:
             )
         self._wake.set()
 
-    def _doubt(self, node: str) -> None:
-        """Have a node looked at of which nobody renews any more."""
+    def _members_late(self, late: frozenset[str]) -> None:
+        for node in {seat.node for seat in self._state.seats if seat.id in late}:
+            self._doubt(node, late)
+
+    def _doubt(self, node: str, late: frozenset[str] = frozenset()) -> None:
+        """Have a node looked at of which nobody renews any more; `late`: seats that let a renewal go by."""
         there = [seat for seat in self._state.seats if seat.node == node and seat.pid and not seat.follower]
-        if node == self._state.head or any(seat.state != "lost" for seat in there):
+        renewing = any(seat.state != "lost" and seat.id not in late for seat in there)
+        if node == self._state.head or renewing:
             return
         plan = self._day2.plan
         ports = [p.ports["control"] for p in plan.processes if p.node == node and "control" in p.ports]
@@ -277,6 +284,7 @@ class Controller:
             else:
                 self._lost.add(news.node)
                 self._feed(NodeLost(news.node, news.why))
+                self._registry.unreachable([s.id for s in self._state.seats if s.node == news.node])
 
     def _see_to_moves(self) -> None:
         """Have workers of lost nodes started elsewhere, again and again until they are."""

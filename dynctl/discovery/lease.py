@@ -6,6 +6,7 @@ whether the newer one still lives or not. Times are in seconds on any clock that
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from dynctl.protocol.instances import Instance
@@ -95,12 +96,18 @@ class LeaseTable:
         del self._leases[seat]
         return self._ok(), Changes(removed=(seat,))
 
-    def expire(self, now: float) -> Changes:
-        """End all leases that were not renewed in time."""
-        late = tuple(sorted(seat for seat, lease in self._leases.items() if lease.ends_at <= now))
-        for seat in late:
+    def late(self, now: float) -> frozenset[str]:
+        """Seats whose holder has let a renewal go by: half of the TTL has passed since the last one."""
+        latest = now + self.ttl_s / 2
+        return frozenset(seat for seat, lease in self._leases.items() if lease.ends_at <= latest)
+
+    def expire(self, now: float, gone: Collection[str] = ()) -> Changes:
+        """End all leases that were not renewed in time, and the late ones of seats that are known `gone`."""
+        given_up = self.late(now).intersection(gone)
+        ended = tuple(sorted(s for s, lease in self._leases.items() if lease.ends_at <= now or s in given_up))
+        for seat in ended:
             del self._leases[seat]
-        return Changes(removed=late)
+        return Changes(removed=ended)
 
     def _ok(self) -> LeaseReply:
         return LeaseReply(outcome="ok", ttl_s=self.ttl_s)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import msgspec
 
@@ -36,7 +36,8 @@ class Registry:
 
     Each start is a new epoch. The controller says by `set_current` which incarnation of a seat it started
     (also right after its own restart, from its state file) and by `gone` which it has seen end.
-    `on_change` is told of each change after it was published.
+    `on_change` is told of each change after it was published, `on_late` again and again of the seats whose
+    holders have let a renewal go by.
     """
 
     def __init__(
@@ -46,10 +47,12 @@ class Registry:
         ttl_s: float = DEFAULT_TTL_S,
         clock: Callable[[], float] = time.monotonic,
         on_change: Callable[[Changes], None] | None = None,
+        on_late: Callable[[frozenset[str]], None] | None = None,
     ) -> None:
         self._publisher = publisher
         self._clock = clock
         self._on_change = on_change
+        self._on_late = on_late
         self._table = LeaseTable(ttl_s, clock())
         self._epoch = time.time_ns()
         self._seq = 0
@@ -89,6 +92,10 @@ class Registry:
         """That process has ended: its lease ends now."""
         _, changes = self._table.leave(seat, incarnation)
         self._publish(changes)
+
+    def unreachable(self, seats: Collection[str]) -> None:
+        """Their node does not answer: late leases among them end now, the others when they run out."""
+        self._expire(seats)
 
     async def handle(self, op: str, body: msgspec.Raw) -> msgspec.Struct:
         """Answer one call. Raises CodecError; DiscoveryError for an op that is none, or another protocol."""
@@ -155,14 +162,20 @@ class Registry:
         while True:
             await asyncio.sleep(_TICK_S)
             try:
-                self._end_late_leases()
+                self._look()
             except Exception:
                 # Top of the task: a listener that breaks must not stop leases from ending.
                 logger.exception("registry.tick_failed")
 
-    def _end_late_leases(self) -> None:
-        expired = self._table.expire(self._clock())
+    def _look(self) -> None:
+        self._expire(())
+        self._publisher.publish(MEMBERSHIP, MembershipChange(epoch=self._epoch, seq=self._seq))
+        late = self._table.late(self._clock())
+        if late and self._on_late is not None:
+            self._on_late(late)
+
+    def _expire(self, gone: Collection[str]) -> None:
+        expired = self._table.expire(self._clock(), gone)
         for seat in expired.removed:
             logger.warning("lease.expired id=%s", seat)
         self._publish(expired)
-        self._publisher.publish(MEMBERSHIP, MembershipChange(epoch=self._epoch, seq=self._seq))

@@ -109,7 +109,7 @@ def test_reasoning_goes_on_by_its_text(served: Deployment) -> None:
     assert migrations(served) == before + 1
     thoughts, text, _ = told(got)
     assert thoughts[:30] == told(whole)[0][:30]
-    assert len(thoughts) > TOKENS / 2  # Far more than what came before the kill; a token may be half a letter.
+    assert len(thoughts) > TOKENS / 2  # Far more than before the kill; not all tokens are letters.
     assert finishes(got) == ["length"]
     assert usage(got) == usage(whole) == (usage(whole)[0], TOKENS)
     assert roles(got) == 1

@@ -35,7 +35,8 @@ class Controller:
     def __init__(self, keys: Keys, control: str, membership: str, ttl_s: float) -> None:
         self._publisher = Publisher(keys, membership)
         self.membership = self._publisher.start()
-        self.registry = Registry(self._publisher, ttl_s=ttl_s)
+        self.late: list[frozenset[str]] = []
+        self.registry = Registry(self._publisher, ttl_s=ttl_s, on_late=self.late.append)
         self._server = ControlServer(keys, control, self.registry.handle)
         self.control = self._server.start()
         self.registry.start()
@@ -127,6 +128,23 @@ async def test_lease_is_kept_by_renewals_and_ends_without_them(house: House) -> 
         await asyncio.sleep(0.01)
     await registrar.close()
     await until(lambda: not controller.ids())
+    await until(lambda: not seen)
+
+
+async def test_a_silent_holder_is_told_late_and_its_lease_ends_once_its_node_does_not_answer(
+    house: House,
+) -> None:
+    controller = house.controller(ttl_s=4.0)
+    _, seen = house.watcher()
+    registrar = house.registrar(instance())
+    await until(lambda: "decode-0" in seen)
+    controller.registry.unreachable(["decode-0"])
+    assert controller.ids() == [("decode-0", 1, "ready")], "it still renews"
+    await registrar.close()
+    await until(lambda: controller.late[-1:] == [frozenset({"decode-0"})])
+    assert controller.ids() == [("decode-0", 1, "ready")], "late is not ended"
+    controller.registry.unreachable(["decode-0"])
+    assert controller.ids() == []
     await until(lambda: not seen)
 
 

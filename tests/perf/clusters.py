@@ -1,6 +1,6 @@
 """How long people wait on clusters, and what the loss of a node costs. Needs root and the tests' cluster.
 
-    python -m tests.perf.clusters [--only ssh,many,slurm,node] [--rounds 3] [--write]
+    python -m tests.perf.clusters [--only ssh,many,slurm,node,slurm-node] [--rounds 3] [--write]
 
 Parts, on real sshd hosts and a real Slurm that all share one machine's CPUs (`tests/cluster`):
 
@@ -8,6 +8,7 @@ Parts, on real sshd hosts and a real Slurm that all share one machine's CPUs (`t
     many   the same with four engines on each host
     slurm  4 nodes: job start to ready, submit to the job's first line beside a bare sbatch, `ps`, `down`
     node   one of four hosts loses its power under load, a fifth is spare: until each of the steps
+    slurm-node  the same in a job of three nodes and a spare one
 
 Medians of the rounds; where there are control groups also the CPU time of all that was started, here and on
 all hosts. Times of steps are those of the run's events, which have the same clock. `--write` puts the tables
@@ -17,7 +18,6 @@ into docs/performance.md, part by part.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import secrets
 import shutil
@@ -25,7 +25,6 @@ import statistics
 import sys
 import threading
 import time
-import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -38,19 +37,15 @@ from tests.cluster import environment
 from tests.cluster.cluster import Cluster, running, why_not
 from tests.cluster.commands import eventually
 from tests.cluster.hosts import USER
-from tests.cluster.ssh_deployment import Laptop, Load, deployed, under_load
-from tests.deployment import counter
+from tests.cluster.login import Login, served
+from tests.cluster.ssh_deployment import Laptop, deployed
 from tests.perf.cpu_group import CpuGroup
+from tests.perf.node_loss import NODE_ROWS, Measured, events_of, first, lose
 from tests.perf.serving import write
 
 POLL_S = 0.01
-SCRAPE_S = 0.05
 READY_S = 120.0
-MOVED_S = 60.0
-VICTIM = "n3"
 CPU = CpuGroup()
-
-Measured = dict[str, list[float]]
 
 
 @dataclass(frozen=True)
@@ -94,21 +89,6 @@ def cpu_of(what: str, into: Measured, calls: int = 1) -> Iterator[None]:
     after = CPU.seconds()
     if before is not None and after is not None:
         into[f"{what}, CPU"].append((after - before) / calls)
-
-
-def events_of(runs: Path) -> list[dict[str, Any]]:
-    """The events of the only run there."""
-    (file,) = runs.glob("*/events.jsonl")
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def first(events: Sequence[Mapping[str, Any]], name: str, since: float = 0.0, **fields: object) -> float:
-    """When the first such event was since then. Raises StopIteration when there was none."""
-    return next(
-        float(event["ts"])
-        for event in events
-        if event["event"] == name and event["ts"] >= since and fields.items() <= event.items()
-    )
 
 
 def last(events: Sequence[Mapping[str, Any]], name: str) -> float:
@@ -225,108 +205,23 @@ def engines_own(runs: Path) -> float:
     return max(at(log, "worker.ready") - at(log, "engine.started") for log in logs)
 
 
-class Routed:
-    """When a frontend's workers became fewer than they were, and as many again."""
-
-    def __init__(self, url: str, workers: int) -> None:
-        self._url, self._workers = url, workers
-        self.fewer_at = self.again_at = 0.0
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look)
-
-    def __enter__(self) -> Routed:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _look(self) -> None:
-        while not self._over.wait(SCRAPE_S):
-            with suppress(OSError):
-                with urllib.request.urlopen(f"{self._url}/metrics", timeout=10.0) as answer:
-                    text = answer.read().decode()
-                workers = counter(text, "dynctl_frontend_router_workers", role="aggregated")
-                if workers < self._workers and not self.fewer_at:
-                    self.fewer_at = time.time()
-                if workers == self._workers and self.fewer_at and not self.again_at:
-                    self.again_at = time.time()
-
-
-class Cut:
-    """When a host's link went down."""
-
-    def __init__(self, host: str) -> None:
-        self._file = Path(f"/sys/class/net/dyv-{host}/operstate")
-        self.at = 0.0
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look)
-
-    def __enter__(self) -> Cut:
-        assert self._file.read_text().strip() == "up"
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _look(self) -> None:
-        while not self._over.wait(0.002):
-            try:
-                up = self._file.read_text().strip() == "up"
-            except OSError:
-                up = False
-            if not up:
-                self.at = time.time()
-                return
-
-
-def total(load: Load) -> int:
-    """Requests that have ended, however."""
-    return sum(list(load.outcomes.values()))
-
-
 def node(cluster: Cluster, into: Measured) -> None:
     """One round: a host without power under load, its worker ready on the spare one."""
     name = token()
     with user_home(cluster, name) as home:
         laptop = Laptop(cluster, home, name, hosts=("n1", "n2", "n3", "n4", "head"))
         with deployed(laptop) as told:
-            seat = next(row["id"] for row in laptop.ps() if row["node"] == VICTIM)
+            lose(cluster, told["url"], laptop.ps(), laptop.there / "runs", into)
 
-            def moved_at() -> float:
-                events = events_of(laptop.there / "runs")
-                try:
-                    return first(events, "process.ready", first(events, "process.moved", id=seat), id=seat)
-                except StopIteration:
-                    return 0.0
 
-            with under_load(told["url"]) as load, Routed(told["url"], 4) as routed, Cut(VICTIM) as cut:
-                eventually(lambda: load.outcomes["whole"] > 24, "streams flow", 60.0)
-                before = total(load)
-                with cluster.off(VICTIM):
-                    eventually(lambda: moved_at() > 0 and routed.again_at > 0, "moved", MOVED_S)
-                    seen = total(load)
-                    eventually(lambda: total(load) > seen + 24, "streams go on", 60.0)
-                    load.over.set()
-            events = events_of(laptop.there / "runs")
-            lost = first(events, "node.lost", cut.at)
-            leases = [e["ts"] for e in events if e["event"] == "lease.lost" and e["ts"] >= cut.at]
-            into["until the controller says node.lost"].append(lost - cut.at)
-            into["until its lease has ended"].append(min(leases, default=lost) - cut.at)
-            into["until the frontend routes around it"].append(routed.fewer_at - cut.at)
-            into["until its worker is ordered elsewhere"].append(
-                first(events, "process.moved", id=seat) - cut.at
-            )
-            into["until its worker is ready elsewhere"].append(moved_at() - cut.at)
-            into["until the frontend routes to that"].append(routed.again_at - cut.at)
-            into["requests whole"].append(load.outcomes["whole"] - before)
-            into["requests broken"].append(total(load) - load.outcomes["whole"])
-            for outcome in load.outcomes:
-                if outcome != "whole":
-                    sys.stderr.write(f"\n{outcome}\n")
+def slurm_node(cluster: Cluster, into: Measured) -> None:
+    """The same in a job of three nodes and a spare one."""
+    name = token()
+    with user_home(cluster, name) as home:
+        login = Login(cluster, home, name)
+        sets = ("slurm.nodes=3", "slurm.spares=1", "roles.aggregated.replicas=3", "frontend.host=0.0.0.0")
+        with served(login, *sets) as url:
+            lose(cluster, url, login.ps(), home / "runs", into)
 
 
 _SSH_ROWS = {
@@ -370,16 +265,12 @@ PARTS = {
     "node": Part(
         "A node without power under load: 4 hosts by SSH and a spare one, 8 clients that stream",
         node,
-        {
-            "until the controller says node.lost": ("s", ""),
-            "until its lease has ended": ("s", ""),
-            "until the frontend routes around it": ("s", ""),
-            "until its worker is ordered elsewhere": ("s", ""),
-            "until its worker is ready elsewhere": ("s", "≤ 10 s"),
-            "until the frontend routes to that": ("s", ""),
-            "requests whole": ("", ""),
-            "requests broken": ("", "0"),
-        },
+        NODE_ROWS,
+    ),
+    "slurm-node": Part(
+        "A node without power under load: a job of 3 nodes and a spare one, 8 clients that stream",
+        slurm_node,
+        NODE_ROWS,
     ),
 }
 

@@ -141,3 +141,14 @@ def test_members_are_sorted() -> None:
     for seat in ("b", "a", "c"):
         leases.register(instance(seat=seat), "ready", 0)
     assert [m.instance.id for m in leases.members()] == ["a", "b", "c"]
+
+
+def test_a_lease_is_late_from_half_its_time_and_ends_then_only_where_its_holder_is_known_gone() -> None:
+    leases = LeaseTable(10, now=0)
+    for seat, at in (("a", 0), ("b", 0), ("c", 3)):
+        leases.register(instance(seat=seat), "ready", at)
+    assert leases.late(4.9) == frozenset()
+    assert leases.late(5) == {"a", "b"}
+    assert leases.expire(5) == NO_CHANGES
+    assert leases.expire(5, gone=["b", "c"]) == Changes(removed=("b",))
+    assert [m.instance.id for m in leases.members()] == ["a", "c"], "c has renewed in time"
