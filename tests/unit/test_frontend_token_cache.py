@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import re
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -81,6 +82,20 @@ def test_texts_put_together_from_known_words_have_the_tokens_of_the_whole(
         words = Words(lambda texts: [ids(tokenizer, text) for text in texts], space, most)
         for _ in range(2):
             assert words.tokens(texts) == [pack_tokens(ids(tokenizer, text)) for text in texts]
+
+
+def test_known_words_are_not_put_together_at_a_space_that_is_no_place_to_cut() -> None:
+    numbers: dict[str, int] = {}
+
+    def tokenise(texts: list[str]) -> list[list[int]]:
+        """A run of white space is one token with the word after it."""
+        found = [re.findall(r"\s*\S+|\s+", text) for text in texts]
+        return [[numbers.setdefault(one, len(numbers)) for one in words] for words in found]
+
+    words = Words(tokenise, re.compile(r" (?<=\S )"))
+    for text in ("the end ", "the end\n", "a b\t", "the end  a b", "the end\n b", "the  end a", " end  b "):
+        for _ in range(2):
+            assert words.tokens([text]) == [pack_tokens(tokenise([text])[0])], repr(text)
 
 
 @pytest.mark.parametrize("make", ZOO, ids=lambda make: make.__name__)
