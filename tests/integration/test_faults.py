@@ -40,7 +40,7 @@ from tests.integration.frontend_harness import (
 )
 from tests.integration.mocker_process import MockerProcess
 from tests.integration.steady_load import steady_load
-from tests.integration.test_frontend_migration import MOCK_CHAT, MOCK_COMPLETION, mocked
+from tests.integration.test_frontend_migration_mocker import MOCK_CHAT, MOCK_COMPLETION, mocked
 from tests.integration.test_frontends import idle, until
 from tests.integration.test_up_overload import engine_urls, post
 from tests.unit import toy_engine as toy

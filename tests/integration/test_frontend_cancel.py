@@ -11,7 +11,7 @@ import pytest
 
 from tests.integration.frontend_harness import DEADLINE_S, Engine, Front, frontend, hangs, make_spec, status
 from tests.integration.mocker_process import MockerProcess
-from tests.integration.test_frontend_migration import MOCK_CHAT, MOCK_COMPLETION, mocked
+from tests.integration.test_frontend_migration_mocker import MOCK_CHAT, MOCK_COMPLETION, mocked
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dynctl.controller.moving import stranded
-from tests.unit.test_controller_supervise import run_state, seat
+from tests.unit.supervise_bench import run_state, seat
 
 
 def test_nodes_whose_workers_are_gone_are_left_each_for_itself() -> None:

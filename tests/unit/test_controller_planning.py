@@ -22,7 +22,7 @@ from dynctl.planner.memory import Interval
 from dynctl.planner.observe import Observation, RoleLoad
 from dynctl.protocol.planner import PlannerFigures
 from tests.unit.planner_rig import config
-from tests.unit.test_controller_supervise import run_state, seat
+from tests.unit.supervise_bench import run_state, seat
 
 _SLEEP = asyncio.sleep
 _ROUNDS = [0]

@@ -9,7 +9,7 @@ from dynctl.controller.moves import Begin, Instruction, Kill, NodeLost, Seen, St
 from dynctl.controller.rolling import changing, moves, settled
 from dynctl.deploy.state import SeatKind, SeatRecord
 from dynctl.protocol.deployment import SeatState
-from tests.unit.test_controller_supervise import Bench, run_state, seat
+from tests.unit.supervise_bench import Bench, run_state, seat
 
 
 def built(seat_id: str, **fields: Any) -> SeatRecord:
