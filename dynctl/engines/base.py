@@ -406,6 +406,9 @@ class Engine(Protocol):
     """The argument that limits the sequences of a data-parallel rank that run at once; "" = there is none."""
     cached_argument: str
     """The switch that has answers tell how much of the prompt was cached; "" = they tell, or never do."""
+    media_name: str
+    """The field of a chat's media parts that takes a name of the caller's, by which its KV events and block
+    hashes know what is in them; "" = it makes names of its own."""
     key_variable: str
     """The environment variable that makes it ask for an API key; "" = there is none."""
     transfers: Mapping[str, PrefillDecode]

@@ -55,6 +55,7 @@ class External:
     step_tokens = ("", 0)
     sequences_argument = ""
     cached_argument = ""
+    media_name = ""
     key_variable = ""
     continuation = CONTINUES_AND_HOLDS_BACK
     transfers: Mapping[str, PrefillDecode] = {}

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from dynctl.errors import CodecError
+from dynctl.kv.hashing import extra_bytes
 from dynctl.protocol.kv_events import (
     EngineCleared,
     EngineHash,
@@ -116,13 +117,14 @@ def _stored(fields: Mapping[str, Any]) -> EngineStored | None:
         return None
     parent = fields["parent_block_hash"]
     lora = _lora_name(fields)
-    extras, salt = _read_extra_keys(fields, len(hashes), lora, first_of_prompt=parent is None)
+    extras, shown, salt = _read_extra_keys(fields, len(hashes), lora, first_of_prompt=parent is None)
     return EngineStored(
         block_hashes=hashes,
         parent=None if parent is None else _hash(parent),
         token_ids=tokens,
         block_size=size,
         extras=extras,
+        shown=shown,
         tier=tier,
         lora_name=lora,
         cache_salt=salt,
@@ -170,8 +172,9 @@ def _lora_name(fields: Mapping[str, Any]) -> str:
 
 def _read_extra_keys(
     fields: Mapping[str, Any], blocks: int, lora: str, *, first_of_prompt: bool
-) -> tuple[list[bytes], str]:
-    """What each block depends on beside tokens, adapter and salt ([] = nothing), and the salt.
+) -> tuple[list[bytes], list[list[tuple[str, int]]], str]:
+    """What each block depends on beside tokens, adapter and salt ([] = nothing), what media it shows ([] =
+    none), and the salt.
 
     vLLM lists a block's further keys untagged: adapter name, (media id, offset) pairs, the salt (text; first
     block of a prompt only), digests of embeds (bytes). SGLang has a `cache_salt` field instead, and puts the
@@ -179,6 +182,7 @@ def _read_extra_keys(
     """
     salt = str(fields.get("cache_salt") or "")
     extras: list[bytes] = []
+    shown: list[list[tuple[str, int]]] = []
     for number, keys in enumerate((fields.get("extra_keys") or ())[:blocks]):
         rest = list(keys or ())
         if lora and rest and rest[0] == lora:
@@ -186,7 +190,14 @@ def _read_extra_keys(
         if number == 0 and first_of_prompt:
             at = next((at for at, key in enumerate(rest) if isinstance(key, str)), None)
             salt = salt if at is None else rest.pop(at)
-        extras.append(msgspec.msgpack.encode(rest) if rest else b"")
+        extras.append(extra_bytes(rest) if rest else b"")
+        shown.append([(key[0], key[1]) for key in rest if _is_media(key)])
     if not any(extras):
-        return [], salt
-    return extras + [b""] * (blocks - len(extras)), salt
+        return [], [], salt
+    missing = blocks - len(extras)
+    shown += [[] for _ in range(missing)]
+    return extras + [b""] * missing, shown if any(shown) else [], salt
+
+
+def _is_media(key: Any) -> bool:
+    return isinstance(key, list) and len(key) == 2 and isinstance(key[0], str) and isinstance(key[1], int)

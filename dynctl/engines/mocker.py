@@ -119,6 +119,7 @@ class Mocker:
     step_tokens = ("max-num-batched-tokens", 8192)
     sequences_argument = "max-num-seqs"
     cached_argument = ""
+    media_name = "uuid"
     key_variable = "VLLM_API_KEY"
     continuation = CONTINUES_AND_HOLDS_BACK
     transfers: Mapping[str, PrefillDecode] = {"nixl": NixlPull()}

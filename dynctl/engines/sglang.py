@@ -74,6 +74,7 @@ class Sglang:
     step_tokens = ("chunked-prefill-size", 0)
     sequences_argument = "max-running-requests"
     cached_argument = "enable-cache-report"
+    media_name = ""
     key_variable = ""
     """Its key can be kept from the command line by --config, but it prints all its arguments in its log."""
     continuation = CONTINUES_MESSAGE

@@ -79,6 +79,7 @@ class Trtllm:
     step_tokens = ("max_num_tokens", 8192)
     sequences_argument = "max_batch_size"
     cached_argument = ""
+    media_name = ""
     key_variable = ""
     continuation = Continuation(chat=None, completion_tokens=None)
     transfers: Mapping[str, PrefillDecode] = dict.fromkeys(BACKENDS, ContextFirst())

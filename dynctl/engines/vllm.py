@@ -124,6 +124,7 @@ class Vllm:
     step_tokens = ("max-num-batched-tokens", 0)
     sequences_argument = "max-num-seqs"
     cached_argument = "enable-prompt-tokens-details"
+    media_name = "uuid"
     key_variable = "VLLM_API_KEY"
     continuation = CONTINUES_AND_HOLDS_BACK
     transfers: Mapping[str, PrefillDecode] = {"nixl": NixlPull(), **dict.fromkeys(_PROTOCOLS, Mooncake())}

@@ -22,6 +22,7 @@ from dynctl.frontend.gauges import Gauges, ready_by_role, show_planner
 from dynctl.frontend.keys import ApiKeys
 from dynctl.frontend.migrate import Migrations
 from dynctl.frontend.pipeline import Pipeline
+from dynctl.frontend.prompt.images import ImageNames
 from dynctl.frontend.prompt.preprocess import Preprocessor
 from dynctl.frontend.pulse import Pulse
 from dynctl.frontend.series import Choices, Stages
@@ -65,7 +66,12 @@ class Core:
         self._client = Client()
         self._client.readers.rest_s = spec.coalesce_s
         self._upstream = Upstream(self._client, spec.limits, self.metrics)
-        self._preprocessor = Preprocessor(spec.model, self.metrics, spec.tokenizer_cache_bytes)
+        secret = b"".join(value for _, value in self.engine_headers)
+        field = self._engine.media_name
+        names = ImageNames(field, secret) if field and spec.router.mode == "kv" else None
+        self._preprocessor = Preprocessor(
+            spec.model, self.metrics, spec.tokenizer_cache_bytes, names, self.router.layouts
+        )
         self._reads_prompts = spec.router.mode == "kv"
         """Else tokens are only made for answers that go on elsewhere, and what it takes is loaded then."""
         self._gauges = Gauges(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from dataclasses import replace
 from functools import partial
 
 from dynctl.errors import DeadlineExceeded, DynctlError, PeerLost, Rejected
@@ -24,6 +25,7 @@ from dynctl.frontend.attempt import Attempt, Flow, Parts, Roles, single_leg
 from dynctl.frontend.call import Call
 from dynctl.frontend.migrate import PATIENCE_S
 from dynctl.frontend.preview import preview
+from dynctl.frontend.prompt.images import has_images
 from dynctl.frontend.prompt.preprocess import UNKNOWN, PromptFacts, likeness
 from dynctl.frontend.queue import Ask
 from dynctl.frontend.retry import AttemptFailed, Attempts, Budget
@@ -89,6 +91,9 @@ class Pipeline:
 
     async def _serve(self, call: Call, answer: Answer) -> str:
         """Attempt until answered; gives back the error type, "" for a success."""
+        preprocessor = self._parts.preprocessor
+        if preprocessor is not None and call.endpoint.kind == "chat" and has_images(call.body):
+            call = replace(call, body=await preprocessor.named(call.body))
         attempt = Attempt(self._parts, call, answer)
         self._budget.earn()
         flow, gate = self._other, self._parts.gate

@@ -12,6 +12,7 @@ import struct
 from collections.abc import Sequence
 from functools import lru_cache
 
+import msgspec
 from xxhash import xxh3_64_intdigest
 
 from dynctl.errors import RequestError
@@ -27,6 +28,13 @@ def root_hash(lora_name: str = "", cache_salt: str = "") -> int:
     """The hash before a prompt's first block (unsigned 64 bit): one per LoRA adapter and cache salt."""
     lora, salt = lora_name.encode(), cache_salt.encode()
     return xxh3_64_intdigest(len(lora).to_bytes(8, "little") + lora + salt, SEED)
+
+
+def extra_bytes(keys: Sequence[object]) -> bytes:
+    """What a block's hash depends on beside its tokens, as it is hashed: for each of its media the name and
+    where it begins in the block, then digests of embeddings.
+    """
+    return msgspec.msgpack.encode(keys)
 
 
 def pack_tokens(tokens: Sequence[int]) -> bytes:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from dynctl.errors import RequestError
 from dynctl.kv.hashing import extend, root_hash
+from dynctl.kv.media import Sightings
 from dynctl.protocol.kv_events import (
     Cleared,
     EngineHash,
@@ -54,6 +55,7 @@ class Translator:
         self.rank = rank
         self.block_size = 0
         self.skipped = Skipped()
+        self.images = Sightings()
         self._own: dict[EngineHash, int] = {}
         self._groups: dict[Tier, dict[EngineHash, int]] = {}
         self._repeats: Counter[tuple[Tier, EngineHash]] = Counter()
@@ -81,7 +83,7 @@ class Translator:
         return [Stored(list(holders), tier) for tier, holders in self._holders.items() if holders]
 
     def reset(self) -> None:
-        """Forget all that is held. Counters and the block size stay."""
+        """Forget all that is held. Counters, the block size and what images look like stay."""
         self._own.clear()
         self._groups.clear()
         self._repeats.clear()
@@ -96,6 +98,8 @@ class Translator:
             held = zip(names, hashes, strict=True) if hashes is not None else ()
             new = [own for name, own in held if self._hold(name, own, event, out)]
             _emit(out, new, event.tier, stored=True)
+            if hashes is not None:
+                self.images.feed(event)
 
     def _fits(
         self, event: EngineStored, names: list[EngineHash], parent: EngineHash | None, out: list[KvEvent]

@@ -22,12 +22,37 @@ ROOT_HASH = _hash_object("vllm-none-hash")
 """The parent of a prompt's first block: vLLM's default seed string, the same in every process."""
 
 
-def block_hash(parent: bytes, tokens: tuple[int, ...], salt: str = "", adapter: str = "") -> bytes:
+MediaKey = tuple[str, int]
+"""The name of an image that a block shows, and where it begins there (below 0: in a block before)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """An image in a prompt: its name, and which tokens are placeholders of it."""
+
+    name: str
+    start: int
+    end: int
+
+
+def media_keys(media: Sequence[Media], start: int, end: int) -> tuple[MediaKey, ...]:
+    """The images of which the tokens start .. end - 1 show something."""
+    return tuple((one.name, one.start - start) for one in media if one.start < end and one.end > start)
+
+
+def block_hash(
+    parent: bytes,
+    tokens: tuple[int, ...],
+    salt: str = "",
+    adapter: str = "",
+    media: Sequence[MediaKey] = (),
+) -> bytes:
     """The 32-byte hash of a block as vLLM's `sha256` makes it: over parent hash, token ids and extra keys.
 
     `salt` (a request's `cache_salt`) is given for the first block of a prompt only, `adapter` for each.
     """
-    extra = [("lora", adapter)] if adapter else []
+    extra: list[tuple[str, str] | tuple[str, str, int]] = [("lora", adapter)] if adapter else []
+    extra += [("mm", name, offset) for name, offset in media]
     if salt:
         extra.append(("cache_salt", salt))
     return _hash_object((parent, tokens, tuple(extra) or None))
@@ -42,7 +67,8 @@ def event_hash(digest: bytes) -> int:
 class BlocksStored:
     """Consecutive blocks now cached; `parent` is the hash before the first, None at a prompt's start.
 
-    `tokens` holds len(hashes) * block_size ids; `salt` is set where the first block carries one.
+    `tokens` holds len(hashes) * block_size ids; `salt` is set where the first block carries one. `media`: by
+    block, () = none in any.
     """
 
     hashes: list[bytes]
@@ -50,6 +76,7 @@ class BlocksStored:
     tokens: list[int]
     salt: str = ""
     adapter: str = ""
+    media: tuple[tuple[MediaKey, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +198,7 @@ class BlockPool:
                 tokens=chain.tokens[start * size : end * size],
                 salt="" if start else chain.salt,
                 adapter=chain.adapter,
+                media=chain.media[start:end],
             )
         )
 

@@ -185,6 +185,7 @@ class SimulatedEngine:
             eos=self.serving.vocabulary.eos if every else -1,
             salt=asked.salt,
             adapter=asked.adapter,
+            media=asked.media,
             pin_digest=prompt_digest(prompt) if keep else "",
             remote=flight.source is not None,
         )

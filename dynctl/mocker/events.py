@@ -20,9 +20,10 @@ def encode_batch(timestamp: float, events: Sequence[BlockEvent], rank: int, bloc
 def _map(event: BlockEvent, block_size: int) -> dict[str, Any]:
     if isinstance(event, BlocksStored):
         adapter = [event.adapter] if event.adapter else []
-        extra: list[list[str] | None] = [adapter or None] * len(event.hashes)
+        media = event.media or ((),) * len(event.hashes)
+        extra: list[list[object]] = [[*adapter, *keys] for keys in media]
         if event.salt:
-            extra[0] = [*adapter, event.salt]
+            extra[0].append(event.salt)
         return {
             "type": "BlockStored",
             "block_hashes": [event_hash(digest) for digest in event.hashes],
@@ -32,7 +33,7 @@ def _map(event: BlockEvent, block_size: int) -> dict[str, Any]:
             "lora_id": None,
             "medium": "GPU",
             "lora_name": event.adapter or None,
-            "extra_keys": extra,
+            "extra_keys": [keys or None for keys in extra],
             "group_idx": 0,
             "kv_cache_spec_kind": "full_attention",
         }

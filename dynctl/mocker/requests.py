@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from dynctl.errors import DynctlError, RequestError
+from dynctl.mocker.blocks import Media
+from dynctl.mocker.pictures import Picture, pictures, placed
 from dynctl.mocker.tokens import Vocabulary
 
 COMPLETION_TOKENS = 16
@@ -98,6 +100,7 @@ class Generation:
     salt: str
     transfer: dict[str, Any] | None
     adapter: str = ""
+    media: tuple[Media, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +132,10 @@ def parse_generation(body: bytes, chat: bool, serving: Serving) -> Generation:
     asked = decode_body(body, ChatBody) if chat else decode_body(body, CompletionBody)
     check_model(asked.model, serving)
     _check_numbers(asked)
+    media: tuple[Media, ...] = ()
     if isinstance(asked, ChatBody):
-        prompts: tuple[list[int], ...] = (_chat_prompt(asked, serving.vocabulary),)
+        tokens, media = _chat_prompt(asked, serving.vocabulary)
+        prompts: tuple[list[int], ...] = (tokens,)
         wanted = asked.max_completion_tokens if asked.max_completion_tokens is not None else asked.max_tokens
         default = serving.default_max_tokens
     else:
@@ -156,6 +161,7 @@ def parse_generation(body: bytes, chat: bool, serving: Serving) -> Generation:
         salt=asked.cache_salt or "",
         transfer=asked.kv_transfer_params,
         adapter=asked.model if asked.model and asked.model in serving.adapters else "",
+        media=media,
     )
 
 
@@ -180,16 +186,22 @@ def chat_tokens(
     return vocabulary.encode(text, special=False)
 
 
-def _chat_prompt(asked: ChatBody, vocabulary: Vocabulary) -> list[int]:
+def _chat_prompt(asked: ChatBody, vocabulary: Vocabulary) -> tuple[list[int], tuple[Media, ...]]:
     given = (asked.kv_transfer_params or {}).get("prompt_token_ids")
     if given:
-        return _checked_ids(given, vocabulary)
-    return chat_tokens(
+        return _checked_ids(given, vocabulary), ()
+    tokens = chat_tokens(
         asked.messages,
         vocabulary,
         generate=asked.add_generation_prompt,
         resume=asked.continue_final_message,
     )
+    if vocabulary.image_token is None:
+        return tokens, ()
+    shown: list[Picture] = pictures(asked.messages)
+    if tokens.count(vocabulary.image_token) != len(shown):
+        raise ApiError("the prompt has other placeholders than there are images", param="messages")
+    return placed(tokens, vocabulary.image_token, shown)
 
 
 def _prompts(prompt: str | list[Any], vocabulary: Vocabulary) -> tuple[list[int], ...]:

@@ -12,7 +12,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from dynctl.mocker.blocks import ROOT_HASH, BlockPool, BlocksStored, block_hash
+from dynctl.mocker.blocks import ROOT_HASH, BlockPool, BlocksStored, Media, block_hash, media_keys
 from dynctl.mocker.leases import Pin, PinBoard
 
 
@@ -41,6 +41,7 @@ class Sequence:
     eos: int = -1
     salt: str = ""
     adapter: str = ""
+    media: tuple[Media, ...] = ()
     pin_digest: str = ""
     remote: bool = False
     prompt_len: int = 0
@@ -345,7 +346,8 @@ class Scheduler:
         for i in range(len(hashes), blocks):
             parent = hashes[-1] if hashes else ROOT_HASH
             tokens = tuple(seq.tokens[i * size : (i + 1) * size])
-            hashes.append(block_hash(parent, tokens, "" if hashes else seq.salt, seq.adapter))
+            media = media_keys(seq.media, i * size, (i + 1) * size) if seq.media else ()
+            hashes.append(block_hash(parent, tokens, "" if hashes else seq.salt, seq.adapter, media))
 
     def _cache_full_blocks(self, seq: Sequence) -> None:
         """Make the blocks that have become full findable."""
@@ -361,6 +363,9 @@ class Scheduler:
             tokens=seq.tokens[first * size : full * size],
             salt="" if first else seq.salt,
             adapter=seq.adapter,
+            media=tuple(media_keys(seq.media, i * size, (i + 1) * size) for i in range(first, full))
+            if seq.media
+            else (),
         )
         self.pool.commit(seq.blocks[first:full], chain)
 

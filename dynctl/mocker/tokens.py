@@ -68,6 +68,9 @@ class Vocabulary:
         self._template_text = _read_template(directory, chat_template, self._config)
         self._template: Callable[..., str] | None = None
         self.size = self._tokenizer.get_vocab_size()
+        token = _read_json(directory / "config.json").get("image_token_id")
+        self.image_token: int | None = token if isinstance(token, int) else None
+        """What stands for images in prompts; None = the model sees none, and contents are their text."""
         self.eos = self._find_eos()
         self.words = self._find_words()
         if not self.words:
@@ -101,7 +104,10 @@ class Vocabulary:
 
         if self._template is None:
             self._template = _compile(self._template_text)
-        plain = [{**message, "content": _plain_text(message.get("content"))} for message in messages]
+        look = _plain_text if self.image_token is None else _parts
+        plain: list[dict[str, Any]] = [
+            {**message, "content": look(message.get("content"))} for message in messages
+        ]
         special = {name: _content(self._config.get(name)) for name in ("bos_token", "eos_token")}
         try:
             text = self._template(messages=plain, add_generation_prompt=generate, **special)
@@ -109,8 +115,9 @@ class Vocabulary:
             raise RequestError(f"the chat template refused the messages: {error}") from error
         if not resume:
             return text
-        last = plain[-1]["content"].rstrip() if plain else ""
-        return text[: text.rindex(last) + len(plain[-1]["content"])] if last in text else text
+        said = _plain_text(messages[-1].get("content")) if messages else ""
+        last = said.rstrip()
+        return text[: text.rindex(last) + len(said)] if last in text else text
 
     def _find_eos(self) -> int:
         name = _content(self._config.get("eos_token"))
@@ -144,6 +151,19 @@ def _plain_text(content: object) -> str:
     if isinstance(content, list):
         return "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
     return "" if content is None else str(content)
+
+
+def _parts(content: object) -> object:
+    """A message's content as templates that know of images get it: text and image parts."""
+    if not isinstance(content, list):
+        return _plain_text(content)
+    kept = (part for part in content if isinstance(part, dict))
+    return [
+        {"type": "image"}
+        if part.get("type") == "image_url"
+        else {"type": "text", "text": str(part.get("text", ""))}
+        for part in kept
+    ]
 
 
 def _content(token: object) -> str:

@@ -24,7 +24,8 @@ class EngineStored(msgspec.Struct, frozen=True, kw_only=True):
 
     `token_ids` holds len(block_hashes) * block_size ids. `group` is the KV cache group of a hybrid model.
     `extras`: per block what its hash depends on beside tokens, adapter and salt (images, embeddings), b"" =
-    nothing; [] = nothing for all of them.
+    nothing; [] = nothing for all of them. `shown`: per block the media that its tokens stand for, by name,
+    and where in the block each begins (below 0: before it); [] = none.
     """
 
     block_hashes: list[EngineHash]
@@ -36,6 +37,7 @@ class EngineStored(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str = ""
     group: int = 0
     extras: list[bytes] = []
+    shown: list[list[tuple[str, int]]] = []
 
 
 class EngineRemoved(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,9 +87,22 @@ class Cleared(msgspec.Struct, frozen=True, tag="c", array_like=True):
 
 KvEvent = Stored | Removed | Cleared
 
+Runs = list[tuple[int, int]]
+"""Tokens as (token, how often in a row)."""
+
+
+class Shown(msgspec.Struct, frozen=True, array_like=True):
+    """The tokens that stand for one image in prompts, by the name that KV events know it by."""
+
+    name: str
+    runs: Runs
+
 
 class KvBatch(msgspec.Struct, frozen=True, array_like=True):
-    """One numbered message on the event plane; `seq` rises by one per (worker, incarnation, rank), from 0."""
+    """One numbered message on the event plane; `seq` rises by one per (worker, incarnation, rank), from 0.
+
+    `shown`: images of which the engine has shown the tokens for the first time.
+    """
 
     worker: str
     incarnation: int
@@ -95,6 +110,7 @@ class KvBatch(msgspec.Struct, frozen=True, array_like=True):
     seq: int
     events: list[KvEvent]
     block_size: int = 0
+    shown: list[Shown] = []
 
 
 class KvSync(msgspec.Struct, frozen=True, kw_only=True):
@@ -107,7 +123,8 @@ class KvSync(msgspec.Struct, frozen=True, kw_only=True):
 class KvSyncReply(msgspec.Struct, frozen=True, kw_only=True):
     """Either the batches asked for or, if no longer kept, a whole `snapshot` as of `next_seq` - 1.
 
-    With a snapshot the reader first forgets all it knew of (worker, rank). `resets` counts how often this
+    With a snapshot the reader first forgets all it knew of (worker, rank); `shown` are then all images known.
+    `resets` counts how often this
     worker itself lost engine events for good and had to start its index anew.
     """
 
@@ -118,6 +135,7 @@ class KvSyncReply(msgspec.Struct, frozen=True, kw_only=True):
     snapshot: list[Stored] | None = None
     block_size: int = 0
     resets: int = 0
+    shown: list[Shown] = []
 
 
 class LoadReport(msgspec.Struct, frozen=True, array_like=True):

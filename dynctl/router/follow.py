@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from dynctl.errors import DynctlError
 from dynctl.kv.index import Index, SlotKey
+from dynctl.kv.media import Layouts
 from dynctl.protocol.instances import Instance
 from dynctl.protocol.kv_events import KvBatch, KvSync, KvSyncReply
 from dynctl.router.indexer import Indexer, StreamState
@@ -60,10 +61,15 @@ class Following:
     """
 
     def __init__(
-        self, index: Index, sync: SyncCall, learn: Callable[[str, int], None], timing: SyncTiming
+        self,
+        index: Index,
+        layouts: Layouts,
+        sync: SyncCall,
+        learn: Callable[[str, int], None],
+        timing: SyncTiming,
     ) -> None:
         self._index = index
-        self._indexer = Indexer(index)
+        self._indexer = Indexer(index, layouts)
         self._sync = sync
         self._learn = learn
         self._timing = timing

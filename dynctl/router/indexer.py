@@ -8,13 +8,14 @@ calls that `Sync` asks for and hands the answers to `on_reply`.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal
 
 from dynctl.kv.index import Index, SlotKey
-from dynctl.protocol.kv_events import KvBatch, KvSyncReply, Stored
+from dynctl.kv.media import Layouts
+from dynctl.protocol.kv_events import KvBatch, KvSyncReply, Shown, Stored
 
 MAX_PENDING = 4096
 """Batches kept while a gap is open. The oldest go first, which leaves a gap that the next answer shows."""
@@ -76,10 +77,13 @@ class _Worker:
 
 
 class Indexer:
-    """Keeps `index` true to what the joined workers publish."""
+    """Keeps `index` true to what the joined workers publish; learns into `layouts` what images look like."""
 
-    def __init__(self, index: Index, *, max_pending: int = MAX_PENDING) -> None:
+    def __init__(
+        self, index: Index, layouts: Layouts | None = None, *, max_pending: int = MAX_PENDING
+    ) -> None:
         self._index = index
+        self._layouts = Layouts() if layouts is None else layouts
         self._max_pending = max_pending
         self._workers: dict[str, _Worker] = {}
 
@@ -136,6 +140,7 @@ class Indexer:
         key = (worker_id, reply.rank)
         stream.worker_resets = reply.resets
         stream.block_size = reply.block_size or stream.block_size
+        self._learn(reply.shown)
         if reply.snapshot is not None and reply.next_seq >= stream.next_seq + stream.synced:
             self._index.reset(key)
             stream.reloads += 1
@@ -207,8 +212,13 @@ class Indexer:
         key = (batch.worker, batch.rank)
         for event in batch.events:
             self._index.apply(key, event)
+        self._learn(batch.shown)
         stream.next_seq = batch.seq + 1
         stream.block_size = batch.block_size or stream.block_size
+
+    def _learn(self, images: Iterable[Shown]) -> None:
+        for image in images:
+            self._layouts.learn(image)
 
     def _keep(self, stream: _Stream, batch: KvBatch) -> None:
         stream.pending[batch.seq] = batch

@@ -132,7 +132,7 @@ class KvAware:
         recent = known.recent.depths(hashes, known.clock())
         if recent is not None:
             recent.append(0)
-            device = _deeper(device, recent, field.likenesses if hashes[0] >= OF_BYTES else field.memories)
+            device = _deeper(device, recent, field.likenesses if hashes[-1] >= OF_BYTES else field.memories)
         if not known.index.tiered:
             return _Holdings(device, device, running)
         return self._with_tiers(hashes, field, device, running)

@@ -14,6 +14,7 @@ from random import Random
 
 from dynctl.kv.hashing import OF_BYTES
 from dynctl.kv.index import Index, SlotKey
+from dynctl.kv.media import Layouts
 from dynctl.protocol.kv_events import KV_TOPIC, LOAD_TOPIC, KvBatch, KvEvent, LoadReport
 from dynctl.protocol.registry import Member
 from dynctl.protocol.specs import RouterSpec
@@ -96,7 +97,8 @@ class Router:
         self._clock = clock
         self._given_block_size = self.block_size = block_size
         self._index = Index(spec.index_blocks)
-        self._following = Following(self._index, links.sync, self._learn_block_size, timing)
+        self.layouts = Layouts()
+        self._following = Following(self._index, self.layouts, links.sync, self._learn_block_size, timing)
         self._shared = SharedBlocks()
         self.peers = Peers()
         self._recent = Recent(spec.index_blocks)
@@ -252,7 +254,7 @@ class Router:
             load.on_computed = partial(self._computed, memory, likeness)
 
     def _computed(self, memory: int, likeness: int, hashes: Sequence[int], since_s: float) -> None:
-        place = likeness if hashes and hashes[0] >= OF_BYTES else memory
+        place = likeness if hashes and hashes[-1] >= OF_BYTES else memory
         self._recent.remember(place, hashes, since_s, self._clock())
 
     def _drop(self, worker_id: str) -> None:

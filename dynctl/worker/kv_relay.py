@@ -135,6 +135,7 @@ class RankRelay:
             snapshot=None if kept else self._translator.snapshot(),
             block_size=self.block_size,
             resets=self.resets,
+            shown=[] if kept else self._translator.images.known.all(),
         )
 
     def _send(self, events: list[KvEvent]) -> None:
@@ -145,9 +146,11 @@ class RankRelay:
     def flush(self) -> None:
         """Publish what has been gathered."""
         events, self._gathered = self._gathered, []
-        if not events:
+        shown = self._translator.images.take()
+        if not events and not shown:
             return
-        batch = KvBatch(self._worker, self._incarnation, self._rank, self._next, events, self.block_size)
+        size = self.block_size
+        batch = KvBatch(self._worker, self._incarnation, self._rank, self._next, events, size, shown)
         self._next += 1
         self._kept.append(batch)
         self._quiet = False

@@ -248,3 +248,11 @@ def test_media_of_every_engine_are_told_apart_in_stores_and_removals(fields: Any
     assert only(batch(stored(**fields))).tier == tier
     gone = kv_dialect.decode(batch({"type": "BlockRemoved", "block_hashes": [11], **fields})).events
     assert [event.tier for event in gone if isinstance(event, EngineRemoved)] == [tier]
+
+
+def test_media_that_blocks_show_are_told_with_their_places() -> None:
+    shows = only(batch(stored(extra_keys=[[["cat", 1]], [["cat", -1], ["dog", 1], b"digest"]]))).shown
+    assert shows == [[("cat", 1)], [("cat", -1), ("dog", 1)]]
+    assert only(batch(stored(extra_keys=[[["cat", 0]]]))).shown == [[("cat", 0)], []]
+    assert only(batch(stored(extra_keys=[[b"digest"], [["odd"]]]))).shown == []
+    assert only(batch(stored(extra_keys=[["salt"], None]))).shown == []

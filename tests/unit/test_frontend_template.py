@@ -54,6 +54,18 @@ def test_images_cannot_be_rendered_here() -> None:
     assert caught.value.reason == "content_unknown"
 
 
+def test_images_are_left_to_templates_that_go_through_parts() -> None:
+    parts = "{% for p in m.content %}{{ '<image>' if p.type == 'image' else p.text }}{% endfor %}"
+    loops = "{% for m in messages %}" + parts + "{% endfor %}"
+    seen = [{"type": "text", "text": "see "}, {"type": "image_url", "image_url": {"url": "x"}}]
+    body = Body.parse(msgspec.json.encode(user([*seen, "!"])))
+    assert ChatTemplate(loops, {}).render(body, messages(body), images=True) == "see <image>!"
+    for source, images in ((PLAIN, True), (loops, False)):
+        with pytest.raises(Unrenderable) as caught:
+            ChatTemplate(source, {}).render(body, messages(body), images=images)
+        assert caught.value.reason == "multimodal"
+
+
 def test_a_template_that_refuses_the_messages() -> None:
     with pytest.raises(Unrenderable) as caught:
         render("{{ raise_exception('roles must alternate') }}", user("x"))

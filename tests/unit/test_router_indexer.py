@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynctl.kv.index import Index
-from dynctl.protocol.kv_events import Cleared, KvBatch, KvEvent, KvSyncReply, Removed, Stored
+from dynctl.kv.media import Layouts
+from dynctl.protocol.kv_events import Cleared, KvBatch, KvEvent, KvSyncReply, Removed, Shown, Stored
 from dynctl.router import indexer as indexer_module
 from dynctl.router.indexer import Indexer, Sync
 
@@ -361,3 +362,17 @@ def test_index_ends_equal_to_the_worker_whatever_is_lost_repeated_or_reordered(
     wire.calm_down()
     assert wire.holds() == wire.worker.held
     assert wire.state() == "synced"
+
+
+def test_what_images_look_like_is_learnt_from_batches_and_snapshots() -> None:
+    layouts = Layouts()
+    indexer = Indexer(Index(), layouts)
+    indexer.join("w", 1, 1)
+    cat, dog = Shown("cat", [(9, 3)]), Shown("dog", [(9, 4)])
+    indexer.on_batch(KvBatch("w", 1, 0, 0, [Stored([1])], 16, [cat]))
+    assert layouts.all() == [cat]
+    snapshot = [Stored([1, 2])]
+    indexer.on_reply("w", KvSyncReply(incarnation=1, rank=0, next_seq=3, snapshot=snapshot, shown=[cat, dog]))
+    assert layouts.all() == [cat, dog]
+    indexer.leave("w")
+    assert layouts.get("cat") == [(9, 3)]

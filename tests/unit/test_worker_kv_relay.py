@@ -8,7 +8,7 @@ import logging
 import pytest
 
 from dynctl.errors import CodecError
-from dynctl.protocol.kv_events import Cleared, EngineKvBatch, EngineStored, KvBatch, KvSync, Stored
+from dynctl.protocol.kv_events import Cleared, EngineKvBatch, EngineStored, KvBatch, KvSync, Shown, Stored
 from dynctl.worker.kv_relay import GATHER_S, KvRelay, RankRelay
 
 
@@ -220,3 +220,19 @@ def test_partial_blocks_alone_do_not_alarm_nor_hide_lost_ones(caplog: pytest.Log
     rank.beat()
     text = "kv_events.skipped worker=w rank=0 unknown_parent=1 malformed=0 partial=3"
     assert said(caplog) == [(logging.WARNING, text)]
+
+
+def test_images_are_told_of_once_and_again_to_readers_that_missed_it() -> None:
+    sent: list[KvBatch] = []
+    rank = relay(sent, kept=1)
+    for name, tokens, place in ((1, [5, 9, 9, 9], 1), (2, [9, 9, 9, 5], 0), (3, [5, 9, 9, 9], 1)):
+        event = EngineStored(
+            block_hashes=[name], parent=None, token_ids=tokens, block_size=4, shown=[[("cat", place)]]
+        )
+        rank.feed(EngineKvBatch(timestamp=0.0, rank=0, events=[event]))
+    image = Shown("cat", [(9, 3)])
+    assert [batch.shown for batch in sent] == [[], [image]]  # the third holds nothing new
+    reply = rank.sync(0)
+    assert reply.snapshot is not None
+    assert reply.shown == [image]
+    assert rank.sync(1).batches[0].shown == [image]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from xxhash import xxh3_64_intdigest
+import re
+
+from xxhash import xxh3_64_intdigest, xxh3_128_hexdigest
 
 from dynctl.frontend.body import Body
 from dynctl.kv.hashing import OF_BYTES
@@ -12,6 +14,9 @@ TOKEN_BYTES = 4
 DEFAULT_BLOCK_SIZE = 16
 _SEED = 7331
 _MOST = 4096
+_INLINE = re.compile(rb'"data:[^"]{4096,}"')
+_INLINE_BYTES = 576 * TOKEN_BYTES
+"""What media in the request itself are taken for: what engines make of them does not go by their size."""
 _FIELDS = ("system", "instructions", "tools", "messages", "prompt", "query", "input", "documents", "text")
 """What a prompt is made of, in the order in which it is put together."""
 
@@ -24,8 +29,15 @@ def alike(body: Body, block_size: int, root: int) -> tuple[list[int], int]:
     """
     size = TOKEN_BYTES * (block_size or DEFAULT_BLOCK_SIZE)
     data = b"".join(bytes(body.fields[name]) for name in _FIELDS if name in body.fields)
+    if b'"data:' in data:
+        data = _INLINE.sub(_digest, data)
     parent, hashes = root, []
     for start in range(0, min(len(data) - size + 1, _MOST * size), size):
         parent = xxh3_64_intdigest(parent.to_bytes(8, "little") + data[start : start + size], _SEED)
         hashes.append(parent | OF_BYTES)
     return hashes, min(len(data), _MOST * size) // TOKEN_BYTES
+
+
+def _digest(media: re.Match[bytes]) -> bytes:
+    name = xxh3_128_hexdigest(media.group()).encode()
+    return (name * (_INLINE_BYTES // len(name)))[:_INLINE_BYTES]

@@ -15,11 +15,15 @@ from dynctl.protocol.instances import ModelCard
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """What was found on disk for a model. `template_source` and `special_tokens` may be empty."""
+    """What was found on disk for a model. `template_source` and `special_tokens` may be empty.
+
+    `image_token`: the one that stands for an image in prompts; None = it is not stated.
+    """
 
     tokenizer_json: Path | None
     template_source: str
     special_tokens: dict[str, str]
+    image_token: int | None = None
 
 
 def find_model_files(card: ModelCard) -> ModelFiles:
@@ -41,6 +45,7 @@ def find_model_files(card: ModelCard) -> ModelFiles:
         tokenizer_json=tokenizer_json,
         template_source=_template_source(card, tokenizer_dir, config),
         special_tokens={name: _token(value) for name, value in special.items() if _is_token(name, value)},
+        image_token=_image_token(card, tokenizer_dir),
     )
 
 
@@ -63,6 +68,15 @@ def _template_source(card: ModelCard, directory: Path | None, config: dict[str, 
     if isinstance(found, list):
         found = next((entry["template"] for entry in found if entry.get("name") == "default"), "")
     return found if isinstance(found, str) else ""
+
+
+def _image_token(card: ModelCard, directory: Path | None) -> int | None:
+    for where in (local_model_dir(card.path, card.revision) if card.path else None, directory):
+        config = _json_file(_existing(where, "config.json"))
+        for name in ("image_token_id", "image_token_index"):
+            if isinstance(config.get(name), int):
+                return int(config[name])
+    return None
 
 
 def _existing(directory: Path | None, name: str) -> Path | None:

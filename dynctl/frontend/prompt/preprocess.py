@@ -22,10 +22,13 @@ from dynctl.errors import ContextTooLong, DynctlError
 from dynctl.frontend.body import Body, large_batch, messages, prompt
 from dynctl.frontend.prompt.alike import alike
 from dynctl.frontend.prompt.cuts import cuts_of
+from dynctl.frontend.prompt.images import ImageNames
 from dynctl.frontend.prompt.model_files import ModelFiles, find_model_files
+from dynctl.frontend.prompt.pictured import Pictured, pictured
 from dynctl.frontend.prompt.token_cache import Begun, Frame, TokenCache, Tokenised
 from dynctl.frontend.prompt.vocabulary import known_tokens
 from dynctl.kv.hashing import pack_tokens, root_hash, sequence_hashes
+from dynctl.kv.media import Layouts
 from dynctl.observability.metrics import Metrics
 from dynctl.protocol.instances import ModelCard
 from dynctl.router.reasoning import Marks, marks_of
@@ -68,7 +71,8 @@ class PromptFacts(msgspec.Struct, frozen=True):
     """What routing and admission know of a prompt. `tokens` 0 and `hashes` None = not known.
 
     `approximate`: where there are no tokens, hashes of the request's bytes, one for about as many as make a
-    block, and `estimate`, how many tokens that may be. Equal hashes mean that prompts begin alike.
+    block, and `estimate`, how many tokens that may be. Equal hashes mean that prompts begin alike. Those of
+    the blocks before an image that is not known are as in `hashes`.
     """
 
     tokens: int = 0
@@ -81,13 +85,14 @@ UNKNOWN = PromptFacts()
 
 
 class _Job(msgspec.Struct, frozen=True):
-    """One prompt to be worked on. `context` in tokens, 0 = no limit known."""
+    """One prompt to be worked on. `context` in tokens, 0 = no limit. `images`: what they are known by."""
 
     kind: Kind
     body: Body
     block_size: int
     root: int
     context: int
+    images: list[str] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +106,22 @@ class _Ends:
 class Preprocessor:
     """Tokenises for one model. `warm` loads tokenizer and template; requests that come before wait for it.
 
-    `cache_bytes`: how large the cache of texts tokenised may be.
+    `cache_bytes`: how large the cache of texts tokenised may be. `names`: how the engine is told what images
+    are known by, None = it is not; `layouts`: the tokens of those that engines have shown.
     """
 
-    def __init__(self, card: ModelCard, metrics: Metrics, cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
+    def __init__(
+        self,
+        card: ModelCard,
+        metrics: Metrics,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        names: ImageNames | None = None,
+        layouts: Layouts | None = None,
+    ) -> None:
         self._card = card
+        self._names = names
+        self._layouts = Layouts() if layouts is None else layouts
+        self._image_token: int | None = None
         self._metrics = metrics
         self._cache_bytes = cache_bytes
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenise")
@@ -173,6 +189,20 @@ class Preprocessor:
         except DynctlError:
             return 0
 
+    async def named(self, body: Body) -> Body:
+        """The chat with its images named for the engine, where that makes blocks known here; else itself."""
+        await self.ready()
+        if self._names is None or not self._pictures:
+            return body
+        if len(body.original) <= _THREAD_BYTES:
+            return self._names.named(body)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._names.named, body)
+
+    @property
+    def _pictures(self) -> bool:
+        """Whether it is known which token of a chat's prompt stands for an image."""
+        return self._image_token is not None and self._template is not None and self._template.wraps_parts
+
     def close(self) -> None:
         """Give the threads back without waiting for them."""
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -189,10 +219,16 @@ class Preprocessor:
         try:
             _check_unchanged(body)
             await self.ready()
-            return await self._prepare(_Job(kind, body, block_size, root, context))
+            return await self._prepare(_Job(kind, body, block_size, root, context, self._images(kind, body)))
         except NotTokenised as why:
-            self._metrics.counter("tokenize_fallbacks_total", reason=why.reason).inc()
-            return PromptFacts(0, None, *alike(body, block_size, root))
+            self._fallen_back(why.reason)
+            if len(body.original) <= _THREAD_BYTES:
+                return PromptFacts(0, None, *alike(body, block_size, root))
+            in_thread = asyncio.get_running_loop().run_in_executor
+            return PromptFacts(0, None, *await in_thread(self._threads, alike, body, block_size, root))
+
+    def _fallen_back(self, reason: str) -> None:
+        self._metrics.counter("tokenize_fallbacks_total", reason=reason).inc()
 
     async def _prepare(self, job: _Job) -> PromptFacts:
         in_thread = asyncio.get_running_loop().run_in_executor
@@ -207,6 +243,14 @@ class Preprocessor:
         started = time.perf_counter()
         begun = cache.begin(text)
         uncached = begun.uncached_chars
+        if job.images:
+            far = long or len(text) > THREAD_CHARS
+            found = (
+                await in_thread(self._threads, self._picture, cache, begun, job)
+                if far
+                else self._picture(cache, begun, job)
+            )
+            return self._picture_facts(found, job)
         if uncached > THREAD_CHARS:
             made = await in_thread(self._threads, self._complete, cache, begun, frame, job.context)
         else:
@@ -217,15 +261,35 @@ class Preprocessor:
         self._note(made)
         return _facts(made.tokens, job, made.hashes)
 
+    def _picture(self, cache: TokenCache, begun: Begun, job: _Job) -> Pictured:
+        assert self._image_token is not None
+        packed = cache.packed(begun)
+        found = pictured(packed, self._image_token, job.images, self._layouts.get, job.block_size, job.root)
+        if found is None:
+            raise NotTokenised("multimodal")
+        return found
+
+    def _picture_facts(self, found: Pictured, job: _Job) -> PromptFacts:
+        """What may be too long is the engine's to refuse: it alone knows what its images take."""
+        if found.exact and (found.tokens <= job.context or job.context <= 0):
+            return PromptFacts(found.tokens, found.hashes if job.block_size > 0 else None)
+        self._fallen_back("multimodal")
+        return PromptFacts(0, None, found.hashes, found.tokens)
+
     def _note(self, made: Tokenised) -> None:
         (self._hits if made.cached else self._misses).inc()
         self._cached.inc(made.cached)
         self._uncached.inc(made.tokens - made.cached)
 
+    def _images(self, kind: Kind, body: Body) -> list[str]:
+        if kind != "chat" or self._names is None or not self._pictures:
+            return []
+        return self._names.known_by(body)
+
     def _text(self, job: _Job) -> str | Sequence[int]:
         """The text to tokenise, or the tokens where the client gave them."""
         if job.kind == "chat":
-            return self._chat_text(job.body)
+            return self._chat_text(job.body, job.images)
         if large_batch(job.body):
             raise NotTokenised("batch")
         given = prompt(job.body)
@@ -237,14 +301,14 @@ class Preprocessor:
             raise NotTokenised("batch" if given else "prompt_missing")
         return [token for token in given if isinstance(token, int)]
 
-    def _chat_text(self, body: Body) -> str:
+    def _chat_text(self, body: Body, images: Sequence[str] = ()) -> str:
         from dynctl.frontend.prompt.template import Unrenderable
 
         if self._template is None:
             raise NotTokenised("template_missing")
         started = time.perf_counter()
         try:
-            text = self._template.render(body, messages(body))
+            text = self._template.render(body, messages(body), images=bool(images))
         except Unrenderable as error:
             logger.debug("prompt.unrenderable why=%s", error)
             raise NotTokenised(error.reason) from error
@@ -299,6 +363,7 @@ class Preprocessor:
         added = {token.content: token.special for token in tokenizer.get_added_tokens_decoder().values()}
         self.marks = marks_of(added, files.template_source)
         self._load_template(files)
+        self._image_token = files.image_token
 
     def _load_template(self, files: ModelFiles) -> None:
         from dynctl.frontend.prompt.template import ChatTemplate, Unrenderable

@@ -22,6 +22,7 @@ import jinja2.sandbox
 from dynctl.frontend.body import Body, Message, field_value
 
 _TEXT_PARTS = {"text", "input_text", "output_text"}
+_IMAGE = {"type": "image"}
 _TEMPLATE_ERRORS = (
     jinja2.TemplateError,
     TypeError,
@@ -95,16 +96,19 @@ class ChatTemplate:
             raise Unrenderable("template_broken", str(error)) from error
         self._always = {**self._template.globals, **special_tokens}
 
-    def render(self, body: Body, messages: Sequence[Message]) -> str:
-        """The prompt text. Raises Unrenderable; RequestError for fields of a wrong type."""
+    def render(self, body: Body, messages: Sequence[Message], *, images: bool = False) -> str:
+        """The prompt text. Raises Unrenderable; RequestError for fields of a wrong type.
+
+        `images`: they are left to the template, where it goes through contents part by part.
+        """
         try:
-            return self._render(body, messages)
+            return self._render(body, messages, images and self.wraps_parts)
         except RecursionError as error:
             # Nested as deeply as a body may just be, or JSON in a string that is nested deeper.
             raise Unrenderable("nested_too_deeply") from error
 
-    def _render(self, body: Body, messages: Sequence[Message]) -> str:
-        conversation = [_message(message, self.wraps_parts) for message in messages]
+    def _render(self, body: Body, messages: Sequence[Message], images: bool) -> str:
+        conversation = [_message(message, self.wraps_parts, images) for message in messages]
         variables: dict[str, Any] = {
             **self._always,
             "messages": conversation,
@@ -145,11 +149,13 @@ def _is_content(node: jinja2.nodes.Node | None, holders: frozenset[str]) -> bool
     return isinstance(node, jinja2.nodes.Name) and node.name in holders
 
 
-def _message(message: Message, wraps_parts: bool) -> dict[str, Any]:
+def _message(message: Message, wraps_parts: bool, images: bool) -> dict[str, Any]:
     opened = {name: field_value(raw, object, name) for name, raw in message.items()}
-    texts = _texts(opened.get("content"))
+    texts = _texts(opened.get("content"), images)
     opened["content"] = (
-        [{"type": "text", "text": text} for text in texts] if wraps_parts else "\n".join(texts)
+        [_IMAGE if text is None else {"type": "text", "text": text} for text in texts]
+        if wraps_parts
+        else "\n".join(text for text in texts if text is not None)
     )
     calls = opened.get("tool_calls")
     if isinstance(calls, list):
@@ -157,19 +163,22 @@ def _message(message: Message, wraps_parts: bool) -> dict[str, Any]:
     return opened
 
 
-def _texts(content: object) -> list[str]:
+def _texts(content: object, images: bool) -> list[str | None]:
+    """Texts, and None for each image."""
     if content is None:
         return []
     if isinstance(content, str):
         return [content]
     if not isinstance(content, list):
         raise Unrenderable("content_unknown")
-    texts: list[str] = []
+    texts: list[str | None] = []
     for part in content:
         if isinstance(part, str):
             texts.append(part)
         elif isinstance(part, dict) and part.get("type") in _TEXT_PARTS and isinstance(part.get("text"), str):
             texts.append(part["text"])
+        elif images and isinstance(part, dict) and part.get("type") == "image_url":
+            texts.append(None)
         else:
             raise Unrenderable("multimodal")
     return texts
@@ -207,7 +216,7 @@ def _tools(body: Body) -> list[dict[str, Any]] | None:
 def _continued(text: str, conversation: Sequence[Mapping[str, Any]]) -> str:
     """Cut what the template wrote after the last message, so that the model goes on with it."""
     content = conversation[-1]["content"]
-    last = content if isinstance(content, str) else "".join(part["text"] for part in content)
+    last = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
     at = text.rfind(last.strip())
     if at < 0:
         raise Unrenderable("template_error", "the final message is not in the rendered text")

@@ -118,6 +118,14 @@ class TokenCache:
         size = len(frame.before) + sum(len(node.tokens) for node in nodes) + len(frame.after)
         return Tokenised(size // TOKEN_BYTES, cached, _hashes(nodes, frame) if frame.block_size else [])
 
+    def packed(self, begun: Begun) -> bytes:
+        """The tokens of the text, packed; what is not known of it is tokenised, and known from now on."""
+        nodes = begun.nodes
+        if begun.pieces:
+            parent = nodes[-1].number if nodes else _FIRST
+            nodes = nodes + self._keep(parent, begun.pieces, self._tokens(begun.pieces), _USUAL_BLOCK)
+        return b"".join([node.tokens for node in nodes])
+
     def _tokens(self, pieces: list[str]) -> list[bytes]:
         if self._words is not None:
             return self._words.tokens(pieces)

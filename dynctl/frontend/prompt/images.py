@@ -1,0 +1,109 @@
+"""Images in chat messages: what each is known by, and telling the engine so. Pure.
+
+An engine that takes names for media has them in its KV events and block hashes. The name of an image that
+comes in the request itself is a digest of it, made with a secret: whoever could name an image as another one
+is named would have the answers to it given to others. What is behind a URL may change, so such an image gets
+no name: the engine, which fetches it, hashes what it has got.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from hashlib import blake2b, sha256
+
+import msgspec
+
+from dynctl.frontend.body import Body, Message, messages
+
+_UNNAMED = "\0"
+"""Begins what an image without a name is told apart by: no engine knows it."""
+_TYPE = b'"image_url"'
+_INLINE = "data:"
+_Part = dict[str, msgspec.Raw]
+
+
+def has_images(body: Body) -> bool:
+    """Whether there may be images in a chat: microseconds for each hundred kilobytes."""
+    return _TYPE in body.original
+
+
+class ImageNames:
+    """Names images in `field` of their content part, the engine's own. `secret`: the deployment's."""
+
+    def __init__(self, field: str, secret: bytes) -> None:
+        self._field = field
+        self._key = sha256(secret).digest()
+
+    def named(self, body: Body) -> Body:
+        """The chat with a name for each image that is in it; itself when there is none to be named.
+
+        Names that clients give stay. Raises RequestError as `messages` does.
+        """
+        if not has_images(body):
+            return body
+        given = messages(body)
+        found = [_with_images(message, self._name) for message in given]
+        if all(new is old for new, old in zip(found, given, strict=True)):
+            return body
+        fields = {**body.fields, "messages": msgspec.Raw(msgspec.json.encode(found))}
+        out = Body(msgspec.json.encode(fields), fields)
+        out.messages = found
+        return out
+
+    def known_by(self, body: Body) -> list[str]:
+        """What each image of a chat is known by, in order: its name, or something no engine knows."""
+        found: list[str] = []
+        if not has_images(body):
+            return found
+
+        def note(part: _Part) -> _Part:
+            found.append(_string(part.get(self._field)) or _UNNAMED + self._digest(_url(part) or ""))
+            return part
+
+        for message in messages(body):
+            _with_images(message, note)
+        return found
+
+    def _name(self, part: _Part) -> _Part:
+        url = _url(part)
+        if _string(part.get(self._field)) is not None or url is None or not url.startswith(_INLINE):
+            return part
+        return {**part, self._field: msgspec.Raw(msgspec.json.encode(self._digest(url)))}
+
+    def _digest(self, text: str) -> str:
+        return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16, key=self._key).hexdigest()
+
+
+def _with_images(message: Message, change: Callable[[_Part], _Part]) -> Message:
+    """The message with `change` made to its images; itself when that changes nothing."""
+    content = message.get("content")
+    if content is None or not bytes(content).startswith(b"["):
+        return message
+    parts = msgspec.json.decode(content, type=list[msgspec.Raw])
+    found = [_changed(part, change) for part in parts]
+    if all(new is old for new, old in zip(found, parts, strict=True)):
+        return message
+    return {**message, "content": msgspec.Raw(msgspec.json.encode(found))}
+
+
+def _changed(raw: msgspec.Raw, change: Callable[[_Part], _Part]) -> msgspec.Raw:
+    if not bytes(raw).startswith(b"{"):
+        return raw
+    part = msgspec.json.decode(raw, type=_Part)
+    if _string(part.get("type")) != "image_url":
+        return raw
+    new = change(part)
+    return raw if new is part else msgspec.Raw(msgspec.json.encode(new))
+
+
+def _url(part: _Part) -> str | None:
+    """`{"image_url": {"url": ...}}`, or the URL alone."""
+    raw = part.get("image_url")
+    value = None if raw is None else msgspec.json.decode(raw)
+    url = value.get("url") if isinstance(value, dict) else value
+    return url if isinstance(url, str) else None
+
+
+def _string(raw: msgspec.Raw | None) -> str | None:
+    value = None if raw is None else msgspec.json.decode(raw)
+    return value if isinstance(value, str) else None
