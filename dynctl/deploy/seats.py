@@ -10,8 +10,9 @@ import msgspec
 
 from dynctl.command import Command
 from dynctl.deploy.slurm_steps import as_step, box_for
-from dynctl.engines.arguments import step_tokens
+from dynctl.engines.arguments import normal_name, step_tokens
 from dynctl.engines.base import (
+    ArgValue,
     Engine,
     EngineEnvironment,
     EngineLaunch,
@@ -234,7 +235,7 @@ def engine_launch(
             own=site.run.on(ranks[0].node).python if ranks else "",
             mpi=(recipe.slurm or Slurm()).mpi if recipe.target == "slurm" else "",
         ),
-        args={**recipe.engine.args, **section.args},
+        args=_args(site.engine, {**recipe.engine.args, **section.args}),
         env={**recipe.engine.env, **section.env},
         disaggregated=role in ("prefill", "decode"),
         transfer=recipe.engine.kv_transfer,
@@ -287,6 +288,13 @@ def router_spec(recipe: Recipe) -> RouterSpec:
     given["session_affinity"]["ttl_s"] = given["session_affinity"].pop("ttl")
     given["queue"]["deadline_s"] = given["queue"].pop("deadline")
     return msgspec.convert(given, RouterSpec)
+
+
+def _args(engine: Engine, given: dict[str, ArgValue]) -> dict[str, ArgValue]:
+    """What the recipe gives, and unless it says otherwise answers tell how much of a prompt was cached."""
+    told = engine.cached_argument
+    known = {normal_name(name) for name in given}
+    return given if not told or normal_name(told) in known else {**given, told: True}
 
 
 def _engine_key_file(site: Site) -> str:

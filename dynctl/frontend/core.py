@@ -49,6 +49,8 @@ class Core:
         self._members: dict[str, Member] = {}
         self._wanted = dict(spec.roles)
         self._draining = False
+        self._complete = False
+        """Whether all roles have had a worker at once: from then on decode may stand in for prefill."""
         rng = rng or Random()
         self.metrics = Metrics(prefix=spec.metrics_prefix, own={"router_id": spec.id})
         self.accounts = Accounts(self.metrics)
@@ -100,6 +102,7 @@ class Core:
         gone += [old for member in upserts if (old := self._replaced_by(member)) is not None]
         silent = [member.instance for member in upserts if self._falls_silent(member)]
         self.router.members_changed(upserts, removed)
+        self._complete = self._complete or not self.router.ready(self._wanted)
         for worker in removed:
             self._members.pop(worker, None)
             self._gauges.forget(worker)
@@ -146,7 +149,7 @@ class Core:
     def health(self) -> dict[str, Any]:
         """Per role what is wanted and what is there, and why requests cannot be served ([] = they can)."""
         ready = ready_by_role(self._members)
-        reasons = self.router.ready(self._wanted)
+        reasons = self.router.ready(self._needed())
         if self._draining:
             reasons.insert(0, "this frontend is stopping")
         return {
@@ -157,8 +160,18 @@ class Core:
             "roles": {
                 role: {"ready": ready[role], "wanted": wanted} for role, wanted in self._wanted.items()
             },
-            "doubts": [*self.router.doubts(), *self.router.peers.doubts()],
+            "doubts": [*self._stands_in(), *self.router.doubts(), *self.router.peers.doubts()],
         }
+
+    def _needed(self) -> dict[str, int]:
+        """Replicas wanted of the roles without which no request can be served."""
+        stood_in = self._complete and can_skip(self._contract) and self.router.lacks_prefill
+        return {role: count for role, count in self._wanted.items() if not (stood_in and role == "prefill")}
+
+    def _stands_in(self) -> list[str]:
+        if self._needed().keys() == self._wanted.keys():
+            return []
+        return [f"{why}: decode workers compute prompts" for why in self.router.ready({"prefill": 1})]
 
     def ready_workers(self) -> list[Instance]:
         """Those that get requests now."""

@@ -129,7 +129,8 @@ class BusySpec(msgspec.Struct, frozen=True, kw_only=True):
 class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     """How to choose a worker. Weights as in `router.cost`.
 
-    `index_blocks`: most blocks indexed, over all workers and tiers.
+    `index_blocks`: most blocks indexed, over all workers and tiers. `enforce_disagg`: decode workers do not
+    stand in for prefill workers of which none is there.
     """
 
     mode: str = "kv"
@@ -149,6 +150,7 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     guard: GuardSpec = GuardSpec()
     session_affinity: AffinitySpec = AffinitySpec()
     conditional_disagg: ConditionalDisaggSpec = ConditionalDisaggSpec()
+    enforce_disagg: bool = False
     queue: QueueSpec = QueueSpec()
 
 

@@ -401,6 +401,10 @@ class Router(Section):
     """Requests that wait while all workers are busy."""
     conditional_disagg: ConditionalDisagg = Field(default_factory=ConditionalDisagg)
     """Prompts that skip the prefill workers."""
+    enforce_disagg: bool = False
+    """While there is no prefill worker at all, refuse prompts (503) instead of having decode workers compute
+    them, as engines can whose prefill comes first.
+    """
 
 
 class Sla(Section):

@@ -161,11 +161,18 @@ class Router:
         """No further request of the session comes."""
         self._sessions.end(session)
 
+    @property
+    def lacks_prefill(self) -> bool:
+        """Whether decode workers have to compute prompts, as there is no prefill worker to do it."""
+        return not (self._spec.enforce_disagg or self._candidates.get("prefill"))
+
     def skips_prefill(self, request: RouteRequest, *, full: bool = False) -> bool:
         """Whether decode is better off to compute this prompt itself (see `router.conditional`).
 
         `request` is the decode leg's; `full`: it would have to wait for any prefill worker.
         """
+        if self.lacks_prefill:
+            return True
         if not self._conditional or not request.prompt_tokens:
             return False
         decode = self._candidates.get("decode", [])

@@ -13,9 +13,10 @@ from dynctl.engines import catalog
 from dynctl.engines.base import Handoff
 from dynctl.frontend.retry import MAX_ATTEMPTS
 from dynctl.http.server import Exchange, Request
-from dynctl.protocol.specs import FrontendSpec, LimitsSpec
+from dynctl.protocol.specs import ConditionalDisaggSpec, FrontendSpec, LimitsSpec, RouterSpec
 from tests.integration.frontend_harness import (
     Engine,
+    Front,
     Script,
     answers,
     error_of,
@@ -229,6 +230,71 @@ async def test_no_decode_worker_is_503() -> None:
         response = await front.post("/v1/completions", COMPLETION)
         assert response.status == 503
         assert prefill.requests == []
+
+
+MODES = ["kv", "least_loaded", "round_robin", "random", "power_of_two", "consistent_hash"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("condition", ["off", "isl", "load", "either"])
+async def test_without_any_prefill_worker_decode_computes_prompts_in_every_mode(
+    mode: str, condition: str
+) -> None:
+    router = RouterSpec(mode=mode, conditional_disagg=ConditionalDisaggSpec(mode=condition))
+    prefill, decode = Engine(prefilled()), Engine()
+    async with frontend(vllm(router=router), decode=[decode]) as front:
+        for body in (COMPLETION, STREAMED):
+            answer = await front.post("/v1/completions", body)
+            assert (answer.status, dict(answer.headers)[b"x-dynctl-workers"]) == (200, b"decode-0")
+        dry = await front.post("/v1/completions", COMPLETION, {"x-dynctl-dry-run": "1"})
+        assert list(json.loads(dry.body)["roles"]) == ["decode"]
+        named = await front.post("/v1/completions", COMPLETION, {"x-dynctl-prefill-worker": "prefill-0"})
+        assert named.status == 503
+        assert all("kv_transfer_params" not in body for body in decode.bodies())
+        assert "router_prefill_skipped_total 2.0" in await front.metrics()
+        await prefill.start()
+        front.join("prefill", 0, prefill.url)
+        await front.post("/v1/completions", COMPLETION, {"x-dynctl-prefill-worker": "prefill-0"})
+        front.core.members_changed([], ["prefill-0"])
+        assert (await front.post("/v1/completions", COMPLETION)).status == 200
+    assert len(prefill.requests) == 1
+    assert len(decode.requests) == 4
+    await prefill.stop()
+
+
+async def test_prompts_are_refused_without_prefill_workers_where_the_recipe_says_so() -> None:
+    decode = Engine()
+    async with frontend(vllm(router=RouterSpec(enforce_disagg=True)), decode=[decode]) as front:
+        refused = await front.post("/v1/completions", COMPLETION)
+        assert (refused.status, "role prefill" in error_of(refused)["message"]) == (503, True)
+    async with frontend(sglang(), decode=[decode]) as front:  # whose decode takes nothing without prefill
+        assert (await front.post("/v1/completions", COMPLETION)).status == 503
+    assert decode.requests == []
+
+
+@pytest.mark.parametrize("enforce", [False, True])
+async def test_a_service_whose_prefill_workers_are_gone_is_healthy_while_decode_stands_in(
+    enforce: bool,
+) -> None:
+    prefill, decode = Engine(prefilled()), Engine()
+
+    async def health(front: Front) -> tuple[int, dict[str, Any]]:
+        response = await front.call("GET", "/health")
+        return response.status, json.loads(response.body)
+
+    await prefill.start()
+    async with frontend(vllm(router=RouterSpec(enforce_disagg=enforce)), decode=[decode]) as front:
+        status_, told = await health(front)
+        assert status_ == 503  # it has not come up yet
+        assert "prefill: 0 of 1" in told["reasons"][0]
+        front.join("prefill", 0, prefill.url)
+        assert (await health(front))[0] == 200
+        front.core.members_changed([], ["prefill-0"])
+        status_, told = await health(front)
+        assert status_ == (503 if enforce else 200)
+        said = told["reasons" if enforce else "doubts"][0]
+        assert said == "prefill: 0 of 1 ready" + ("" if enforce else ": decode workers compute prompts")
+    await prefill.stop()
 
 
 # --- both legs at once (SGLang)

@@ -62,7 +62,7 @@ def test_an_image_seen_once_is_found_block_by_block(cli: Cli, tmp_path: Path, ro
         assert eventually(lambda: knows(served, cat))
         selected, reused = metric(served, SELECTED), metric(served, REUSED)
         again = ask(served, BEFORE, cat, AFTER)
-        # What is expected to be cached is what the engine takes from its cache: all full blocks of the prompt.
+        # What is expected to be cached is what the engine takes from its cache: all full blocks.
         full = first["prompt"] // BLOCK * BLOCK
         assert again == {"prompt": first["prompt"], "cached": full}
         assert metric(served, SELECTED) - selected == full
