@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from tests import deployment
-from tests.deployment import Cli, Deployment, counter, get
+from tests.deployment import Cli, Deployment, counter, eventually, get
 from tests.engines import environment, tiny_adapter
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -100,6 +100,29 @@ def test_logprobs_choices_stops_and_usage(served: Deployment, client: openai.Ope
     assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == text
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == 12
+
+
+def test_reused_tokens_are_those_the_engine_tells(served: Deployment, client: openai.OpenAI) -> None:
+    def told() -> list[float]:
+        page, name = get(served.url + "/metrics"), "dynctl_component_router_kv_{}_tokens_total"
+        return [counter(page, name.format(part)) for part in ("selected_cached_prefix", "worker_reused")]
+
+    prompt = list(range(300, 400))
+    before = told()
+    first = client.completions.create(model="tiny", prompt=prompt, max_tokens=1)
+    assert first.usage is not None
+    assert first.usage.prompt_tokens_details is not None
+    assert first.usage.prompt_tokens_details.cached_tokens == 0
+    assert told() == before
+
+    def again() -> bool:
+        """Once the engine's events have come: 3 full blocks of 32 tokens, as the router and the engine say."""
+        selected, reused = told()
+        client.completions.create(model="tiny", prompt=prompt, max_tokens=1)
+        assert told()[1] - reused == 96
+        return told()[0] - selected == 96
+
+    assert eventually(again)
 
 
 def test_an_adapter_is_loaded_and_unloaded_while_it_runs(
