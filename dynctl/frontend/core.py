@@ -199,7 +199,7 @@ class Core:
         flow = flow_for(roles, self._contract, self._engine.naming)
         other: Role = "decode" if "decode" in spec.roles else "aggregated"
         return Edge(
-            thresholds=Thresholds(self.gate, spec.model.name, spec.id),
+            thresholds=Thresholds(self.gate, self.router.peers, spec.model.name, spec.id),
             pipeline=Pipeline(parts, flow, roles_for(roles, self._contract), other),
             models=self.models,
             keys=ApiKeys(spec.api_keys, self.metrics),

@@ -1,10 +1,13 @@
 """`/busy_threshold`: from where on workers are busy, shown and changed while running, as at NVIDIA Dynamo's.
 
-A change is for the frontend that is asked, and until it ends; the recipe is what holds for all.
+A change is for all frontends, of which the one that is asked tells the others, and until the last one of them
+ends; the recipe is what holds after that.
 """
 
 from __future__ import annotations
 
+import logging
+import time
 from typing import Any
 
 import msgspec
@@ -12,6 +15,9 @@ import msgspec
 from dynctl.errors import ModelNotFound, RequestError
 from dynctl.frontend.gate import Gate
 from dynctl.protocol.specs import BusySpec
+from dynctl.router.peers import Peers
+
+logger = logging.getLogger(__name__)
 
 
 class _Change(msgspec.Struct, forbid_unknown_fields=True):
@@ -31,10 +37,12 @@ _NAMES = {
 
 
 class Thresholds:
-    """Those of one frontend, which is named in its answers."""
+    """Those of one frontend, which is named in its answers. `peers`: to whom a change is told."""
 
-    def __init__(self, gate: Gate, model: str, frontend: str) -> None:
+    def __init__(self, gate: Gate, peers: Peers, model: str, frontend: str) -> None:
         self._gate = gate
+        self._peers = peers
+        peers.on_busy = self._told
         self._model = model
         self._frontend = frontend
 
@@ -61,7 +69,12 @@ class Thresholds:
                 valid = "0 to 1" if own == "decode_blocks" else "0 or more"
                 raise RequestError(f"`{name}` must be {valid}, not {value}", where=name)
         self._gate.thresholds = msgspec.structs.replace(self._gate.thresholds, **given)
+        self._peers.set_busy(self._gate.thresholds, time.time())
         return self._entry()
+
+    def _told(self, thresholds: BusySpec) -> None:
+        logger.info("thresholds.changed by=another frontend to=%s", thresholds)
+        self._gate.thresholds = thresholds
 
     def _entry(self) -> dict[str, Any]:
         thresholds: BusySpec = self._gate.thresholds

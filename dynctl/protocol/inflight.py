@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from dynctl.protocol.specs import BusySpec
+
 INFLIGHT_TOPIC = b"inflight"
 
 
@@ -23,11 +25,19 @@ class WorkerInflight(msgspec.Struct, frozen=True, array_like=True):
     blocks: int
 
 
+class BusyChange(msgspec.Struct, frozen=True, array_like=True):
+    """Thresholds that were set while running, at `since_s` (Unix time): the latest is what holds for all."""
+
+    since_s: float
+    busy: BusySpec
+
+
 class Inflight(msgspec.Struct, frozen=True, array_like=True):
     """One numbered message of one frontend; `seq` rises by one per (frontend, incarnation), from 0.
 
     Each entry replaces what was told of the same (worker, incarnation, rank) by a lower number. `whole`: what
-    has no entry has nothing in flight. A message that is lost is made good by the next whole one.
+    has no entry has nothing in flight. A message that is lost is made good by the next whole one. `busy`: the
+    latest change of thresholds this frontend knows of.
     """
 
     frontend: str
@@ -35,3 +45,4 @@ class Inflight(msgspec.Struct, frozen=True, array_like=True):
     seq: int
     whole: bool
     entries: list[WorkerInflight]
+    busy: BusyChange | None = None

@@ -1,4 +1,4 @@
-"""What frontends tell each other of their requests in flight: what to say, and what was heard. Pure.
+"""What frontends tell each other: their requests in flight, and thresholds changed while running. Pure.
 
 A frontend's choices are only as good as its view of each worker's load, and with N frontends 1/N of that is
 its own. Every message holds what is, not what has changed by how much, so one that is lost, late or doubled
@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from dynctl.protocol.inflight import Inflight, WorkerInflight
+from dynctl.protocol.inflight import BusyChange, Inflight, WorkerInflight
+from dynctl.protocol.specs import BusySpec
 from dynctl.router.active import NOTHING, InFlight, RankLoad
 
 SILENT_S = 3.0
 """A frontend that was last heard of longer ago is taken for dead: what it had in flight counts no more."""
 
+_TICK_S = 0.001
 _Key = tuple[str, int, int]
 """Worker id, incarnation, rank."""
 
@@ -53,6 +55,10 @@ class Peers:
         self._seq = 0
         self._peers: dict[str, _Peer] = {}
         self._expected: frozenset[str] = frozenset()
+        self._busy: BusyChange | None = None
+        self._busy_told = True
+        self.on_busy: Callable[[BusySpec], None] | None = None
+        """Called with thresholds that were changed at another frontend, later than those known here."""
 
     def begin(self, frontend: str, incarnation: int, wake: Callable[[], None]) -> None:
         """Tell as this frontend from now on. `wake` is called when there is something to tell again."""
@@ -87,9 +93,17 @@ class Peers:
             self._wake()
         self._changed.add(key)
 
+    def set_busy(self, busy: BusySpec, now_s: float) -> None:
+        """Thresholds were changed here, at `now_s` (Unix time): the other frontends are to go by them too."""
+        before_s = self._busy.since_s if self._busy is not None else 0.0
+        self._busy = BusyChange(max(now_s, before_s + _TICK_S), busy)
+        self._busy_told = False
+        if self._wake is not None:
+            self._wake()
+
     def changes(self) -> Inflight | None:
         """What has changed since this or `whole` was last asked; None = nothing."""
-        if not self._changed:
+        if not self._changed and self._busy_told:
             return None
         return self._message(sorted(self._changed), whole=False)
 
@@ -104,8 +118,9 @@ class Peers:
             own = self._loads[key].own
             entries.append(WorkerInflight(*key, own.requests, own.waiting, own.prefill_tokens, own.blocks))
         self._changed.clear()
+        self._busy_told = True
         seq, self._seq = self._seq, self._seq + 1
-        return Inflight(*self._me, seq, whole, entries)
+        return Inflight(*self._me, seq, whole, entries, self._busy)
 
     # What was heard
 
@@ -128,6 +143,7 @@ class Peers:
         peer.heard_at = now
         peer.missed += max(0, message.seq - peer.seq - 1)
         peer.seq = max(peer.seq, message.seq)
+        self._hear_busy(message.busy)
         changed = [self._put(peer, entry, message.seq) for entry in message.entries]
         if message.whole:
             told = set(changed)
@@ -137,6 +153,13 @@ class Peers:
             changed += stale
         for key in changed:
             self._sum(key)
+
+    def _hear_busy(self, told: BusyChange | None) -> None:
+        if told is None or (self._busy is not None and told.since_s <= self._busy.since_s):
+            return
+        self._busy = told
+        if self.on_busy is not None:
+            self.on_busy(told.busy)
 
     def _put(self, peer: _Peer, entry: WorkerInflight, seq: int) -> _Key:
         key = (entry.worker, entry.incarnation, entry.rank)

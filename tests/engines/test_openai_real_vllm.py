@@ -116,7 +116,7 @@ def test_reused_tokens_are_those_the_engine_tells(served: Deployment, client: op
     assert told() == before
 
     def again() -> bool:
-        """Once the engine's events have come: 3 full blocks of 32 tokens, as the router and the engine say."""
+        """Once the events have come: 3 full blocks of 32 tokens, as the router and the engine say."""
         selected, reused = told()
         client.completions.create(model="tiny", prompt=prompt, max_tokens=1)
         assert told()[1] - reused == 96

@@ -135,6 +135,21 @@ async def test_with_the_controller_away_frontends_serve_on_and_miss_a_dead_one(s
     await until(lambda: idle(served))
 
 
+def test_thresholds_changed_at_one_frontend_hold_at_all_of_them(served: Deployment) -> None:
+    def shown() -> list[Any]:
+        pages = [json.loads(get(f"{row['url']}/busy_threshold")) for row in served.workers("frontend")]
+        return [page["thresholds"][0]["active_prefill_tokens_threshold"] for page in pages]
+
+    assert shown() == [None] * 4
+    served.post("/busy_threshold", {"active_prefill_tokens_threshold": 123_456})
+    assert eventually(lambda: shown() == [123_456] * 4)
+    row = served.workers("frontend")[0]
+    os.kill(row["pid"], signal.SIGTERM)
+    assert eventually(lambda: restarted(served, row) and shown() == [123_456] * 4)
+    served.post("/busy_threshold", {"active_prefill_tokens_threshold": None})
+    assert eventually(lambda: shown() == [None] * 4)
+
+
 def misses(deployment: Deployment, victim: dict[str, Any]) -> bool:
     """Whether the others say that they do not hear it."""
     other = deployment.workers("frontend")[0 if victim["index"] else 1]

@@ -4,7 +4,8 @@ from random import Random
 
 import msgspec
 
-from dynctl.protocol.inflight import Inflight, WorkerInflight
+from dynctl.protocol.inflight import BusyChange, Inflight, WorkerInflight
+from dynctl.protocol.specs import BusySpec
 from dynctl.router.active import Footprint, InFlight, RankLoad, Ticket
 from dynctl.router.peers import SILENT_S, Peers, PeerState
 from dynctl.router.shared import SharedBlocks
@@ -144,6 +145,33 @@ def test_dropped_delayed_doubled_and_reordered_messages_do_no_lasting_harm() -> 
     state = hearer.states()[0]
     assert state.requests == len(tickets)
     assert state.missed > 300
+
+
+def test_thresholds_changed_anywhere_are_the_latest_everywhere() -> None:
+    peers, woken = Peers(), list[int]()
+    heard: list[BusySpec] = []
+    peers.on_busy = heard.append
+    peers.expect(["frontend-1"])
+    first, second, third = (BusySpec(prefill_tokens=count) for count in (1, 2, 3))
+    peers.set_busy(first, 100.0)  # alone yet
+    peers.begin("frontend-0", 1, lambda: woken.append(1))
+    told = peers.changes()
+    assert told is not None
+    assert told.busy == BusyChange(100.0, first)
+    assert peers.changes() is None
+    for seq, change in enumerate((BusyChange(99.0, second), BusyChange(101.0, second), None)):
+        peers.take(msgspec.structs.replace(message(seq), busy=change), 0.0)
+    assert heard == [second]
+    peers.set_busy(third, 50.0)  # its clock is behind: what is set last is the latest all the same
+    assert woken == [1]
+    whole = peers.whole()
+    assert whole.busy is not None
+    assert (whole.busy.busy, whole.busy.since_s > 101.0) == (third, True)
+    peers.take(msgspec.structs.replace(message(9), busy=BusyChange(101.0, second)), 0.0)
+    assert heard == [second]
+    stranger = msgspec.structs.replace(message(0, who="who"), busy=BusyChange(999.0, first))
+    peers.take(stranger, 0.0)
+    assert heard == [second]
 
 
 def test_messages_keep_their_form() -> None:
