@@ -48,13 +48,14 @@ def excerpt(text: str) -> str:
 class Body:
     """One request body. `original` is what the client sent, byte for byte."""
 
-    __slots__ = ("fields", "messages", "original", "prompt")
+    __slots__ = ("fields", "images", "messages", "original", "prompt")
 
     def __init__(self, original: bytes, fields: dict[str, msgspec.Raw]) -> None:
         self.original = original
         self.fields = fields
         self.messages: list[Message] | None = None
         self.prompt: Prompt | None = None
+        self.images: list[str] | None = None
 
     @classmethod
     def parse(cls, data: bytes) -> Body:

@@ -8,8 +8,9 @@ no name: the engine, which fetches it, hashes what it has got.
 
 from __future__ import annotations
 
+import hmac
 from collections.abc import Callable
-from hashlib import blake2b, sha256
+from functools import partial
 
 import msgspec
 
@@ -18,7 +19,9 @@ from dynctl.frontend.body import Body, Message, messages
 _UNNAMED = "\0"
 """Begins what an image without a name is told apart by: no engine knows it."""
 _TYPE = b'"image_url"'
-_INLINE = "data:"
+_INLINE = b"data:"
+_HEAD_BYTES = 64
+_NAME_CHARS = 32
 _Part = dict[str, msgspec.Raw]
 
 
@@ -32,7 +35,7 @@ class ImageNames:
 
     def __init__(self, field: str, secret: bytes) -> None:
         self._field = field
-        self._key = sha256(secret).digest()
+        self._secret = secret
 
     def named(self, body: Body) -> Body:
         """The chat with a name for each image that is in it; itself when there is none to be named.
@@ -41,37 +44,33 @@ class ImageNames:
         """
         if not has_images(body):
             return body
-        given = messages(body)
-        found = [_with_images(message, self._name) for message in given]
+        given, names = messages(body), list[str]()
+        found = [_with_images(message, partial(self._name, names)) for message in given]
         if all(new is old for new, old in zip(found, given, strict=True)):
+            body.images = names
             return body
         fields = {**body.fields, "messages": msgspec.Raw(msgspec.json.encode(found))}
         out = Body(msgspec.json.encode(fields), fields)
-        out.messages = found
+        out.messages, out.images = found, names
         return out
 
     def known_by(self, body: Body) -> list[str]:
-        """What each image of a chat is known by, in order: its name, or something no engine knows."""
-        found: list[str] = []
-        if not has_images(body):
-            return found
+        """What each image of a chat that was `named` is known by, in order: its name, or one of our own."""
+        if body.images is None:
+            self.named(body)
+        return body.images or []
 
-        def note(part: _Part) -> _Part:
-            found.append(_string(part.get(self._field)) or _UNNAMED + self._digest(_url(part) or ""))
+    def _name(self, names: list[str], part: _Part) -> _Part:
+        name = _string(part.get(self._field))
+        url = b"" if name else _url(part)
+        names.append(name or _UNNAMED + self._digest(url))
+        if name is not None or not url.startswith(_INLINE):
             return part
+        names[-1] = names[-1].removeprefix(_UNNAMED)
+        return {**part, self._field: msgspec.Raw(msgspec.json.encode(names[-1]))}
 
-        for message in messages(body):
-            _with_images(message, note)
-        return found
-
-    def _name(self, part: _Part) -> _Part:
-        url = _url(part)
-        if _string(part.get(self._field)) is not None or url is None or not url.startswith(_INLINE):
-            return part
-        return {**part, self._field: msgspec.Raw(msgspec.json.encode(self._digest(url)))}
-
-    def _digest(self, text: str) -> str:
-        return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16, key=self._key).hexdigest()
+    def _digest(self, url: bytes) -> str:
+        return hmac.digest(self._secret, url, "sha256").hex()[:_NAME_CHARS]
 
 
 def _with_images(message: Message, change: Callable[[_Part], _Part]) -> Message:
@@ -96,12 +95,18 @@ def _changed(raw: msgspec.Raw, change: Callable[[_Part], _Part]) -> msgspec.Raw:
     return raw if new is part else msgspec.Raw(msgspec.json.encode(new))
 
 
-def _url(part: _Part) -> str | None:
-    """`{"image_url": {"url": ...}}`, or the URL alone."""
+def _url(part: _Part) -> bytes:
+    """`{"image_url": {"url": ...}}`, or the URL alone; b"" = there is none."""
     raw = part.get("image_url")
-    value = None if raw is None else msgspec.json.decode(raw)
+    data = b"" if raw is None else bytes(raw)
+    start = data.find(b'"' + _INLINE) + 1
+    if 0 < start <= _HEAD_BYTES:
+        end = data.find(b'"', start)
+        if data.find(b"\\", start, end) < 0:  # else it is not the URL as it stands here
+            return data[start:end]
+    value = msgspec.json.decode(data) if data else None
     url = value.get("url") if isinstance(value, dict) else value
-    return url if isinstance(url, str) else None
+    return url.encode("utf-8", "surrogatepass") if isinstance(url, str) else b""
 
 
 def _string(raw: msgspec.Raw | None) -> str | None:

@@ -46,6 +46,8 @@ THREAD_CHARS = 8_192
 """More than so many characters that are left to tokenise are worked on in a thread."""
 _THREAD_BYTES = 512 * 1024
 """A longer body is not even read on the loop."""
+_IMAGE_BYTES = 128 * 1024
+"""A longer one with images is not looked through on the loop."""
 _SUSPECT_CHARS = 8
 _SLICE_CHARS = 65_536
 _SLICE_SLACK = 64
@@ -194,7 +196,7 @@ class Preprocessor:
         await self.ready()
         if self._names is None or not self._pictures:
             return body
-        if len(body.original) <= _THREAD_BYTES:
+        if len(body.original) <= _IMAGE_BYTES:
             return self._names.named(body)
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._names.named, body)
 
