@@ -36,6 +36,7 @@ from dynctl.router.request import Choice
 logger = logging.getLogger(__name__)
 
 CONNECT_S = 5.0
+_ABORT_AGAIN_S = 0.25
 _BUSY = (429, 503)
 _EXCERPT_BYTES = 300
 _ANSWER_BYTES = 64 * 1024 * 1024
@@ -142,6 +143,12 @@ class Upstream:
         await asyncio.gather(*self._aborts, return_exceptions=True)
 
     async def _abort(self, leg: Leg, way: Abort) -> None:
+        """Twice: an engine ignores the name of a request that it has not read yet."""
+        await self._abort_once(leg, way)
+        await asyncio.sleep(_ABORT_AGAIN_S)
+        await self._abort_once(leg, way)
+
+    async def _abort_once(self, leg: Leg, way: Abort) -> None:
         headers = [*leg.headers, (b"content-type", b"application/json")]
         try:
             await self._client.request(

@@ -384,6 +384,8 @@ class PdEngine(Engine):
         self.faults = deque(faults)
         self.asked = 0
         self.open: dict[int, asyncio.Task[None]] = {}
+        self.arrived = 0
+        self.reads_after_s = 0.0
         self._names: dict[str, int] = {}
 
     async def _handle(self, request: Request, exchange: Exchange) -> None:
@@ -391,6 +393,10 @@ class PdEngine(Engine):
             self._end(str(json.loads(request.body)["rid"]))
             exchange.respond(200, b"")
             return
+        self.arrived += 1
+        self.changed.set()
+        if self.reads_after_s:  # whoever names it until then names nobody
+            await asyncio.sleep(self.reads_after_s)
         number = self.asked
         self.asked += 1
         self.requests.append(request)

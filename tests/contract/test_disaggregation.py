@@ -338,6 +338,20 @@ async def test_a_breach_is_noticed(
     assert any(part in found[0] for part in told.split("|")), found
 
 
+async def test_an_abort_that_comes_before_its_request_was_read_is_made_good() -> None:
+    async with scene(Rooms(), prefill=[("hang",)], decode=[("hang",)]) as s:
+        for engine in s.engines:
+            engine.reads_after_s = 0.1
+        asking = asyncio.create_task(s.ask("chat-stream"))
+        for engine in s.engines:
+            await engine.until(lambda engine=engine: engine.arrived == 1)  # type: ignore[misc]
+        asking.cancel()
+        for engine in s.engines:
+            await engine.until(lambda engine=engine: engine.asked == 1)  # type: ignore[misc]
+            await engine.all_ended()
+        assert [engine.cancelled for engine in s.engines] == [1, 1]
+
+
 # --- one worker alone, of an engine that is told by name
 
 
