@@ -52,6 +52,22 @@ def test_every_process_belongs_to_the_run(tmp_path: Path) -> None:
         plan.process("decode-2")
 
 
+@pytest.mark.parametrize(
+    ("backend", "flag"), [("vllm", "enable-prompt-tokens-details"), ("sglang", "enable-cache-report")]
+)
+def test_engines_tell_what_was_cached_unless_the_recipe_says_no(
+    tmp_path: Path, backend: str, flag: str
+) -> None:
+    def flags(*sets: str) -> list[str]:
+        plan = build_plan(load(tmp_path, f"backend={backend}", *sets), HERE, (), RUN)
+        return [word for word in plan.process("decode-0/engine").command.argv if word == f"--{flag}"]
+
+    assert flags() == [f"--{flag}"]
+    for spelling in (flag, flag.replace("-", "_")):
+        assert flags(f"engine.args.{spelling}=false") == []
+        assert flags(f"engine.args.{spelling}=true") == [f"--{flag}"]
+
+
 def frontends_of(plan: Plan) -> list[tuple[str, set[str], int]]:
     processes = [p for p in plan.processes if p.kind == "frontend"]
     return [(p.node, set(p.ports), p.ports["http"]) for p in processes]
