@@ -86,7 +86,7 @@ class Sightings:
     def _goes_on(self, name: str, start: int, tokens: list[int], *, whole: bool) -> bool:
         """Take a part of an image, from its token `start` on. Returns whether the next block may go on."""
         row = self._begun.setdefault(name, [])
-        if start > len(row):
+        if start > len(row) or not tokens:
             del self._begun[name]
             return False
         row[start:] = tokens

@@ -3,6 +3,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dynctl.kv.hashing import extend, extra_bytes, root_hash
 from dynctl.kv.media import Layouts, Sightings, Span, extras_of, put_in
@@ -69,6 +71,19 @@ def test_an_image_whose_beginning_was_missed_is_learnt_when_it_comes_again() -> 
     assert sightings.take() == [Shown("cat", [(PAD, 7)])]
     sightings.feed(whole)
     assert sightings.take() == []
+
+
+@pytest.mark.parametrize("media", [[("cat", 4)], [("cat", 99)], [("cat", -(10**12))], [("a", 2), ("b", 1)]])
+def test_places_that_cannot_be_show_nothing(media: list[tuple[str, int]]) -> None:
+    assert not {"cat", "a"} & learnt(stored([PAD] * 8, [media, []])).keys()
+
+
+@given(st.lists(st.lists(st.tuples(st.sampled_from("abc"), st.integers(-9, 9)), max_size=3), max_size=4))
+def test_whatever_events_tell_of_images_is_taken(shown: list[list[tuple[str, int]]]) -> None:
+    sightings = Sightings()
+    for parent in (None, len(shown)):
+        sightings.feed(stored([PAD, TEXT, PAD, PAD] * len(shown), shown, parent=parent))
+    assert all(count > 0 for told in sightings.take() for _, count in told.runs)
 
 
 def test_images_half_seen_are_not_kept_without_end() -> None:
