@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import pytest
 
+from dynctl.native import load
+
 REQUIRE_ALL = os.environ.get("DYNCTL_TESTS_REQUIRE") == "all"
 
 
@@ -58,6 +60,10 @@ def _cluster(mark: pytest.Mark) -> str:
     return why_not()
 
 
+def _compiled(mark: pytest.Mark) -> str:
+    return "" if load.compiled is not None else f"needs the compiled relay: {load.missing}"
+
+
 NEEDS: dict[str, Callable[[pytest.Mark], str]] = {
     "root": _root,
     "debian": _debian,
@@ -66,7 +72,16 @@ NEEDS: dict[str, Callable[[pytest.Mark], str]] = {
     "aiperf": _aiperf,
     "aiconfigurator": _aiconfigurator,
     "cluster": _cluster,
+    "compiled": _compiled,
 }
+
+
+@pytest.fixture(params=["python", pytest.param("compiled", marks=pytest.mark.compiled)])
+def each_relay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Once with the relay's steps in Python, once compiled."""
+    if request.param == "python":
+        monkeypatch.setattr(load, "compiled", None)
+    return str(request.param)
 
 
 @pytest.hookimpl(tryfirst=True)

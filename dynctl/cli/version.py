@@ -7,12 +7,14 @@ from importlib import metadata
 
 from dynctl.cli.options import Json
 from dynctl.cli.render import data, json_data
+from dynctl.native import load
 
 
 def version(as_json: Json = False) -> None:
-    """Print the version of dynctl."""
+    """Print the version of dynctl, and whether its relay is compiled."""
     number = metadata.version("dynctl")
     if as_json:
-        json_data({"version": number, "python": platform.python_version()})
+        relay = {"compiled": load.compiled is not None, "why_not": load.missing}
+        json_data({"version": number, "python": platform.python_version(), "relay": relay})
     else:
-        data(f"dynctl {number}")
+        data(f"dynctl {number}, relay {load.told()}")

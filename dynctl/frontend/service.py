@@ -23,6 +23,7 @@ from dynctl.frontend.peers import PeerTalk
 from dynctl.frontend.shared_port import require_own
 from dynctl.http import certificate
 from dynctl.http.server import Limits, Server, serve
+from dynctl.native import load
 from dynctl.protocol.adapters import AdapterList
 from dynctl.protocol.inflight import INFLIGHT_TOPIC
 from dynctl.protocol.instances import Instance
@@ -244,7 +245,8 @@ async def run(spec: FrontendSpec, incarnation: int) -> None:
         if port is not None:
             # What was imported and built lives as long as the process: no collection needs to walk it.
             gc.freeze()
-            logger.info("frontend.listening host=%s port=%d mode=%s", spec.host, port, spec.router.mode)
+            mode, relay = spec.router.mode, load.told()
+            logger.info("frontend.listening host=%s port=%d mode=%s relay=%s", spec.host, port, mode, relay)
             await ending.event.wait()
         logger.info("frontend.stopping superseded=%s", ending.superseded)
     finally:

@@ -7,7 +7,6 @@ so an engine that answers 200 and then an error can still be replaced by another
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
 from time import monotonic
@@ -17,6 +16,7 @@ import msgspec
 
 from dynctl.frontend.accounts import Account
 from dynctl.frontend.cutter import FINISHED, Cutter, unframed
+from dynctl.frontend.lane import lane
 from dynctl.frontend.whole import USAGE, cached_tokens
 from dynctl.http.framing import LAST_CHUNK, Framing, frame_chunk
 from dynctl.http.server import Exchange
@@ -88,15 +88,12 @@ class Relay:
         "_exchange",
         "_framing",
         "_held",
-        "_itl",
         "_keeper",
-        "_last_s",
+        "_lane",
         "_lessons",
         "_owed",
-        "_usual",
         "_ways",
-        "events",
-        "pieces",
+        "feed",
         "refusal",
         "unkept",
     )
@@ -111,52 +108,39 @@ class Relay:
     ) -> None:
         self._exchange = exchange
         self._account = account
-        self._itl = account.itl
         self._ways = ways
         self._keeper = None if framing == "length" else keeper
         self._framing = framing
-        self._usual = _NEVER
         self._lessons = _LESSONS
         self._held = self._owed = b""
-        self._last_s = 0.0
-        self._cut: Cutter | None = None
-        self.pieces: list[bytes] | deque[bytes] = deque(maxlen=_LAST_PIECES)
-        if self._keeper is not None:
-            self._cut = Cutter(framing)
-            self.pieces = []
-        self.events = 0
+        self._cut = Cutter(framing) if self._keeper is not None else None
+        self._lane = lane(exchange, account.itl, self._unusual, self._fold, _KEPT_PIECES, _NEVER)
+        self.feed = self._lane.feed
+        """Takes what came."""
+        if self._keeper is None:
+            self._lane.pieces = deque(maxlen=_LAST_PIECES)
         self.refusal = ""
         self.unkept = "" if self._keeper is not None else "its engine announced how long it is"
 
     @property
     def begun(self) -> bool:
         """Whether the client has been sent anything."""
-        return self._last_s > 0.0
+        return self._lane.last_s > 0.0
 
     @property
     def kept(self) -> bool:
         """Whether all that the client was sent is known, and ends with a whole event."""
         return self._keeper is not None
 
-    def feed(self, data: bytes) -> None:
-        """Take what came."""
-        if not data.endswith(self._usual):
-            self._unusual(data)
-            return
-        self._exchange.write(data)
-        now_s = monotonic()
-        events = data.count(_DATA)
-        if events:
-            self.events += events
-            waited_s, itl = now_s - self._last_s, self._itl
-            # `itl.observe`, without a call for each token.
-            itl.counts[bisect_left(itl.bounds, waited_s / events)] += events
-            itl.total += waited_s
-            self._last_s = now_s
-        pieces = self.pieces
-        pieces.append(data)
-        if len(pieces) == _KEPT_PIECES:
-            self._fold()
+    @property
+    def pieces(self) -> list[bytes] | deque[bytes]:
+        """What the client got and no keeper has taken; the last ones only, where there is none."""
+        return self._lane.pieces
+
+    @property
+    def events(self) -> int:
+        """Events that look like a token's, so far."""
+        return self._lane.events
 
     def _unusual(self, data: bytes) -> None:
         if self.refusal:
@@ -169,14 +153,14 @@ class Relay:
             self._pass(whole)
 
     def _pass(self, whole: bytes) -> None:
-        if not self._last_s:
+        if not self._lane.last_s:
             self._begin(whole)
             return
-        keeper, usual = self._keeper, self._usual
-        self._usual = b""
+        keeper, usual = self._keeper, self._lane.usual
+        self._lane.usual = b""
         self.feed(whole)
         if self._keeper is keeper and self._cut is not None:
-            self._usual = usual
+            self._lane.usual = usual
 
     def _whole(self, data: bytes, cut: Cutter) -> bytes:
         """What can go to the client: all up to the last event's end, and no refusal. Holds back the rest."""
@@ -186,9 +170,9 @@ class Relay:
         if clean and (not cut.over or FINISHED.search(events)):
             if self._lessons:
                 self._lessons -= 1
-                self._usual = _tail(data)
+                self._lane.usual = _tail(data)
             return data
-        self._usual = _NEVER
+        self._lane.usual = _NEVER
         self._lessons = _LESSONS
         if cut.held > _EVENT_BYTES:
             self._keep_no_more(f"one event of it is over {_EVENT_BYTES // 2**20} MiB")
@@ -203,7 +187,7 @@ class Relay:
         if cut.over:
             self._owed = LAST_CHUNK
         elif cut.between:
-            self._cut, self._usual = None, b""
+            self._cut, self._lane.usual = None, b""
         return self._framed(payload)
 
     def _framed(self, payload: bytes) -> bytes:
@@ -213,9 +197,9 @@ class Relay:
         """Whether one of these events is a refusal: those before it are passed on, if any were before."""
         each, _ = split_events(events)
         for number, one in enumerate(each):
-            if _REFUSED.search(one) and not (self._last_s and _CLIENTS_FAULT.search(one)):
+            if _REFUSED.search(one) and not (self._lane.last_s and _CLIENTS_FAULT.search(one)):
                 before = self._framed(b"".join(each[:number]))
-                if before and self._last_s:
+                if before and self._lane.last_s:
                     self._pass(before)
                 self._refuse(one)
                 return True
@@ -223,24 +207,24 @@ class Relay:
 
     def _refuse(self, told: bytes) -> None:
         self.refusal = _excerpt(told)
-        self._usual = _NEVER
+        self._lane.usual = _NEVER
         self._ways.give_up()
 
     def _keep_no_more(self, why: str) -> None:
         assert self._cut is not None
         self._keeper = None
         self.unkept = why
-        self.pieces = deque(self.pieces, maxlen=_LAST_PIECES)
+        self._lane.pieces = deque(self.pieces, maxlen=_LAST_PIECES)
         # Half an event that is held back, or half a chunk, goes before what comes next.
-        self._usual = _NEVER
+        self._lane.usual = _NEVER
         if self._cut.between:
-            self._cut, self._usual = None, b""
+            self._cut, self._lane.usual = None, b""
 
     def _fold(self) -> None:
         assert self._keeper is not None
         pieces = list(self.pieces)
         if self._keeper.keep(pieces[:-_LAST_PIECES]):
-            self.pieces = pieces[-_LAST_PIECES:]
+            self._lane.pieces = pieces[-_LAST_PIECES:]
         else:
             self._keep_no_more("it is too long")
 
@@ -253,18 +237,18 @@ class Relay:
         if _REFUSED.search(self._held):
             self._refuse(self._held)
             return
-        self._usual = b""
+        self._lane.usual = b""
         self._begin(self._held)
 
     def _begin(self, data: bytes) -> None:
         self._ways.first_token()
         self._ways.head()
         self._held = b""
-        self._last_s = monotonic()
-        self._account.first_byte(self._last_s)
-        self.events = data.count(_DATA) - len(_OPENING.findall(data))
+        self._lane.last_s = monotonic()
+        self._account.first_byte(self._lane.last_s)
+        self._lane.events = data.count(_DATA) - len(_OPENING.findall(data))
         if data:
-            self.pieces.append(data)
+            self._lane.pieces.append(data)
             self._exchange.write(data)
 
     @property
@@ -278,7 +262,7 @@ class Relay:
 
     def complete(self) -> None:
         """The engine's answer has ended as it should: end ours."""
-        if not self._last_s:
+        if not self._lane.last_s:
             self._begin(self._held)
         self.count_tokens()
         rest = self._framed(self._cut.take_all()) if self._cut is not None else b""

@@ -14,6 +14,8 @@ import socket
 from collections.abc import Callable
 from typing import Final
 
+from dynctl.native import load
+
 logger = logging.getLogger(__name__)
 
 READ_BYTES: Final = 64 * 1024
@@ -36,6 +38,8 @@ def own_socket(transport: asyncio.Transport) -> socket.socket | None:
 
 def writer(transport: asyncio.Transport, own: socket.socket) -> Callable[[bytes], None]:
     """Sends at once what the kernel takes; the transport the rest, and what comes before that has gone."""
+    if load.compiled is not None:
+        return load.compiled.Writer(own.fileno, transport.get_write_buffer_size, transport.write).write
     send, waiting = own.send, transport.get_write_buffer_size
 
     def write(data: bytes) -> None:

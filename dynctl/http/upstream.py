@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from typing import Final, Protocol, cast
 
 from dynctl.errors import DeadlineExceeded, PeerLost
-from dynctl.http.direct import READ_BYTES, Readers, delay_acknowledgements, own_socket
+from dynctl.http.direct import Readers, delay_acknowledgements, own_socket
 from dynctl.http.framing import BodyReader, ChunkReader, CloseReader, Framing, FramingError, LengthReader
 from dynctl.http.heads import HEAD_END, HeadError, ResponseHead, parse_response_head
 from dynctl.http.stream import Feed, Stream
+from dynctl.http.tap import tap
+from dynctl.native.load import Tap
 
 LONG_PIECES: Final = 4
 """After so many pieces a body is one of many: from then on it is read past the transport."""
@@ -62,8 +64,10 @@ class UpstreamConnection(asyncio.Protocol):
         "_paused",
         "_pieces",
         "_read",
+        "_reader",
         "_stall_s",
         "_stream",
+        "_tap",
         "_transport",
         "_waiter",
         "answered",
@@ -77,12 +81,14 @@ class UpstreamConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._waiter: asyncio.Future[Stream] | None = None
         self._stream: Stream | None = None
+        self._reader: BodyReader | None = None
         self._read: Callable[[bytes], int] | None = None
         self._feed: Feed | None = None
         self._buffer = bytearray()
         self._head_only = self._keep_alive = self._closes = False
         self._heard = self._paused = self._direct = False
         self._own: socket.socket | None = None
+        self._tap: Tap | None = None
         self._pieces = 0
         self._stall_s = math.inf
         self.loop = asyncio.get_running_loop()
@@ -100,11 +106,12 @@ class UpstreamConnection(asyncio.Protocol):
             self._head_received(data)
             return
         self._pieces += 1
-        self._body_received(data)
+        self.body_received(data)
         if self._pieces == LONG_PIECES and self._read is not None and not self._paused:
             self._read_directly()
 
-    def _body_received(self, data: bytes) -> None:
+    def body_received(self, data: bytes) -> None:
+        """A piece of the body, however it came."""
         read = self._read
         if read is None:
             return
@@ -146,39 +153,35 @@ class UpstreamConnection(asyncio.Protocol):
             self._own = own_socket(transport)
             if self._own is None:
                 return
+            self._tap = tap(self._own, self)
+        assert self._tap is not None
         transport.pause_reading()
         delay_acknowledgements(self._own)
         self._direct = True
-        self._owner.readers.add(self._own, self._readable)
+        self._tap.begin(self._feed)
+        self._owner.readers.add(self._own, self._tap.readable)
 
-    def _readable(self) -> None:
-        """Take what is there. An end is left to the transport, which finds it too."""
-        own = self._own
-        assert own is not None
-        while self._direct and not self._paused:
-            try:
-                data = own.recv(READ_BYTES)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                self._lost(error)
-                return
-            if not data:
-                self._read_by_transport()
-                return
-            try:
-                self._body_received(data)
-            except Exception as error:  # raised by the sink: whoever relays is to see it
-                self._fail(error)
-                raise
-            if len(data) < READ_BYTES:
-                return
+    def between_chunks(self) -> bool:
+        """For the tap: whether the next byte begins a chunk of a body that goes on."""
+        reader = self._reader
+        return isinstance(reader, ChunkReader) and reader.between
 
-    def _read_by_transport(self) -> None:
+    def reading_failed(self, error: OSError) -> None:
+        """For the tap."""
+        self._lost(error)
+
+    def taking_failed(self, error: Exception) -> None:
+        """For the tap: the sink has raised, and whoever relays is to see it."""
+        self._fail(error)
+
+    def reading_ended(self) -> None:
+        """For the tap: an end is left to the transport, which finds it too."""
         if not self._direct:
             return
         self._direct = False
         assert self._own is not None
+        assert self._tap is not None
+        self._tap.active, self._tap.feed = False, None
         self._owner.readers.remove(self._own)
         if self._transport is not None and not self._transport.is_closing():
             self._transport.resume_reading()
@@ -189,6 +192,11 @@ class UpstreamConnection(asyncio.Protocol):
     def busy(self) -> bool:
         """Whether an answer is awaited or coming."""
         return self._waiter is not None or self._stream is not None
+
+    @property
+    def _living(self) -> bool:
+        """Whether bytes have come since the last look, or nobody wants to read them."""
+        return self._heard or self._paused or (self._tap is not None and self._tap.heard)
 
     @property
     def usable(self) -> bool:
@@ -214,8 +222,10 @@ class UpstreamConnection(asyncio.Protocol):
 
     def check(self, now: float) -> None:
         """Act on silence that has lasted too long."""
-        if self._stream is not None and (self._heard or self._paused):
+        if self._stream is not None and self._living:
             self._heard = False
+            if self._tap is not None:
+                self._tap.heard = False
             self.deadline = now + self._stall_s
         elif now >= self.deadline:
             what = "its answer stalled" if self._stream is not None else "it did not answer in time"
@@ -226,7 +236,7 @@ class UpstreamConnection(asyncio.Protocol):
 
         `spare_living`: not where bytes have come since the last look, or nobody wants to read them.
         """
-        if not (spare_living and self._stream is not None and (self._heard or self._paused)):
+        if not (spare_living and self._stream is not None and self._living):
             self._fail(PeerLost(why, where=self.origin))
 
     def close(self) -> None:
@@ -239,6 +249,8 @@ class UpstreamConnection(asyncio.Protocol):
     def redirect(self, feed: Feed) -> None:
         """Where body bytes go from now on."""
         self._feed = feed
+        if self._direct and self._tap is not None:
+            self._tap.feed = feed
 
     def pause(self, paused: bool) -> None:
         """Stop or go on reading; no stall deadline runs while paused."""
@@ -250,10 +262,12 @@ class UpstreamConnection(asyncio.Protocol):
             return
         if self._direct:
             assert self._own is not None
+            assert self._tap is not None
+            self._tap.active = not paused
             if paused:
                 self._owner.readers.remove(self._own)
             else:
-                self._owner.readers.add(self._own, self._readable)
+                self._owner.readers.add(self._own, self._tap.readable)
         elif paused:
             self._transport.pause_reading()
         else:
@@ -313,7 +327,7 @@ class UpstreamConnection(asyncio.Protocol):
         if reader is None:
             self._body_ended(rest, 0)
             return
-        self._read = reader.feed
+        self._reader, self._read = reader, reader.feed
         self._feed = stream.hold
         if rest:
             self.data_received(rest)
@@ -349,10 +363,10 @@ class UpstreamConnection(asyncio.Protocol):
     def _complete(self, error: Exception | None) -> None:
         """No answer is coming any more: free the connection, tell whoever waits."""
         self.pause(False)
-        self._read_by_transport()
+        self.reading_ended()
         stream, self._stream = self._stream, None
         waiter, self._waiter = self._waiter, None
-        self._read = self._feed = None
+        self._reader = self._read = self._feed = None
         self._closes = False
         self.deadline = math.inf
         if stream is not None:

@@ -10,6 +10,8 @@ from dynctl.http import connection
 from dynctl.http.server import Exchange, Request
 from tests.contract.http_wire import GET, QUICK, Wire, on_uvloop, served, until
 
+pytestmark = pytest.mark.usefixtures("each_relay")
+
 
 @on_uvloop
 async def test_a_client_that_reads_slowly_pauses_the_writer() -> None:

@@ -32,6 +32,8 @@ from tests.contract.http_wire import (
     until,
 )
 
+pytestmark = pytest.mark.usefixtures("each_relay")
+
 MANY = LONG_PIECES + 4
 Ending = Callable[[asyncio.StreamWriter], None]
 

@@ -29,6 +29,8 @@ from tests.contract.http_wire import (
     until,
 )
 
+pytestmark = pytest.mark.usefixtures("each_relay")
+
 
 @asynccontextmanager
 async def relayed(script: Script, streams: list[Stream]) -> AsyncGenerator[tuple[int, Client], None]:

@@ -13,6 +13,8 @@ from tests.integration.frontend_harness import DEADLINE_S, Engine, Front, fronte
 from tests.integration.mocker_process import MockerProcess
 from tests.integration.test_frontend_migration_mocker import MOCK_CHAT, MOCK_COMPLETION, mocked
 
+pytestmark = pytest.mark.usefixtures("each_relay")
+
 logger = logging.getLogger(__name__)
 
 LONG = {"max_tokens": 2000}

@@ -16,6 +16,8 @@ from dynctl.http.server import Exchange, Request
 from tests.integration.frontend_harness import DEADLINE_S, Engine, frontend, hangs, make_spec, sse, token
 from tests.integration.frontend_plane import plane, two_engines
 
+pytestmark = pytest.mark.usefixtures("each_relay")
+
 
 @pytest.fixture
 async def engines() -> AsyncIterator[list[Engine]]:

@@ -26,6 +26,8 @@ from tests.integration.frontend_harness import (
     token,
 )
 
+pytestmark = pytest.mark.usefixtures("each_relay")
+
 COMPLETION = {"model": "m", "prompt": "hi"}
 STREAMED = {**COMPLETION, "stream": True}
 NEVER_MOVED = MigrationSpec(limit=0)

@@ -32,6 +32,8 @@ from tests.integration.frontend_harness import (
 )
 from tests.unit import toy_engine as toy
 
+pytestmark = pytest.mark.usefixtures("each_relay")
+
 TINY = Path(dynctl.mocker.__file__).parent / "assets" / "tiny"
 COMPLETION = {"model": "m", "prompt": "P:", "max_tokens": 20, "stream": True}
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 20, "stream": True}

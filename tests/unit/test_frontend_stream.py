@@ -13,6 +13,8 @@ from dynctl.frontend.whole import as_events, is_refusal, output_tokens
 from dynctl.http.framing import LAST_CHUNK, Framing, frame_chunk
 from dynctl.observability.metrics import Metrics
 
+pytestmark = pytest.mark.usefixtures("each_relay")
+
 
 class Client:
     """Stands for the exchange: keeps what is written."""

@@ -1,0 +1,505 @@
+"""The relay's steps, in Python and compiled, under what peers do to them: no byte lost or misplaced."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import random
+import socket
+import struct
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dynctl.frontend.lane import lane
+from dynctl.http.client import Client
+from dynctl.http.direct import READ_BYTES, writer
+from dynctl.http.framing import LAST_CHUNK, ChunkReader, FramingError, frame_chunk
+from dynctl.http.relay import relay
+from dynctl.http.server import Exchange, Request
+from dynctl.http.tap import PythonTap, tap
+from dynctl.http.upstream import LONG_PIECES
+from dynctl.native import load
+from dynctl.native.load import Tap
+from dynctl.observability.metrics import Histogram
+from tests.contract.http_wire import (
+    CHUNKED,
+    GET,
+    TIMEOUTS,
+    Wire,
+    client,
+    here,
+    on_uvloop,
+    scripted,
+    served,
+    until,
+)
+
+pytestmark = pytest.mark.usefixtures("each_relay")
+
+TOKEN = frame_chunk(b'data: {"text": "a token"}\n\n')
+Pair = tuple[socket.socket, socket.socket]
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    ours, theirs = socket.socketpair()
+    with closing(ours), closing(theirs):
+        ours.setblocking(False)
+        yield ours, theirs
+
+
+class Connection:
+    """Stands for an upstream connection: follows the framing, hands on what it may."""
+
+    def __init__(self, sink: Callable[[bytes], None] | None = None) -> None:
+        self.pieces: list[bytes] = []
+        self.told: list[str] = []
+        self.reader = ChunkReader()
+        self.sink = sink
+        self.feed: Callable[[bytes], None] = self.keep
+        self.tap: Tap | None = None
+
+    def keep(self, data: bytes) -> None:
+        self.pieces.append(data)
+        if self.sink is not None:
+            self.sink(data)
+
+    def redirect(self, feed: Callable[[bytes], None]) -> None:
+        assert self.tap is not None
+        self.feed = self.tap.feed = feed
+
+    def body_received(self, data: bytes) -> None:
+        assert self.tap is not None
+        try:
+            end = self.reader.feed(data)
+        except FramingError as error:
+            self.told.append(f"broken: {error}")
+            self.tap.active = False
+            return
+        self.feed(data if end < 0 else data[:end])
+        if end >= 0:
+            self.told.append(f"over, {len(data) - end} bytes left")
+            self.tap.active = False
+
+    def between_chunks(self) -> bool:
+        return self.reader.between
+
+    def reading_ended(self) -> None:
+        self.told.append("ended")
+
+    def reading_failed(self, error: OSError) -> None:
+        self.told.append(type(error).__name__)
+
+    def taking_failed(self, error: Exception) -> None:
+        self.told.append(f"failed: {error!r}")
+
+
+def tapped(ours: socket.socket, sink: Callable[[bytes], None] | None = None) -> tuple[Connection, Tap]:
+    connection = Connection(sink)
+    made = connection.tap = tap(ours, connection)
+    made.begin(connection.feed)
+    return connection, made
+
+
+# --- reading
+
+
+CHUNK = st.one_of(
+    st.binary(min_size=1, max_size=40).map(frame_chunk),
+    st.sampled_from(
+        [TOKEN, TOKEN * 3, b"3;x=y\r\nabc\r\n", b"003\r\nabc\r\n", b"0003\r\nabc\r\n", b"A\r\n0123456789\r\n"]
+    ),
+)
+ODD = st.sampled_from(
+    [
+        b"0\r\n\r\n",
+        b"0\r\nt: 1\r\n\r\n",
+        b"zz\r\n",
+        b"3\r\nabcd\r\n",
+        b"3\nabc\n",
+        b"ffffffffff\r\n",
+        b"-1\r\n",
+        b"\r\n",
+    ]
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    body=st.lists(st.one_of(CHUNK, CHUNK, CHUNK, ODD), max_size=8).map(b"".join),
+    cuts=st.lists(st.integers(0, 200), max_size=8),
+)
+def check_both_see_the_same(body: bytes, cuts: list[int]) -> None:
+    places = sorted({min(cut, len(body)) for cut in cuts} | {0, len(body)})
+    parts = [body[a:b] for a, b in pairwise(places)]
+    seen = []
+    for make in (PythonTap, lambda own, taker: load.compiled.Tap(own.fileno, taker)):  # type: ignore[union-attr]
+        ours, theirs = socket.socketpair()
+        with closing(ours), closing(theirs):
+            ours.setblocking(False)
+            connection = Connection()
+            made = connection.tap = make(ours, connection)
+            made.begin(connection.feed)
+            for part in parts:
+                theirs.sendall(part)
+                made.readable()
+            reader = connection.reader
+            seen.append((connection.pieces, connection.told, reader.between, reader._left, reader._pending))
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.compiled
+def test_whatever_comes_and_however_cut_both_see_the_same() -> None:
+    if load.compiled is None:  # the half of `each_relay` that has none to compare with
+        return
+    check_both_see_the_same()
+
+
+def test_size_lines_that_come_byte_by_byte(pair: Pair) -> None:
+    ours, theirs = pair
+    connection, made = tapped(ours)
+    body = TOKEN * 3 + frame_chunk(b"x" * 300) + TOKEN
+    for number in range(len(body)):
+        theirs.sendall(body[number : number + 1])
+        made.readable()
+    assert b"".join(connection.pieces) == body
+    assert connection.told == []
+    theirs.sendall(LAST_CHUNK + b"more")
+    made.readable()
+    assert b"".join(connection.pieces) == body + LAST_CHUNK
+    assert connection.told == ["over, 4 bytes left"]
+
+
+def test_more_than_one_read_is_taken_at_once(pair: Pair) -> None:
+    ours, theirs = pair
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * READ_BYTES)
+    body = frame_chunk(bytes(READ_BYTES + 5)) + TOKEN
+    connection, made = tapped(ours)
+    theirs.sendall(body)
+    made.readable()
+    assert b"".join(connection.pieces) == body
+    assert len(connection.pieces) == 2
+
+
+def test_a_paused_tap_takes_nothing_also_from_within_its_taker(pair: Pair) -> None:
+    ours, theirs = pair
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8 * READ_BYTES)
+    connection, made = tapped(ours, lambda _: setattr(made, "active", False))
+    body = frame_chunk(bytes(3 * READ_BYTES))
+    theirs.sendall(body)
+    made.readable()
+    made.readable()
+    assert len(connection.pieces) == 1
+    connection.sink = None
+    made.active = True
+    made.readable()
+    assert b"".join(connection.pieces) == body
+
+
+def test_another_taker_gets_what_comes_next(pair: Pair) -> None:
+    ours, theirs = pair
+    other: list[bytes] = []
+    connection, made = tapped(ours, lambda _: connection.redirect(other.append))
+    for _ in range(3):
+        theirs.sendall(TOKEN)
+        made.readable()
+    assert connection.pieces == [TOKEN]
+    assert other == [TOKEN, TOKEN]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_a_taker_raises_is_told_and_raised(pair: Pair, whole: bool) -> None:
+    def raising(_: bytes) -> None:
+        raise ZeroDivisionError("the sink's own")
+
+    ours, theirs = pair
+    connection, made = tapped(ours, raising)
+    theirs.sendall(TOKEN if whole else TOKEN[:5])
+    with pytest.raises(ZeroDivisionError, match="the sink's own"):
+        made.readable()
+    assert connection.told == ['failed: ZeroDivisionError("the sink\'s own")']
+
+
+def test_an_end_a_reset_and_a_closed_socket_are_told(pair: Pair) -> None:
+    ours, theirs = pair
+    connection, made = tapped(ours)
+    made.readable()
+    assert connection.told == []
+    theirs.shutdown(socket.SHUT_WR)
+    made.readable()
+    assert connection.told == ["ended"]
+    ours.close()
+    made.readable()
+    assert connection.told == ["ended", "OSError"]
+
+
+def test_a_reset_is_told() -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    with closing(listener), closing(socket.create_connection(listener.getsockname())) as ours:
+        theirs, _ = listener.accept()
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        theirs.close()
+        ours.setblocking(False)
+        connection, made = tapped(ours)
+        made.readable()
+        assert connection.told == ["ConnectionResetError"]
+
+
+# --- writing
+
+
+class Transport:
+    """Stands for a transport: keeps what it is left with."""
+
+    def __init__(self) -> None:
+        self.rest: list[bytes] = []
+        self.waiting = 0
+
+    def get_write_buffer_size(self) -> int:
+        return self.waiting
+
+    def write(self, data: bytes) -> None:
+        self.rest.append(data)
+
+
+def test_what_the_kernel_does_not_take_is_the_transports(pair: Pair) -> None:
+    ours, theirs = pair
+    transport = Transport()
+    write = writer(transport, ours)  # type: ignore[arg-type]
+    data = random.Random(1).randbytes(4_000_000)
+    write(b"first")
+    write(data)
+    assert 0 < len(transport.rest[0]) < len(data)
+    write(b"no room for this")
+    transport.waiting = 1
+    assert theirs.recv(5) == b"first"
+    write(b"nor may this overtake")
+    assert transport.rest[1:] == [b"no room for this", b"nor may this overtake"]
+    got = bytearray()
+    while len(got) < len(data) - len(transport.rest[0]):
+        got += theirs.recv(1 << 20)
+    assert bytes(got) + transport.rest[0] == data
+
+
+def test_a_peer_that_is_gone_is_the_transports_to_tell(pair: Pair) -> None:
+    ours, theirs = pair
+    transport = Transport()
+    write = writer(transport, ours)  # type: ignore[arg-type]
+    theirs.close()
+    write(b"to nobody")
+    assert transport.rest == [b"to nobody"]
+
+
+def test_a_writer_whose_connection_is_gone_writes_into_no_other() -> None:
+    transport = Transport()
+    ours, theirs = socket.socketpair()
+    number = ours.fileno()
+    write = writer(transport, ours)  # type: ignore[arg-type]
+    ours.close()
+    theirs.close()
+    first, second = socket.socketpair()  # takes the numbers that are free
+    with closing(first), closing(second):
+        assert number in (first.fileno(), second.fileno())
+        write(b"late")
+        for one in (first, second):
+            one.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                one.recv(10)
+    assert transport.rest == [b"late"]
+
+
+# --- counting
+
+
+class Sent:
+    """Stands for an exchange."""
+
+    def __init__(self) -> None:
+        self.written: list[bytes] = []
+        self.write: Callable[[bytes], None] = self.written.append
+
+
+def nothing() -> None:
+    """There is nothing to fold."""
+
+
+def test_usual_pieces_are_written_counted_and_kept_others_are_not() -> None:
+    sent, itl = Sent(), Histogram((0.5, 1.0))
+    odd: list[bytes] = []
+    folds: list[int] = []
+    one = lane(sent, itl, odd.append, lambda: folds.append(len(one.pieces)), 3, b"\n\n")
+    one.feed(b"data: 1\n\n")
+    one.feed(b"data: 2")
+    one.feed(b"")
+    one.feed(b": nothing\n\n")
+    sent.write = lambda data: sent.written.append(b"other " + data)
+    one.feed(b"data: 3\n\ndata: 4\n\n")
+    assert odd == [b"data: 2", b""]
+    assert sent.written == [b"data: 1\n\n", b": nothing\n\n", b"other data: 3\n\ndata: 4\n\n"]
+    assert list(one.pieces) == [b"data: 1\n\n", b": nothing\n\n", b"data: 3\n\ndata: 4\n\n"]
+    assert (one.events, sum(itl.counts), folds) == (3, 3, [3])
+    assert itl.counts[0] == 2  # the first came "after" the clock's beginning, two within half a second
+    assert itl.total > 0
+    assert one.last_s > 0
+
+
+@pytest.mark.parametrize("where", ["write", "unusual", "fold", "histogram"])
+def test_what_is_raised_on_the_way_comes_out(where: str) -> None:
+    def raising(*_: Any) -> None:
+        raise ZeroDivisionError(where)
+
+    sent, itl = Sent(), Histogram((0.5, 1.0))
+    if where == "write":
+        sent.write = raising
+    if where == "histogram":
+        itl.counts.clear()
+    one = lane(sent, itl, raising, raising, 1, b"\n\n")
+    with pytest.raises(IndexError if where == "histogram" else ZeroDivisionError):
+        one.feed(b"data: 1" if where == "unusual" else b"data: 1\n\n")
+
+
+def test_nothing_is_held_longer_than_it_is_used(pair: Pair) -> None:
+    ours, theirs = pair
+    sent, itl = Sent(), Histogram((0.5, 1.0))
+    data = b"data: %d\n\n" % random.getrandbits(64)
+    one = lane(sent, itl, sent.write, nothing, 1 << 30, b"\n\n")
+    connection, made = tapped(ours)
+    before = sys.getrefcount(data)
+    for _ in range(100):
+        one.feed(data)
+        theirs.sendall(TOKEN)
+        made.readable()
+    sent.written.clear()
+    one.pieces.clear()
+    assert sys.getrefcount(data) == before
+    assert all(sys.getrefcount(piece) <= 3 for piece in connection.pieces)
+
+
+def test_what_refers_to_itself_is_collected() -> None:
+    class Owner(Sent):
+        def __init__(self, own: socket.socket) -> None:
+            super().__init__()
+            self.lane = lane(self, Histogram((1.0,)), self.take, nothing, 9, b"\n")
+            self.write = writer(Transport(), own)  # type: ignore[arg-type]
+            self.tap = tap(own, self)  # type: ignore[arg-type]
+            self.tap.feed = self.take
+
+        def take(self, data: bytes) -> None: ...
+
+    ours, theirs = socket.socketpair()
+    with closing(ours), closing(theirs):
+        gone = weakref.ref(Owner(ours))
+        gc.collect()
+        assert gone() is None
+
+
+# --- the whole relay
+
+
+async def endless(reader: asyncio.StreamReader, out: asyncio.StreamWriter) -> None:
+    """An engine that streams for as long as it is let."""
+    await reader.readuntil(b"\r\n\r\n")
+    out.write(CHUNKED)
+    while True:
+        out.write(TOKEN * 20)
+        await out.drain()
+        await asyncio.sleep(0)
+
+
+@on_uvloop
+async def test_clients_that_reset_amid_a_stream_harm_no_other() -> None:
+    """Descriptors are given out anew at once: none may be written to for a connection that had it before."""
+    number = 0
+    chunk = frame_chunk(b"%06d" % 0 * 50)
+
+    async def script(reader: asyncio.StreamReader, out: asyncio.StreamWriter) -> None:
+        nonlocal number
+        await reader.readuntil(b"\r\n\r\n")
+        number += 1
+        mine = frame_chunk(b"%06d" % number * 50)
+        out.write(CHUNKED)
+        while True:
+            out.write(mine)
+            await out.drain()
+            await asyncio.sleep(0.0005)
+
+    async with (
+        scripted(script) as upstream,
+        client() as one,
+        served(lambda request, exchange: passed_on(one, upstream, exchange)) as server,
+    ):
+        for turn in range(60):
+            wire = await Wire.to(server.port)
+            wire.send(GET)
+            await wire.head()
+            got = await wire.reader.readexactly(len(chunk) * (LONG_PIECES + 6))
+            assert len({got[i : i + len(chunk)] for i in range(0, len(got), len(chunk))}) == 1
+            if turn % 2:
+                sock = wire.writer.get_extra_info("socket")
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            wire.writer.transport.abort()
+        await until(lambda: not one._open)
+
+
+async def passed_on(one: Client, upstream: int, exchange: Exchange) -> None:
+    await relay(await one.open(here(upstream), "GET", "/x", timeouts=TIMEOUTS), exchange)
+
+
+@on_uvloop
+async def test_huge_chunks_between_small_ones_reach_a_client_that_reads_in_bits() -> None:
+    rng = random.Random(2)
+    chunks = [TOKEN] * 8
+    for _ in range(6):
+        chunks += [frame_chunk(rng.randbytes(rng.choice([1, 65_536, 65_529, 131_072, 3_000_000]))), TOKEN]
+    body = b"".join(chunks) + LAST_CHUNK
+
+    async def script(reader: asyncio.StreamReader, out: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        out.write(CHUNKED)
+        place = 0
+        while place < len(body):
+            size = rng.choice([1, 7, 300, 65_536, 200_000])
+            out.write(body[place : place + size])
+            place += size
+            await out.drain()
+            await asyncio.sleep(0)
+
+    async with scripted(script) as upstream, client() as one:
+
+        async def handler(request: Request, exchange: Exchange) -> None:
+            await passed_on(one, upstream, exchange)
+
+        async with served(handler) as server:
+            wire = await Wire.to(server.port)
+            sock = wire.writer.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            wire.send(GET)
+            await wire.head()
+            got = bytearray()
+            while len(got) < len(body):
+                got += await wire.reader.read(rng.choice([1, 100, 50_000]))
+            assert got == body
+            await wire.close()
+
+
+@on_uvloop
+async def test_a_server_that_ends_amid_many_streams_leaves_nothing_open() -> None:
+    async with scripted(endless) as upstream, client() as one:
+        async with served(lambda request, exchange: passed_on(one, upstream, exchange)) as server:
+            wires = [await Wire.to(server.port) for _ in range(20)]
+            for wire in wires:
+                wire.send(GET)
+                await wire.head()
+                await wire.reader.readexactly(len(TOKEN) * 200)
+        await until(lambda: not one._open)
+        assert one.readers._ready == {}
+        for wire in wires:
+            wire.writer.transport.abort()
