@@ -30,14 +30,15 @@ def healthy() -> bool:
 
 
 def check_wheel(path: str) -> None:
-    """Every shipped recipe, sbatch script and dashboard is in the wheel."""
+    """Every shipped recipe, sbatch script and dashboard is in the wheel, and the compiled relay."""
     names = set(zipfile.ZipFile(path).namelist())
     want = {f"dynctl/_data/{p.relative_to(ROOT)}" for p in ROOT.glob("recipes/*.yaml")}
     want |= {f"dynctl/_data/{p.relative_to(ROOT)}" for p in ROOT.glob("slurm/*.sbatch")}
     want |= {f"dynctl/_data/{p.relative_to(ROOT)}" for p in ROOT.glob("dashboards/*.json")}
+    want.add("dynctl/native/_relay.abi3.so")
     if not want or want - names:
         raise SystemExit(f"missing from {path}: {sorted(want - names)}")
-    sys.stdout.write(f"{path}: {len(want)} recipes, scripts and dashboards\n")
+    sys.stdout.write(f"{path}: {len(want)} recipes, scripts, dashboards and modules\n")
 
 
 def main(what: str, *rest: str) -> None:

@@ -31,19 +31,11 @@ static char received[READ_BYTES]; /* emptied into an object before any Python ru
 static PyObject *n_write, *n_counts, *n_bounds, *n_total, *n_append;
 static PyObject *n_body_received, *n_between_chunks, *n_reading_ended, *n_reading_failed, *n_taking_failed;
 
-/* Calls that give nothing back. -1: it raised. */
-static int call(PyObject *function, PyObject *argument)
+/* Of a call that gives nothing back; -1: it raised. */
+static int done(PyObject *result)
 {
-    PyObject *done = PyObject_CallFunctionObjArgs(function, argument, NULL);
-    Py_XDECREF(done);
-    return done == NULL ? -1 : 0;
-}
-
-static int call_method(PyObject *object, PyObject *name, PyObject *argument)
-{
-    PyObject *done = PyObject_CallMethodObjArgs(object, name, argument, NULL);
-    Py_XDECREF(done);
-    return done == NULL ? -1 : 0;
+    Py_XDECREF(result);
+    return result == NULL ? -1 : 0;
 }
 
 static int truth_of(PyObject *result)
@@ -101,12 +93,11 @@ typedef struct {
 
 COLLECTED(Writer, WRITER_OBJECTS)
 
-static int Writer_init(PyObject *object, PyObject *args, PyObject *kwargs)
+static int Writer_init(PyObject *object, PyObject *args, PyObject *Py_UNUSED(kwargs))
 {
-    static char *names[] = {"fileno", "waiting", "rest", NULL};
     Writer *self = (Writer *)object;
     PyObject *fileno, *waiting, *rest;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO", names, &fileno, &waiting, &rest))
+    if (!PyArg_ParseTuple(args, "OOO", &fileno, &waiting, &rest))
         return -1;
     Writer_clear(object);
     self->fileno = Py_NewRef(fileno);
@@ -118,15 +109,15 @@ static int Writer_init(PyObject *object, PyObject *args, PyObject *kwargs)
 static PyObject *Writer_write(PyObject *object, PyObject *data)
 {
     Writer *self = (Writer *)object;
+    int waiting = truth_of(PyObject_CallNoArgs(self->waiting));
+    if (waiting < 0)
+        return NULL;
+    if (waiting || !PyBytes_Check(data)) /* what comes before this has not gone; or an unusual kind of bytes */
+        return PyObject_CallFunctionObjArgs(self->rest, data, NULL);
     char *bytes;
     Py_ssize_t size;
     if (PyBytes_AsStringAndSize(data, &bytes, &size) < 0)
         return NULL;
-    int waiting = truth_of(PyObject_CallNoArgs(self->waiting));
-    if (waiting < 0)
-        return NULL;
-    if (waiting) /* what comes before this has not gone */
-        return PyObject_CallFunctionObjArgs(self->rest, data, NULL);
     int fd = descriptor(self->fileno);
     if (fd == -2)
         return NULL;
@@ -161,12 +152,11 @@ typedef struct {
 
 COLLECTED(Tap, TAP_OBJECTS)
 
-static int Tap_init(PyObject *object, PyObject *args, PyObject *kwargs)
+static int Tap_init(PyObject *object, PyObject *args, PyObject *Py_UNUSED(kwargs))
 {
-    static char *names[] = {"fileno", "taker", NULL};
     Tap *self = (Tap *)object;
     PyObject *fileno, *taker;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO", names, &fileno, &taker))
+    if (!PyArg_ParseTuple(args, "OO", &fileno, &taker))
         return -1;
     Tap_clear(object);
     self->fileno = Py_NewRef(fileno);
@@ -216,11 +206,13 @@ static int look_between(Tap *self)
 static PyObject *taking_failed(Tap *self)
 {
     PyObject *type, *value, *trace;
+    if (!PyErr_ExceptionMatches(PyExc_Exception))
+        return NULL;
     PyErr_Fetch(&type, &value, &trace);
     PyErr_NormalizeException(&type, &value, &trace);
     if (trace != NULL && value != NULL)
         PyException_SetTraceback(value, trace);
-    if (call_method(self->taker, n_taking_failed, value != NULL ? value : Py_None) < 0)
+    if (done(PyObject_CallMethodObjArgs(self->taker, n_taking_failed, value != NULL ? value : Py_None, NULL)) < 0)
         PyErr_WriteUnraisable(self->taker);
     PyErr_Restore(type, value, trace);
     return NULL;
@@ -231,9 +223,14 @@ static int reading_failed(Tap *self, int code)
     PyObject *error = PyObject_CallFunction(PyExc_OSError, "is", code, strerror(code));
     if (error == NULL)
         return -1;
-    int done = call_method(self->taker, n_reading_failed, error);
+    int told = done(PyObject_CallMethodObjArgs(self->taker, n_reading_failed, error, NULL));
     Py_DECREF(error);
-    return done;
+    return told;
+}
+
+static int reading_ended(Tap *self)
+{
+    return done(PyObject_CallMethodObjArgs(self->taker, n_reading_ended, NULL));
 }
 
 static int take(Tap *self, PyObject *data, const char *bytes, Py_ssize_t size)
@@ -241,17 +238,16 @@ static int take(Tap *self, PyObject *data, const char *bytes, Py_ssize_t size)
     if (self->between && self->feed != NULL && self->feed != Py_None && whole_chunks(bytes, size)) {
         self->heard = 1;
         PyObject *feed = Py_NewRef(self->feed); /* it may be replaced meanwhile */
-        int done = call(feed, data);
+        int taken = done(PyObject_CallFunctionObjArgs(feed, data, NULL));
         Py_DECREF(feed);
-        return done;
+        return taken;
     }
-    return call_method(self->taker, n_body_received, data) < 0 ? -1 : look_between(self);
+    return done(PyObject_CallMethodObjArgs(self->taker, n_body_received, data, NULL)) < 0 ? -1 : look_between(self);
 }
 
-static PyObject *Tap_readable(PyObject *object, PyObject *unused)
+static PyObject *Tap_readable(PyObject *object, PyObject *Py_UNUSED(nothing))
 {
     Tap *self = (Tap *)object;
-    (void)unused;
     while (self->active) {
         int fd = descriptor(self->fileno);
         if (fd == -2)
@@ -261,17 +257,16 @@ static PyObject *Tap_readable(PyObject *object, PyObject *unused)
             break;
         if (size <= 0) {
             int code = errno;
-            int done = size < 0 ? reading_failed(self, code) : call_method(self->taker, n_reading_ended, NULL);
-            if (done < 0)
+            if ((size < 0 ? reading_failed(self, code) : reading_ended(self)) < 0)
                 return NULL;
             break;
         }
         PyObject *data = PyBytes_FromStringAndSize(received, size);
         if (data == NULL)
             return NULL;
-        int done = take(self, data, PyBytes_AsString(data), size);
+        int taken = take(self, data, PyBytes_AsString(data), size);
         Py_DECREF(data);
-        if (done < 0)
+        if (taken < 0)
             return taking_failed(self);
         if (size < READ_BYTES)
             break;
@@ -317,14 +312,12 @@ typedef struct {
 
 COLLECTED(Lane, LANE_OBJECTS)
 
-static int Lane_init(PyObject *object, PyObject *args, PyObject *kwargs)
+static int Lane_init(PyObject *object, PyObject *args, PyObject *Py_UNUSED(kwargs))
 {
-    static char *names[] = {"exchange", "itl", "unusual", "fold", "full", "usual", NULL};
     Lane *self = (Lane *)object;
     PyObject *exchange, *itl, *unusual, *fold, *usual;
     Py_ssize_t full;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOnO", names, &exchange, &itl, &unusual, &fold, &full,
-                                     &usual))
+    if (!PyArg_ParseTuple(args, "OOOOnO", &exchange, &itl, &unusual, &fold, &full, &usual))
         return -1;
     PyObject *pieces = PyList_New(0);
     if (pieces == NULL)
@@ -393,41 +386,39 @@ static int add_to_total(PyObject *itl, PyObject *total, double waited_s)
     PyObject *after = PyFloat_FromDouble(before + waited_s);
     if (after == NULL)
         return -1;
-    int done = PyObject_SetAttr(itl, n_total, after);
+    int set = PyObject_SetAttr(itl, n_total, after);
     Py_DECREF(after);
-    return done;
+    return set;
 }
 
 /* `Histogram.observe(waited_s / events, events)`. */
 static int observe(PyObject *itl, double waited_s, Py_ssize_t events)
 {
-    int done = -1;
+    int added = -1;
     PyObject *bounds = PyObject_GetAttr(itl, n_bounds);
     PyObject *counts = PyObject_GetAttr(itl, n_counts);
     PyObject *total = PyObject_GetAttr(itl, n_total);
     if (bounds != NULL && counts != NULL && total != NULL) {
         Py_ssize_t place = place_of(bounds, waited_s / (double)events);
         if (place >= 0 && add_to_count(counts, place, events) == 0)
-            done = add_to_total(itl, total, waited_s);
+            added = add_to_total(itl, total, waited_s);
     }
     Py_XDECREF(bounds);
     Py_XDECREF(counts);
     Py_XDECREF(total);
-    return done;
+    return added;
 }
 
 static int keep(Lane *self, PyObject *data)
 {
     PyObject *pieces = self->pieces;
     if (!PyList_Check(pieces)) /* a deque that keeps the last ones only */
-        return call_method(pieces, n_append, data);
+        return done(PyObject_CallMethodObjArgs(pieces, n_append, data, NULL));
     if (PyList_Append(pieces, data) < 0)
         return -1;
     if (PyList_Size(pieces) != self->full)
         return 0;
-    PyObject *done = PyObject_CallNoArgs(self->fold);
-    Py_XDECREF(done);
-    return done == NULL ? -1 : 0;
+    return done(PyObject_CallNoArgs(self->fold));
 }
 
 static PyObject *Lane_feed(PyObject *object, PyObject *data)
@@ -439,7 +430,7 @@ static PyObject *Lane_feed(PyObject *object, PyObject *data)
         return NULL;
     if (size < length || memcmp(bytes + size - length, tail, (size_t)length) != 0)
         return PyObject_CallFunctionObjArgs(self->unusual, data, NULL);
-    if (call_method(self->exchange, n_write, data) < 0)
+    if (done(PyObject_CallMethodObjArgs(self->exchange, n_write, data, NULL)) < 0)
         return NULL;
     Py_ssize_t events = count_events(bytes, size);
     if (events) {
@@ -482,9 +473,9 @@ static int add_type(PyObject *module, const char *title, PyType_Spec *spec)
     PyObject *type = PyType_FromSpec(spec);
     if (type == NULL)
         return -1;
-    int done = PyModule_AddObjectRef(module, title, type);
+    int added = PyModule_AddObjectRef(module, title, type);
     Py_DECREF(type);
-    return done;
+    return added;
 }
 
 static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_relay", NULL, -1, NULL, NULL, NULL, NULL, NULL};

@@ -1,4 +1,4 @@
-"""The compiled relay under AddressSanitizer and UndefinedBehaviorSanitizer: the same tests, memory watched."""
+"""The compiled relay under AddressSanitizer and UndefinedBehaviorSanitizer: its tests, with memory watched."""
 
 from __future__ import annotations
 
@@ -33,8 +33,9 @@ def runtime() -> Path:
 @pytest.mark.compiled
 @pytest.mark.timeout(DEADLINE_S + 30)
 def test_no_memory_is_misused(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "dynctl", tmp_path / "dynctl", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("dynctl", "tests"):
+        left_out = shutil.ignore_patterns("__pycache__", "*.so")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=left_out)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     assert build(load.SOURCE, tmp_path / "dynctl" / "native" / load.MODULE, SANITISED) == ""
     env = {

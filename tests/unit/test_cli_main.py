@@ -18,6 +18,7 @@ from dynctl.cli.render import age, paint, program, table
 from dynctl.cli.terminal import wants_colour
 from dynctl.deploy.home import Home
 from dynctl.errors import DynctlError, PortInUse
+from dynctl.native import load
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +76,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert dispatch(["--version"]) == 0
     assert capsys.readouterr().out.startswith("dynctl ")
     assert dispatch(["version", "--json"]) == 0
-    assert set(json.loads(capsys.readouterr().out)) == {"version", "python"}
+    told = json.loads(capsys.readouterr().out)
+    assert set(told) == {"version", "python", "relay"}
+    assert told["relay"] == {"compiled": load.compiled is not None, "why_not": load.missing}
 
 
 def test_a_misspelt_verb_is_corrected(capsys: pytest.CaptureFixture[str]) -> None:

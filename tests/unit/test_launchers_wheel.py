@@ -6,6 +6,7 @@ import base64
 import csv
 import hashlib
 import io
+import os
 import subprocess
 import sys
 import tomllib
@@ -17,6 +18,7 @@ import pytest
 from dynctl.errors import LaunchError
 from dynctl.launchers import wheel as wheels
 from dynctl.launchers.wheel import own_wheel
+from dynctl.native import load
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -40,6 +42,25 @@ def test_all_that_the_build_would_take_is_in_it() -> None:
         }
     assert wanted - names == set()
     assert not [name for name in names if name.endswith(".pyc")]
+
+
+@pytest.mark.compiled
+def test_the_compiled_relay_goes_along_and_another_machine_passes_it_over(tmp_path: Path) -> None:
+    name = f"dynctl/native/{load.MODULE}"
+    zipfile.ZipFile(io.BytesIO(own_wheel().content)).extractall(tmp_path)
+    ask = [sys.executable, "-P", "-c", "from dynctl.native import load; print(load.told())"]
+
+    def told() -> str:
+        env = {"PYTHONPATH": str(tmp_path)}
+        return subprocess.run(ask, env=env, capture_output=True, text=True, check=True, timeout=30).stdout
+
+    assert told() == "compiled\n"
+    module = bytearray((tmp_path / name).read_bytes())
+    module[18:20] = (183).to_bytes(2, "little")  # e_machine: AArch64; here, whatever here is, another one
+    if sys.byteorder == "big" or os.uname().machine == "aarch64":
+        module[18:20] = (62).to_bytes(2, sys.byteorder)
+    (tmp_path / name).write_bytes(module)
+    assert told().startswith("in Python (it cannot be loaded: ")
 
 
 def test_record_and_metadata_are_as_pip_wants_them() -> None:
