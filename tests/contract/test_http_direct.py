@@ -6,11 +6,12 @@ import asyncio
 import socket
 import struct
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import cast
 
 import pytest
 
-from dynctl.errors import PeerLost
+from dynctl.errors import DeadlineExceeded, PeerLost
 from dynctl.http import direct
 from dynctl.http.client import Client, Stream
 from dynctl.http.framing import LAST_CHUNK, frame_chunk
@@ -258,3 +259,24 @@ async def test_a_client_that_reads_slowly_gets_every_byte_in_order() -> None:
                 got += await wire.reader.read(20_000 if len(got) < 2_000_000 else 1 << 20)
             assert got == expected
             await wire.close()
+
+
+@on_uvloop
+async def test_a_stream_that_goes_on_has_not_stalled_and_one_that_stops_has() -> None:
+    stall_s = 0.3
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(CHUNKED)
+        for chunk in tokens(40):
+            writer.write(chunk)
+            await asyncio.sleep(stall_s / 10)
+        await asyncio.sleep(20 * stall_s)
+
+    sink = Pieces()
+    async with scripted(script) as port, client() as one:
+        timeouts = replace(TIMEOUTS, stall_s=stall_s)
+        stream = await one.open(here(port), "GET", "/x", timeouts=timeouts)
+        with pytest.raises(DeadlineExceeded, match="stalled"):
+            await stream.relay(sink)
+    assert b"".join(sink.taken) == b"".join(tokens(40))

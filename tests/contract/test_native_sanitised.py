@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SANITISED = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 SUITES = (
     "tests/contract/test_native_relay.py",
+    "tests/contract/test_relay_attacked.py",
     "tests/contract/test_http_direct.py",
     "tests/contract/test_http_relay.py",
     "tests/unit/test_frontend_stream.py",
