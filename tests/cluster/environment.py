@@ -115,7 +115,12 @@ def build() -> Path:
 def contents(project: dict[str, Any]) -> Iterator[str]:
     """Names and hashes of all that the wheel is made of."""
     wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
-    about = ["pyproject.toml", project["project"]["readme"], *project["project"]["license-files"]]
+    about = [
+        "pyproject.toml",
+        "hatch_build.py",
+        project["project"]["readme"],
+        *project["project"]["license-files"],
+    ]
     for part in [*about, *wheel["packages"], *wheel["force-include"]]:
         top = ROOT / part
         for path in [top] if top.is_file() else sorted(top.rglob("*")):
