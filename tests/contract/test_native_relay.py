@@ -15,7 +15,7 @@ from time import monotonic
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dynctl.frontend.lane import lane
@@ -110,7 +110,7 @@ ODD = st.sampled_from(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     body=st.lists(st.one_of(CHUNK, CHUNK, CHUNK, ODD), max_size=8).map(b"".join),
     cuts=st.lists(st.integers(0, 200), max_size=8),
