@@ -16,7 +16,7 @@ from dynctl.cli.render import json_data, program, prose
 from dynctl.deploy.amend import Amended
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.status import ready_counts
-from dynctl.errors import NotReady, PeerLost, ProcessExited, UsageError
+from dynctl.errors import NotReady, PeerLost, ProcessExited, SlurmRejected, UsageError
 from dynctl.protocol.deployment import DeploymentView
 
 POLL_S = 0.2
@@ -59,8 +59,8 @@ def tell_lost(amended: Amended) -> None:
 def see_through(run: RunDir, timeout_s: float, *, as_json: bool, no_wait: bool = False) -> int:
     """Tell what goes on until all is as it is to be; the exit code.
 
-    Raises NotReady at the deadline, ProcessExited when something new does not live, PeerLost without a
-    controller.
+    Raises NotReady at the deadline, ProcessExited when something new does not live, SlurmRejected when the
+    nodes for more replicas are not to be had, PeerLost without a controller.
     """
     began = time.monotonic()
     name = state(run).name
@@ -69,6 +69,7 @@ def see_through(run: RunDir, timeout_s: float, *, as_json: bool, no_wait: bool =
     def show(seen: DeploymentView) -> None:
         nonlocal told
         line = f"{seen.name}: ready {ready_counts(seen)}: {seen.changing}"
+        line += f" ({seen.reason})" if seen.reason and "awaits a node" in line else ""
         if seen.changing and line != told:
             prose(line)
         told = line
@@ -78,6 +79,8 @@ def see_through(run: RunDir, timeout_s: float, *, as_json: bool, no_wait: bool =
     except KeyboardInterrupt:
         prose(f"\nleft; it goes on: {program()} wait {name} --for settled")
         return INTERRUPTED
+    if seen.declined and not no_wait:
+        raise SlurmRejected(seen.declined, hint="the deployment goes on with what it has")
     seconds = round(time.monotonic() - began, 1)
     if as_json:
         json_data(

@@ -36,8 +36,9 @@ def ps(name: options.Name = None, as_json: options.Json = False) -> None:
         return
     data(table(HEADERS, rows(seen, seen.at or time.time()), state_column=4))
     prose(", ".join(filter(None, (f"{seen.name}: {seen.phase}", f"ready {ready_counts(seen)}", seen.url))))
-    if seen.reason:
-        prose(seen.reason, style="warning")
+    for told in (seen.reason, f"declined: {seen.declined}" if seen.declined else ""):
+        if told:
+            prose(told, style="warning")
 
 
 def rows(seen: DeploymentView, now: float) -> list[list[str]]:

@@ -117,6 +117,7 @@ def as_object(seen: DeploymentView, found: Diagnosis, doubts: Sequence[str]) -> 
         "changing": seen.changing,
         "locked": seen.locked,
         "planner": seen.planner,
+        "declined": seen.declined,
     }
 
 
@@ -129,6 +130,7 @@ def text(run: RunDir, seen: DeploymentView, found: Diagnosis) -> list[str]:
     ]
     lines += [f"locked by {seen.locked}"] if seen.locked else []
     lines += [f"changing: {seen.changing}"] if seen.changing else []
+    lines += [f"declined: {seen.declined}"] if seen.declined else []
     lines += [f"planner: {seen.planner}"] if seen.planner else []
     if not found.layer:
         return [*lines, "all layers are well: controller, workers, frontends, health"]

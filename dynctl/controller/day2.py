@@ -136,7 +136,9 @@ class Day2:
             self._require_unlocked(call)
             self._write(call, plan)
             self.plan = plan
-            reseat(self._desk.state, plan, call.restart)
+            state = self._desk.state
+            state.declined, state.declined_at = call.declined, time.time() if call.declined else 0.0
+            reseat(state, plan, call.restart)
 
     def _require_base(self, call: ApplyCall, plan: Plan) -> None:
         run, state = self._desk.run, self._desk.state

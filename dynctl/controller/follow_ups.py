@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from dynctl.deploy.plan import Plan
@@ -16,11 +16,14 @@ _USABLE = ("RUNNING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING")
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A follow-up job as Slurm has it. `row` None: not listed, `fresh`: because it is so new."""
+    """A follow-up job as Slurm has it. `row` None: not listed, `fresh`: because it is so new. `waited_s`:
+    since it was submitted.
+    """
 
     follow_up: FollowUp
     row: JobRow | None
     fresh: bool = False
+    waited_s: float = 0.0
 
     @property
     def over(self) -> bool:
@@ -29,6 +32,23 @@ class Seen:
             return not self.fresh
         return not (self.row.pending or self.row.state in _USABLE)
 
+    @property
+    def hopeless(self) -> str:
+        """Why it will never start; "" = it may."""
+        never = self.row is not None and self.row.pending and self.row.reason.startswith(NEVER)
+        return pending_text(self.row, None) if self.row is not None and never else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Lacking:
+    """So many nodes of a part of the job, of use only together. `grows`: for more replicas, else in the
+    place of lost ones.
+    """
+
+    part: int
+    nodes: int
+    grows: bool = False
+
 
 @dataclass(frozen=True, slots=True)
 class Submit:
@@ -36,6 +56,7 @@ class Submit:
 
     part: int
     nodes: int
+    grows: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,49 +98,89 @@ Act = Submit | Take | Widen | Release | Forget
 
 @dataclass(frozen=True, slots=True)
 class Nodes:
-    """Nodes of the plan (`used`), those that cannot be reached, and of these those that could be again."""
+    """Nodes in use, those that cannot be reached, and of these those that could be again."""
 
     used: Collection[str] = ()
     lost: Collection[str] = ()
     returned: Collection[str] = ()
 
 
-def decide(lacking: Mapping[int, int], seen: Sequence[Seen], nodes: Nodes) -> list[Act]:
-    """What is to be done next. `lacking`: nodes wanted by part of the job.
+def decide(
+    lacking: Sequence[Lacking], seen: Sequence[Seen], nodes: Nodes, wait_most_s: float = 0.0
+) -> list[Act]:
+    """What is to be done next.
 
-    A job is asked for only as far as those that wait, and the idle nodes of those that run, are too few.
+    A job is asked for only as far as those that wait, and the idle nodes of those that run, are too few;
+    what is more than enough is given back, idle nodes last. `wait_most_s` is how long a job for more
+    replicas may be pending, 0 = as long as it takes.
     """
     acts: list[Act] = []
-    coming = dict.fromkeys(lacking, 0)
-    for one in seen:
-        follow_up, row, part = one.follow_up, one.row, one.follow_up.part
-        wanted = lacking.get(part, 0)
-        if one.over:
-            acts.append(Forget(follow_up, ended_text(row, follow_up.job.job_id)))
-            continue
-        if follow_up.nodes and row is not None and (row.pending or row.start != follow_up.started):
-            acts.append(Release(follow_up, "Slurm has started it anew", failed=True))
+    open_: dict[int, int] = {}
+    for lack in lacking:
+        open_[lack.part] = open_.get(lack.part, 0) + lack.nodes
+    wanted = dict(open_)
+    for one in sorted(seen, key=_worth):
+        follow_up, part = one.follow_up, one.follow_up.part
+        ended = _ended(one, wait_most_s if wanted.get(part) else 0.0)
+        if ended is not None:
+            acts.append(ended)
             continue
         if follow_up.nodes:
-            idle = [node for node in follow_up.nodes if node not in nodes.used and node not in nodes.lost]
-            if not (wanted or set(follow_up.nodes) & set(nodes.used)):
+            if not (open_.get(part, 0) > 0 or set(follow_up.nodes) & set(nodes.used)):
                 acts.append(Release(follow_up, "nothing runs on its nodes"))
-            coming[part] = coming.get(part, 0) + len(idle)
+                continue
+            idle = [node for node in follow_up.nodes if node not in nodes.used and node not in nodes.lost]
+            open_[part] = open_.get(part, 0) - len(idle)
             continue
-        if not wanted:
+        if open_.get(part, 0) <= 0:
             acts.append(Release(follow_up, "it is no longer needed"))
             continue
-        if row is not None and row.pending and row.reason.startswith(NEVER):
-            acts.append(Release(follow_up, pending_text(row, None), failed=True))
-            continue
-        back = tuple(node for node in follow_up.avoid if node in nodes.returned)
-        if row is not None and row.pending and back:
-            acts.append(Widen(follow_up, row, back))
-        if row is not None and row.state == "RUNNING":
-            acts.append(Take(follow_up, row))
-        coming[part] = coming.get(part, 0) + follow_up.wanted
-    missing = {part: count - coming[part] for part, count in lacking.items()}
-    return [*acts, *(Submit(part, count) for part, count in missing.items() if count > 0)]
+        open_[part] -= follow_up.wanted
+        acts += _next(one, nodes)
+    return [*acts, *_submits(lacking, {part: n - max(0, open_[part]) for part, n in wanted.items()})]
+
+
+def _worth(one: Seen) -> tuple[bool, bool]:
+    """Those whose nodes are used go first, then those that run."""
+    return not one.follow_up.nodes, one.row is None or one.row.pending
+
+
+def _ended(one: Seen, wait_most_s: float) -> Release | Forget | None:
+    """What becomes of one that is over or cannot help; None = it may."""
+    follow_up, row = one.follow_up, one.row
+    if one.over:
+        return Forget(follow_up, ended_text(row, follow_up.job.job_id))
+    if row is None:
+        return None
+    if follow_up.nodes:
+        anew = row.pending or row.start != follow_up.started
+        return Release(follow_up, "Slurm has started it anew", failed=True) if anew else None
+    if one.hopeless:
+        return Release(follow_up, one.hopeless, failed=True)
+    if follow_up.grows and row.pending and 0.0 < wait_most_s < one.waited_s:
+        why = f"{pending_text(row, None)}: it has waited longer than slurm.grow_within, {wait_most_s:g} s"
+        return Release(follow_up, why, failed=True)
+    return None
+
+
+def _next(one: Seen, nodes: Nodes) -> list[Act]:
+    """What a job that is needed, and not used yet, is good for now."""
+    follow_up, row = one.follow_up, one.row
+    if row is not None and row.state == "RUNNING":
+        return [Take(follow_up, row)]
+    back = tuple(node for node in follow_up.avoid if node in nodes.returned)
+    return [Widen(follow_up, row, back)] if row is not None and row.pending and back else []
+
+
+def _submits(lacking: Sequence[Lacking], coming: dict[int, int]) -> list[Submit]:
+    """A job for each of the nodes that are of use together, less those that come already."""
+    made = []
+    for lack in sorted(lacking, key=lambda one: one.grows):
+        covered = min(coming[lack.part], lack.nodes)
+        coming[lack.part] -= covered
+        if covered < lack.nodes:
+            made.append(Submit(lack.part, lack.nodes - covered, lack.grows))
+    return made
 
 
 def one_step_over_nodes(plan: Plan, nodes: Collection[str]) -> list[str]:

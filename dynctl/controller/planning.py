@@ -9,25 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib import metadata
 
+from dynctl.controller.amending import scale, words
 from dynctl.controller.planner_watch import LOOK_S, Note, has_section
 from dynctl.controller.rolling import Unit, units_of
-from dynctl.deploy.amend import apply, hosts_of, read_plan, rescaled
-from dynctl.deploy.audit import actor
+from dynctl.deploy.amend import hosts_of, read_plan
 from dynctl.deploy.figures import Look
-from dynctl.deploy.home import Home, RunDir
-from dynctl.deploy.run import Site
+from dynctl.deploy.home import RunDir
 from dynctl.deploy.scrape import look
 from dynctl.deploy.state import RunState
 from dynctl.errors import DynctlError
-from dynctl.launchers.local import LocalLauncher
 from dynctl.planner.config import PlannerConfig
 from dynctl.planner.core import Decision, decide, refused
 from dynctl.planner.figures import Seats, observation
@@ -72,6 +67,7 @@ class _Told:
     news: tuple[str, dict[Role, tuple[str, int]]] = ("", {})
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     last: str = ""
+    declined_at: float = 0.0
 
 
 class Planning:
@@ -166,15 +162,24 @@ class Planning:
         """Have it done; what became of it, in words."""
         if self._rules.advisory:
             return "advisory: nothing was done"
-        changes = {role: one.target for role, one in decision.roles.items() if one.target != one.current}
+        changes: dict[str, int] = {
+            role: one.target for role, one in decision.roles.items() if one.target != one.current
+        }
+        grows = any(one.target > one.current for one in decision.roles.values())
+        declined, at = self._desk.state.declined, self._desk.state.declined_at
+        if declined and grows and at != self._told.declined_at:
+            assert self._memory is not None
+            self._told.declined_at = at
+            refused(self._memory, config, decision, now, declined)
+            return f"refused: {declined}"
         try:
             await asyncio.to_thread(scale, self._desk.run, changes)
         except DynctlError as error:
             assert self._memory is not None
             refused(self._memory, config, decision, now, error.message)
-            self._desk.note("planner.refused", {"wanted": _words(changes), "message": str(error)})
+            self._desk.note("planner.refused", {"wanted": words(changes), "message": str(error)})
             return f"refused: {error.message}"
-        self._desk.note("planner.scaled", {"to": _words(changes), "reason": decision.reason})
+        self._desk.note("planner.scaled", {"to": words(changes), "reason": decision.reason})
         return "done"
 
     def _tell(self, decision: Decision, seen: Observation, outcome: str) -> None:
@@ -223,19 +228,6 @@ def _failed(unit: Unit) -> bool:
     """Given up before it has ever served."""
     given_up = any(seat.state == "failed" for seat in unit.seats)
     return given_up and not unit.leaving and not all(seat.ever_ready for seat in unit.seats)
-
-
-def scale(run: RunDir, changes: Mapping[Role, int]) -> None:
-    """As `dynctl scale` does it. Raises DynctlError. Waits: not for the event loop."""
-    site = Site(
-        Home.holding(run.path), LocalLauncher(), os.environ, sys.executable, metadata.version("dynctl")
-    )
-    words = [f"{role}={count}" for role, count in changes.items()]
-    apply(
-        rescaled(run, {str(role): count for role, count in changes.items()}, site),
-        actor("planner", words),
-        (),
-    )
 
 
 def figures_of(decision: Decision, seen: Observation, counts: Counter[tuple[str, str]]) -> PlannerFigures:
@@ -298,7 +290,3 @@ def _write(run: RunDir, entry: Entry) -> None:
     except OSError as error:
         # A full disk must not keep the planner from its work; the log says what was decided.
         logger.error("planner.unwritable error=%s", error)
-
-
-def _words(changes: Mapping[Role, int]) -> str:
-    return " ".join(f"{role}={count}" for role, count in changes.items())

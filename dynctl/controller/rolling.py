@@ -14,6 +14,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from dynctl.deploy.state import RunState, SeatRecord
+from dynctl.topology.inventory import is_awaited
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,15 +100,23 @@ class Unit:
         return self.seats[0].surge
 
     @property
+    def awaits(self) -> bool:
+        """A node of it is still to be given."""
+        return any(is_awaited(seat.node) for seat in self.seats)
+
+    @property
     def spots(self) -> set[tuple[str, int]]:
         """The GPUs it has."""
         return {(seat.node, gpu) for seat in self.seats for gpu in seat.gpus}
 
 
 def moves(state: RunState, frozen: Collection[str] = ()) -> list[Move]:
-    """What to do now. `frozen` are nodes that cannot be reached: what is there is left alone."""
+    """What to do now. `frozen` are nodes that cannot be reached: what is there is left alone. So is what
+    awaits a node, unless it leaves.
+    """
     units = units_of(state)
-    able = [unit for unit in units if not any(seat.node in frozen for seat in unit.seats)]
+    reached = [unit for unit in units if not any(seat.node in frozen for seat in unit.seats)]
+    able = [unit for unit in reached if unit.leaving or not unit.awaits]
     made: list[Move] = []
     for unit in able:
         if unit.leaving:
@@ -147,6 +156,8 @@ def changing(state: RunState) -> str:
         head = unit.seats[0]
         if unit.leaving:
             said.append(f"{head.id} leaves")
+        elif unit.awaits:
+            said.append(f"{head.id} awaits a node")
         elif unit.held:
             if any(seat.state != "drained" for seat in unit.seats):
                 said.append(f"{head.id} drains")

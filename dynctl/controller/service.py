@@ -28,7 +28,6 @@ from dynctl.controller.moves import (
     Gone,
     Instruction,
     Kill,
-    Moved,
     NodeBack,
     NodeLost,
     Note,
@@ -40,24 +39,23 @@ from dynctl.controller.moves import (
     Terminate,
     Tick,
 )
-from dynctl.controller.moving import More, NoMore, elsewhere, stranded
+from dynctl.controller.moving import More, NoMore
 from dynctl.controller.planner_watch import plan_replicas
+from dynctl.controller.relocation import Hands, Relocation
 from dynctl.controller.supervise import Supervisor
 from dynctl.deploy.events import append_event
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.plan import Plan
-from dynctl.deploy.reseat import moved_seats
-from dynctl.deploy.room import Room, merged
 from dynctl.deploy.state import RunState, SeatRecord, encode_state
 from dynctl.deploy.status import view_of
 from dynctl.discovery.adapters import Adapters
 from dynctl.discovery.lease import Changes
 from dynctl.discovery.registry import Registry
-from dynctl.errors import DiscoveryError, DynctlError, LaunchError
+from dynctl.errors import DiscoveryError, LaunchError
 from dynctl.launchers.base import Launch, ProcessHandle
 from dynctl.launchers.files import write_atomic
 from dynctl.launchers.fleet import Fleet, Seated
-from dynctl.protocol.day2 import RoomReply
+from dynctl.protocol.day2 import NodeRoom, RoomReply
 from dynctl.protocol.deployment import DeploymentView, DownCall, DownReply
 from dynctl.protocol.planner import PLANNER_TOPIC
 from dynctl.transport.control import ControlServer, read_body
@@ -67,9 +65,6 @@ from dynctl.transport.keys import Keys
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.1
-MOVE_AGAIN_S = 2.0
-NO_ROOM_AGAIN_S = 30.0
-"""Others may have made room meanwhile."""
 POLL_STOPPING_S = 0.02
 KILLED_WITHIN_S = 5.0
 SAVE_AGAIN_S = 5.0
@@ -99,6 +94,19 @@ class Controller:
         self._claims = Claims(parts.fleet, state)
         self._day2 = Day2(Desk(parts.run, state, parts.fleet, self._claims, self._changed), parts.plan)
         self._supervisor = Supervisor(state)
+        self._relocation = Relocation(
+            Hands(
+                run=parts.run,
+                state=state,
+                fleet=parts.fleet,
+                claims=self._claims,
+                day2=self._day2,
+                more=parts.more,
+                note=self._note,
+                feed=self._feed,
+                changed=self._changed,
+            )
+        )
         self._publisher = Publisher(parts.keys, parts.plan.membership)
         self._registry = Registry(
             self._publisher, on_change=self._members_changed, on_late=self._members_late
@@ -108,13 +116,8 @@ class Controller:
         self._server = ControlServer(parts.keys, parts.plan.registry, self._answer)
         self._lanes: dict[str, deque[Instruction]] = {}
         self._working: dict[str, asyncio.Task[None]] = {}
-        self._lost: set[str] = set()
-        self._moving: asyncio.Task[None] | None = None
+        self._lost: dict[str, str] = {}
         self._planner: asyncio.Task[None] | None = None
-        self._move_at = 0.0
-        self._no_room: tuple[frozenset[str], frozenset[str], Plan, int] | None = None
-        self._roomless: frozenset[str] = frozenset()
-        self._moved_from: dict[str, dict[str, int]] = {}
         self._wake = asyncio.Event()
         self._saved = b""
         self._on_disk: dict[str, int] = {}
@@ -140,6 +143,7 @@ class Controller:
             await self._work()
         finally:
             await self._end_lanes()
+            await self._relocation.close()
             await self._claims.close()
             if self._finishing:
                 await self._parts.more.dismiss()
@@ -249,7 +253,8 @@ class Controller:
             self._feed(Stop(max(0.0, drain_s)))
             return DownReply(controller_pid=self._state.controller.pid)
         if op == "controller.room":
-            return RoomReply(nodes=await self._parts.fleet.room())
+            lost = {node: NodeRoom(lost=why or "it does not answer") for node, why in self._lost.items()}
+            return RoomReply(nodes={**lost, **await self._parts.fleet.room()})
         if op in OPS:
             return await self._day2.handle(op, body)
         hint = "registry.*, adapters.*, controller.ps, .status, .down, .room, .apply, .drain, .lock or .exec"
@@ -276,53 +281,20 @@ class Controller:
         """Take over which nodes can be reached."""
         for news in self._parts.fleet.news():
             if news.reachable:
-                self._lost.discard(news.node)
+                self._lost.pop(news.node, None)
                 self._claims.forget(news.node)
                 self._feed(NodeBack(news.node))
-                for seat_id, incarnation in self._moved_from.pop(news.node, {}).items():
+                for seat_id, incarnation in self._relocation.left_on(news.node).items():
                     self._order(news.node, Kill(seat_id, incarnation))
             else:
-                self._lost.add(news.node)
+                self._lost[news.node] = news.why
                 self._feed(NodeLost(news.node, news.why))
                 self._registry.unreachable([s.id for s in self._state.seats if s.node == news.node])
 
     def _see_to_moves(self) -> None:
-        """Have workers of lost nodes started elsewhere, again and again until they are."""
-        if not self._state.ready_once or self._supervisor.stopping:
-            return
-        nodes, more = stranded(self._state, self._lost), self._parts.more
-        more.want(nodes & self._roomless, frozenset(self._lost), self._day2.plan)
-        if not nodes:
-            return
-        tried = (nodes, frozenset(self._lost), self._day2.plan, more.grown)
-        at_it = self._moving is not None and not self._moving.done()
-        wait_s = NO_ROOM_AGAIN_S if tried == self._no_room else 0.0
-        if at_it or time.monotonic() < self._move_at + wait_s:
-            return
-        self._move_at = time.monotonic() + MOVE_AGAIN_S
-        self._moving = asyncio.get_running_loop().create_task(self._move(*tried), name="move")
-
-    async def _move(self, nodes: frozenset[str], lost: frozenset[str], before: Plan, grown: int) -> None:
-        """Start the workers of these nodes on others, if there is room, which their GPUs are claimed for."""
-        try:
-            room = merged(Room(lost=dict.fromkeys(lost, "")), await self._parts.fleet.room())
-            plan = await asyncio.to_thread(elsewhere, self._parts.run, before, nodes, room)
-            async with self._claims.growing(before, plan):
-                if lost == self._lost and self._day2.plan is before and not self._supervisor.stopping:
-                    self._take_moved(before, plan)  # else it is seen to anew, as it is by then
-        except DynctlError as error:
-            tried = (nodes, lost, before, grown)
-            if tried != self._no_room:
-                self._note("node.no_room", {"node": ", ".join(sorted(nodes)), "message": str(error)})
-            self._no_room, self._roomless = tried, nodes
-
-    def _take_moved(self, before: Plan, plan: Plan) -> None:
-        left = {seat: before.process(seat).node for seat in moved_seats(before, plan)}
-        seats = [seat for seat in self._state.seats if seat.id in left]
-        for seat in seats:
-            self._moved_from.setdefault(left[seat.id], {})[seat.id] = seat.incarnation
-        if left and self._day2.take(plan):
-            self._feed(Moved({seat: plan.process(seat).node for seat in left}))
+        """Have what has no node started elsewhere."""
+        if self._state.ready_once and not self._supervisor.stopping:
+            self._relocation.see_to(frozenset(self._lost))
 
     # Instructions out
 
@@ -373,7 +345,7 @@ class Controller:
             self._wake.set()
 
     async def _end_lanes(self) -> None:
-        tasks = [*self._working.values(), *(task for task in (self._moving, self._planner) if task)]
+        tasks = [*self._working.values(), *([self._planner] if self._planner is not None else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -18,7 +18,8 @@ from functools import partial
 
 from dynctl.controller.__main__ import leave_word, only_one, serve
 from dynctl.controller.service import run_dir_of
-from dynctl.controller.slurm_follow_up import SlurmFollowUps, Ways
+from dynctl.controller.slurm_follow_jobs import Ways
+from dynctl.controller.slurm_follow_up import SlurmFollowUps
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.slurm_inventory import Allocation, allocation
 from dynctl.deploy.slurm_up import plan_in_job
@@ -85,7 +86,8 @@ def begin(run: RunDir, environ: Mapping[str, str]) -> int:
     follow_ups = load_follow_ups(run.path)
     site = replace(given.site, others={node: one.job.job_id for one in follow_ups for node in one.nodes})
     fleet = SlurmFleet(client, site, RunRef(run.run_id, run.path))
-    more = SlurmFollowUps(Ways(run, client, fleet, site, partial(stage_on, run=run)), follow_ups)
+    own = frozenset(host.name for host in given.inventory.hosts)
+    more = SlurmFollowUps(Ways(run, client, fleet, site, own, partial(stage_on, run=run)), follow_ups)
     run_loop(serve(run, incarnation, fleet, endings(state), more))
     after = load_state(run.state)
     return 1 if after is not None and after.phase == "failed" else 0

@@ -18,12 +18,13 @@ from datetime import datetime
 from importlib import metadata
 
 from dynctl.controller.service import run_dir_of
+from dynctl.deploy.amend import hosts_of, read_plan
 from dynctl.deploy.ask import ask_controller
 from dynctl.deploy.disk import disk
 from dynctl.deploy.events import append_event
 from dynctl.deploy.home import Home, RunDir
 from dynctl.deploy.run import Checked, Site
-from dynctl.deploy.slurm_size import assumed
+from dynctl.deploy.slurm_size import assumed, widened
 from dynctl.deploy.slurm_up import submit_run
 from dynctl.deploy.state import ENDED, drain_of, readable_state
 from dynctl.errors import DynctlError, SlurmError, SlurmRejected
@@ -122,7 +123,9 @@ def submitted(work: Handover) -> RunDir:
     """The successor's run, its job submitted. Raises DynctlError."""
     run, environ = work.run, work.environ
     site = Site(work.home, LocalLauncher(), environ, sys.executable, metadata.version("dynctl"))
-    checked = Checked(work.loaded, assumed(work.loaded), ())
+    plan = read_plan(run)
+    loaded = widened(work.loaded, hosts_of(run, plan))
+    checked = Checked(loaded, assumed(loaded), ())
     try:
         # On nodes of its own: both have the frontend's port, and the old one's GPUs are not free.
         made = submit_run(checked, site, work.client, avoid=environ.get("SLURM_JOB_NODELIST", ""))

@@ -35,6 +35,7 @@ from dynctl.controller.rolling import Drop, Halt, Open, Part, changing, moves, s
 from dynctl.controller.verdict import URGENCY, Failure, describe_exit, gives_up, reason_of, signature
 from dynctl.deploy.state import RunState, SeatKind, SeatRecord, stop_margin_of
 from dynctl.protocol.deployment import Phase
+from dynctl.topology.inventory import is_awaited
 
 HURRY_S = 2.0
 """Beyond the time that a process has for its requests by its own clock, which should come first."""
@@ -135,7 +136,11 @@ class Supervisor:
                 wait = self._times.renew_s if seat.was_ready else self._start_wait(seat)
                 self._watch[seat.id].deadline = now + wait
                 seat.state = "ready" if seat.follower else "starting"
-            elif seat.asked in ("drain", "leave") or (self.state.ready_once and seat.state == "waiting"):
+            elif (
+                seat.asked in ("drain", "leave")
+                or is_awaited(seat.node)
+                or (self.state.ready_once and seat.state == "waiting")
+            ):
                 seat.state = "waiting"
                 seat.pid = seat.start_ticks = seat.pgid = seat.engine_pid = 0
             else:
@@ -453,7 +458,11 @@ class Supervisor:
 
     def _judge_phase(self) -> None:
         state = self.state
-        waiting = [s for s in state.seats if s.state != "ready" and s.asked != "leave" and not s.surge]
+        waiting = [
+            s
+            for s in state.seats
+            if s.state != "ready" and s.asked != "leave" and not s.surge and not is_awaited(s.node)
+        ]
         before = state.phase
         if not waiting:
             state.phase, state.ready_once, state.reason = "ready", True, ""

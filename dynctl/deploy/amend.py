@@ -17,7 +17,11 @@ from dynctl.deploy.ports import listening
 from dynctl.deploy.replan import as_before, replan, with_stand_ins, without_stand_ins
 from dynctl.deploy.room import Room, merged
 from dynctl.deploy.run import INVENTORY, Site, reserved_ports
+from dynctl.deploy.slurm_grow import replan_or_grow, usable, with_awaited
+from dynctl.deploy.slurm_size import on_its_parts
+from dynctl.deploy.slurm_up import staged_recipe
 from dynctl.errors import CodecError, LaunchError, UsageError
+from dynctl.launchers.slurm_follow import load_follow_ups
 from dynctl.protocol.day2 import Actor, ApplyCall, Done, NodeRoom, RoomReply
 from dynctl.recipe.check import check_recipe
 from dynctl.recipe.load import LoadedRecipe, load_recipe
@@ -30,7 +34,11 @@ FORMER = "recipe.lock.*.yaml"
 
 @dataclass(frozen=True, slots=True)
 class Amended:
-    """A deployment that runs, and what it is to become in the `room` that there is."""
+    """A deployment that runs, and what it is to become in the `room` that there is on `hosts`.
+
+    `loaded` is its recipe as it is placed there, `lock` as it is kept. `declined`: what is given up by that
+    and why.
+    """
 
     run: RunDir
     old: Plan
@@ -38,6 +46,8 @@ class Amended:
     loaded: LoadedRecipe
     lock: str
     room: Room
+    hosts: Inventory
+    declined: str = ""
 
 
 def read_plan(run: RunDir) -> Plan:
@@ -83,8 +93,22 @@ def amend(run: RunDir, loaded: LoadedRecipe, site: Site, inventory: Inventory | 
     """What the run becomes with this recipe. Raises PlacementError, PortInUse, RecipeError."""
     old = read_plan(run)
     room = room_of(run, old, site)
-    new = replan(loaded, inventory or hosts_of(run, old), old, room)
-    return Amended(run, old, new, loaded, lock_text(loaded, site.version), room)
+    lock = lock_text(loaded, site.version)
+    if old.target == "slurm":
+        loaded, hosts = in_its_job(run, loaded, old)
+        return Amended(run, old, replan_or_grow(loaded, hosts, old, room), loaded, lock, room, hosts)
+    hosts = inventory or hosts_of(run, old)
+    return Amended(run, old, replan(loaded, hosts, old, room), loaded, lock, room, hosts)
+
+
+def in_its_job(run: RunDir, loaded: LoadedRecipe, plan: Plan) -> tuple[LoadedRecipe, Inventory]:
+    """The recipe as it is placed on the nodes of its job and of follow-up jobs, and those nodes, without
+    spare ones. Raises RecipeError, CodecError.
+    """
+    given = {node for one in load_follow_ups(run.path) for node in one.nodes}
+    used = {process.node for process in plan.processes}
+    hosts = usable(loaded, hosts_of(run, plan), given, used)
+    return on_its_parts(staged_recipe(loaded)), hosts
 
 
 def unchanged(run: RunDir, site: Site) -> Amended:
@@ -94,9 +118,10 @@ def unchanged(run: RunDir, site: Site) -> Amended:
         lock = run.lock.read_text()
     except OSError as error:
         raise LaunchError(f"it cannot be read: {error.strerror}", where=str(run.lock)) from error
-    return Amended(
-        run, plan, without_stand_ins(plan), load_recipe(run.lock, environ={}), lock, room_of(run, plan, site)
-    )
+    loaded, hosts = load_recipe(run.lock, environ={}), hosts_of(run, plan)
+    if plan.target == "slurm":
+        loaded, hosts = in_its_job(run, loaded, plan)
+    return Amended(run, plan, without_stand_ins(plan), loaded, lock, room_of(run, plan, site), hosts)
 
 
 def rescaled(run: RunDir, roles: dict[str, int], site: Site) -> Amended:
@@ -111,10 +136,17 @@ def apply(amended: Amended, who: Actor, roles: Sequence[str], restart: Sequence[
     Raises TransportError, PlacementError when another deployment has just taken a GPU, and what the
     controller refuses it with.
     """
-    run, old = amended.run, amended.old
-    plan = with_stand_ins(amended.loaded, hosts_of(run, old), amended.new, amended.room, roles)
+    run, old, hosts, room = amended.run, amended.old, amended.hosts, amended.room
+    if old.target == "slurm":
+        hosts, room = with_awaited(amended.loaded, hosts, amended.new, room)
+    plan = with_stand_ins(amended.loaded, hosts, amended.new, room, roles)
     call = ApplyCall(
-        actor=who, base=plan_digest(old), plan=plan.to_json(), lock=amended.lock, restart=list(restart)
+        actor=who,
+        base=plan_digest(old),
+        plan=plan.to_json(),
+        lock=amended.lock,
+        restart=list(restart),
+        declined=amended.declined,
     )
     return ask_controller(run, old.registry, "controller.apply", call, Done, deadline_s=ANSWER_S)
 
@@ -138,7 +170,7 @@ def room_of(run: RunDir, plan: Plan, site: Site) -> Room:
     ports = {(head, port) for port in (*listening(), *reserved_ports(site))}
     gpus = {(head, gpu) for gpu in others(site.home, run.run_id)} if plan.target != "slurm" else set()
     asked: dict[str, NodeRoom] = {}
-    if plan.target == "ssh":
+    if plan.target != "local":
         told = ask_controller(run, plan.registry, "controller.room", None, RoomReply, deadline_s=ANSWER_S)
         asked = told.nodes
     return merged(Room(frozenset(ports), frozenset(gpus)), asked)

@@ -27,6 +27,15 @@ def rehome(
     PlacementError when there is no room.
     """
     moved = {(p.role, p.index) for p in old.processes if p.kind == "worker" and p.node in lost}
+    return relocate(
+        loaded, inventory, old, replace(room, lost={**room.lost, **dict.fromkeys(lost, "")}), moved
+    )
+
+
+def relocate(
+    loaded: LoadedRecipe, inventory: Inventory, old: Plan, room: Room, moved: Collection[tuple[str, int]]
+) -> Plan:
+    """As `rehome`, for replicas (role, index) of whichever nodes."""
     kept = kept_of(old, room)
     mine = {p.id for p in old.processes if (p.role, p.index) in moved}
     still = Kept(
@@ -34,7 +43,7 @@ def rehome(
         {owner: port for owner, port in kept.ports.items() if owner.partition(":")[0] not in mine},
         kept.others,
     )
-    off = _unfit(old, moved, {*lost, *room.lost})
+    off = _unfit(old, moved, room.lost)
     narrowed = keeping_off(loaded, inventory, {role for role, _ in moved}, off)
     new = build_plan(narrowed, inventory, ports_taken(old, room.ports), context_of(old), still)
     plan = replace(new, processes=_as_before(old, new, mine), roles=old.roles)

@@ -191,7 +191,9 @@ def _extra(process: PlannedProcess, plan: Plan) -> bool:
 
 
 def _used(inventory: Inventory, plan: Plan) -> Inventory:
-    """The hosts that the run is on: nothing is set up on others."""
+    """The hosts that the run is on: nothing is set up on others, but on Slurm, where a node needs nothing."""
+    if plan.target == "slurm":
+        return inventory
     names = {node.name for node in plan.nodes}
     hosts = tuple(host for host in inventory.hosts if host.name in names)
     return replace(inventory, hosts=hosts or inventory.hosts)

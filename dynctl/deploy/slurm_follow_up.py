@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from dynctl.deploy.slurm_script import JobContext, directives, no_pattern
-from dynctl.deploy.slurm_size import Size, parts_of
+from dynctl.deploy.slurm_size import Part, Size, kinds_of
 from dynctl.recipe.load import LoadedRecipe
 from dynctl.recipe.slurm import Slurm
 
@@ -17,23 +17,22 @@ _OF_THE_FIRST = ("begin", "dependency", "requeue", "no-requeue")
 
 
 def follow_up_script(
-    loaded: LoadedRecipe, context: JobContext, part: int, nodes: int, avoid: Collection[str], left_s: float
+    loaded: LoadedRecipe, context: JobContext, part: int, size: Size, avoid: Collection[str], left_s: float
 ) -> str:
-    """A job of `nodes` nodes as this part of the deployment's job has them, on others than `avoid`.
+    """A job of this size, of nodes as this part of the deployment's job has them, on others than `avoid`.
 
     `left_s`: what is left of the job's time, 0 = it has no end. The script holds the nodes and starts
-    nothing. Raises PlacementError, and RecipeError when the time left is not worth a job.
+    nothing. Raises RecipeError when the time left is not worth a job.
     """
-    wanted = parts_of(loaded)[part]
+    role, wanted = kinds_of(loaded)[part]
     options = loaded.recipe.slurm or Slurm()
     args = {name: value for name, value in options.sbatch_args.items() if name not in _OF_THE_FIRST}
     own = options.model_copy(update={"time": left_s or options.time, "sbatch_args": args})
-    excluded = ",".join(filter(None, (wanted.options.exclude, *sorted(avoid))))
-    where = wanted.options.model_copy(update={"exclude": excluded, "nodelist": ""})
-    size = Size(nodes, wanted.size.gpus)
+    excluded = ",".join(filter(None, (wanted.exclude, *sorted(avoid))))
+    where = wanted.model_copy(update={"exclude": excluded, "nodelist": ""})
     lines = directives(
         replace(loaded, recipe=loaded.recipe.model_copy(update={"slurm": own})),
-        replace(wanted, size=size, options=where),
+        Part(role, size, where),
         context,
         first=False,
     )

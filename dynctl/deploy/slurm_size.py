@@ -46,21 +46,60 @@ def parts_of(loaded: LoadedRecipe) -> tuple[Part, ...]:
     """
     options = loaded.recipe.slurm or Slurm()
     wanted = _needs(loaded)
+    parts = []
+    for role, own in kinds_of(loaded):
+        mine = [need for need in wanted if role is None or need.role == role]
+        parts.append(Part(role, _with_spares(_size(loaded, mine, own), options), own))
+    return tuple(parts)
+
+
+def kinds_of(loaded: LoadedRecipe) -> tuple[tuple[Role | None, SlurmPart], ...]:
+    """Of each part whose nodes they are (None = of all roles) and what they are to be, in Slurm's order."""
+    options = loaded.recipe.slurm or Slurm()
     whole = SlurmPart(**{name: getattr(options, name) for name in SlurmPart.model_fields})
     if options.het is None:
-        return (Part(None, _with_spares(_size(loaded, wanted, whole), options), whole),)
-    parts = []
+        return ((None, whole),)
+    kinds: list[tuple[Role | None, SlurmPart]] = []
     for role in loaded.recipe.roles.present():
         own = options.het.part(role)
         given = {name: getattr(own, name) for name in own.model_fields_set}
-        merged = whole.model_copy(update=given)
-        mine = [need for need in wanted if need.role == role]
-        parts.append(Part(role, _with_spares(_size(loaded, mine, merged), options), merged))
-    return tuple(parts)
+        kinds.append((role, whole.model_copy(update=given)))
+    return tuple(kinds)
 
 
 def _with_spares(size: Size, options: Slurm) -> Size:
     return Size(size.nodes + options.spares, size.gpus)
+
+
+def gpus_of_kind(inventory: Inventory, role: str | None) -> int:
+    """GPUs of a node of the part that is of this role (None: of all)."""
+    return max((host.gpus for host in inventory.hosts if role is None or role in host.labels), default=0)
+
+
+def widened(loaded: LoadedRecipe, inventory: Inventory) -> LoadedRecipe:
+    """The recipe asking for as many nodes, each like those of `inventory`, as its roles need by now: more
+    replicas than `slurm.nodes` has room for must have them when the job is submitted anew.
+
+    Raises PlacementError when no number of nodes would do.
+    """
+    options, wanted = loaded.recipe.slurm or Slurm(), _needs(loaded)
+    update: dict[str | None, dict[str, int]] = {}
+    for role, own in kinds_of(loaded):
+        gpus = gpus_of_kind(inventory, role)
+        shape = {} if not gpus or own.gres or own.gpus_per_node is not None else {"gpus_per_node": gpus}
+        mine = [need for need in wanted if role is None or need.role == role]
+        least = _size(loaded, mine, own.model_copy(update={**shape, "nodes": None})).nodes
+        update[role] = {**shape, "nodes": least} if own.nodes is not None and own.nodes < least else {}
+        update[role] |= shape if own.nodes is None else {}
+    if options.het is None:
+        wide = options.model_copy(update=update[None])
+    else:
+        own_parts = {role: options.het.part(role) for role in loaded.recipe.roles.present()}
+        parts: dict[str, Any] = {
+            role: part.model_copy(update=update[role]) for role, part in own_parts.items()
+        }
+        wide = options.model_copy(update={"het": options.het.model_copy(update=parts)})
+    return replace(loaded, recipe=loaded.recipe.model_copy(update={"slurm": wide}))
 
 
 def size_of(loaded: LoadedRecipe) -> Size:

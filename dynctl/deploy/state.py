@@ -98,7 +98,8 @@ class RunState(msgspec.Struct, kw_only=True):
     `registry` is the endpoint of the controller's control socket, `head` the node that it runs on: pids of
     seats on other nodes mean nothing there. `changing` is what is being replaced, added or removed now, for
     people ("" = nothing); `planner` how the planner is ("" = there is none). `retired` is the last
-    incarnation of seats that have left: should one of them come back, it goes on from there.
+    incarnation of seats that have left: should one of them come back, it goes on from there. `declined` is
+    what the last change wanted and could not be had, why, and when (Unix time) that was given up.
     """
 
     name: str
@@ -119,6 +120,8 @@ class RunState(msgspec.Struct, kw_only=True):
     retired: dict[str, int] = {}
     locked: LockRecord | None = None
     planner: str = ""
+    declined: str = ""
+    declined_at: float = 0.0
     version: int = STATE_VERSION
 
     def seat(self, seat_id: str) -> SeatRecord | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from dynctl.deploy.state import ENDED, LockRecord, RunState, SeatRecord
 from dynctl.launchers.last_lines import first_error
 from dynctl.protocol.deployment import DeploymentView, ProcessView, SeatState
+from dynctl.topology.inventory import is_awaited
 
 IsAlive = Callable[[int, int], bool]
 """(pid, start ticks) → whether exactly this process lives."""
@@ -60,6 +61,7 @@ def view_of(state: RunState, run_dir: str, is_alive: IsAlive, *, everywhere: boo
         changing=state.changing,
         locked=lock_words(state.locked) if state.locked else "",
         planner=state.planner if supervised else "",
+        declined=state.declined,
     )
 
 
@@ -132,7 +134,8 @@ def diagnose(view: DeploymentView, health: Mapping[str, str]) -> Diagnosis:
     if not view.controller_pid:
         return Diagnosis("controller", "the controller is not running; traffic goes on", "controller")
     for layer, wanted in (("worker", False), ("frontend", True)):
-        rows = [r for r in view.processes if not r.ready and (r.role == "frontend") == wanted and not r.surge]
+        unready = [r for r in view.processes if not (r.ready or r.surge or is_awaited(r.node))]
+        rows = [r for r in unready if (r.role == "frontend") == wanted]
         if rows:
             worst = min(rows, key=lambda r: _ORDER.get(r.state, 9))
             return Diagnosis(layer, _sentence(worst), worst.id, first_error(worst.last_error))

@@ -1,4 +1,4 @@
-"""What is kept of follow-up jobs: those that give a deployment nodes in the place of lost ones."""
+"""What is kept of follow-up jobs: those that give a deployment more nodes, or some in place of lost ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ RECORD = "followups.json"
 class FollowUp(msgspec.Struct, frozen=True, kw_only=True):
     """One job: for so many nodes of a part of the deployment's own job, none of `avoid`.
 
-    `nodes` once they are used, `started` when it then had started, in Slurm's words.
+    `nodes` once they are used, `started` when it then had started, in Slurm's words. `grows`: it is for more
+    replicas, not in the place of lost nodes.
     """
 
     job: JobRecord
@@ -26,6 +27,7 @@ class FollowUp(msgspec.Struct, frozen=True, kw_only=True):
     avoid: tuple[str, ...] = ()
     nodes: tuple[str, ...] = ()
     started: str = ""
+    grows: bool = False
 
 
 def load_follow_ups(run_dir: Path) -> list[FollowUp]:

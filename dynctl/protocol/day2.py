@@ -20,7 +20,8 @@ class ApplyCall(msgspec.Struct, frozen=True, kw_only=True):
 
     `base` is the digest of the plan they were made from: when that is no longer the plan, nothing is done.
     `restart` are seats to be replaced in any case. Answer: `Done`, before it is done; see `changing` of the
-    deployment's view.
+    deployment's view. `declined`: what was wanted and is given up by this, and why; it is shown until the
+    next change.
     """
 
     actor: Actor
@@ -28,6 +29,7 @@ class ApplyCall(msgspec.Struct, frozen=True, kw_only=True):
     plan: str
     lock: str
     restart: list[str] = []
+    declined: str = ""
 
 
 class DrainCall(msgspec.Struct, frozen=True, kw_only=True):

@@ -59,7 +59,8 @@ class DeploymentView(msgspec.Struct, frozen=True, kw_only=True):
     """The whole. `reason` says why it is not ready, `controller_pid` 0 that no controller is alive.
 
     `changing` says what is being replaced, added or removed; `locked` why nobody may change it; `planner` how
-    the planner is ("" = there is none). `at` is when a controller said so, by its clock; 0 = now.
+    the planner is ("" = there is none); `declined` what was wanted last and is not to be had, and why. `at`
+    is when a controller said so, by its clock; 0 = now.
     """
 
     name: str
@@ -75,6 +76,7 @@ class DeploymentView(msgspec.Struct, frozen=True, kw_only=True):
     locked: str = ""
     at: float = 0.0
     planner: str = ""
+    declined: str = ""
 
 
 class DownCall(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,6 +13,10 @@ def lock_text(loaded: LoadedRecipe, version: str) -> str:
     head.extend(f"# Changed by: {change}" for change in map(_one_line, loaded.overrides))
     head.append("# Durations are in seconds, sizes in bytes.")
     data = loaded.recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
+    slurm = loaded.recipe.slurm
+    if slurm is not None and slurm.het is not None:
+        # What a part does not say is as for all parts: written out it would be said.
+        data["slurm"]["het"] = slurm.het.model_dump(mode="json", exclude_unset=True, exclude_none=True)
     body = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, default_flow_style=False, width=110)
     return "\n".join(head) + "\n" + body
 

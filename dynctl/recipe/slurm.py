@@ -91,7 +91,11 @@ class Slurm(SlurmPart):
     no_kill: bool = False
     """When a node is lost, go on with the others; else Slurm ends the job. Not if it is the first node."""
     follow_up: bool = True
-    """When a node is lost that the job outlives, and none is free, have another job give one in its place."""
+    """Have another job give nodes: for replicas that this one has no room for, and in the place of a lost
+    one.
+    """
+    grow_within: Annotated[Duration, Field(ge=0)] = 1800.0
+    """So long a job for more replicas may be pending, then they are given up; 0: as long as it takes."""
     comment: Word = ""
     """Comment of the job."""
     warning: Annotated[Duration, Field(ge=0)] = 120.0

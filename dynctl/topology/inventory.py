@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from dynctl.errors import PlacementError
 
 LOCAL = "local"
+AWAITED = "node+"
+"""With a number behind it, the name of a node that is still to be given. No machine can be called so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,11 @@ class Inventory:
         labels = dict.fromkeys(label for host in self.hosts for label in host.labels)
         kinds = {"": [host.name for host in self.hosts], "groups ": self.groups, "labels ": labels}
         return "there are " + "; ".join(f"{kind}{', '.join(names)}" for kind, names in kinds.items() if names)
+
+
+def is_awaited(node: str) -> bool:
+    """Whether this is no node yet, but one that is still to be given."""
+    return node.startswith(AWAITED)
 
 
 def with_gpus(inventory: Inventory, found: Mapping[str, int]) -> Inventory:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dynctl.controller import planning
+from dynctl.controller import amending, planning
 from dynctl.controller.planning import PlanDesk, Planning, figures_of, seats_of
 from dynctl.deploy.figures import Look
 from dynctl.deploy.home import RunDir
@@ -237,12 +237,12 @@ def test_demand_of_before_a_restart_is_remembered_unless_it_is_old(tmp_path: Pat
 
 def test_scaling_is_what_the_verb_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
-    monkeypatch.setattr(planning, "rescaled", lambda run, roles, site: ("amended", roles, site.home.root))
+    monkeypatch.setattr(amending, "rescaled", lambda run, roles, site: ("amended", roles, site.home.root))
     monkeypatch.setattr(
-        planning, "apply", lambda amended, who, roles: asked.append((amended, who.verb, who.args))
+        amending, "apply", lambda amended, who, roles: asked.append((amended, who.verb, who.args))
     )
     run = RunDir(tmp_path / "home" / "runs" / "r")
-    planning.scale(run, {"decode": 3})
+    amending.scale(run, {"decode": 3})
     assert asked == [(("amended", {"decode": 3}, tmp_path / "home"), "planner", ["decode=3"])]
 
 

@@ -7,9 +7,21 @@ from pathlib import Path
 import pytest
 
 from dynctl.command import Command
-from dynctl.controller.follow_ups import Act, Forget, Nodes, Release, Seen, Submit, Take, Widen, decide
+from dynctl.controller.follow_ups import (
+    Act,
+    Forget,
+    Lacking,
+    Nodes,
+    Release,
+    Seen,
+    Submit,
+    Take,
+    Widen,
+    decide,
+)
 from dynctl.deploy.slurm_follow_up import follow_up_script
 from dynctl.deploy.slurm_script import JobContext
+from dynctl.deploy.slurm_size import Size
 from dynctl.errors import RecipeError
 from dynctl.launchers.base import Launch, RunRef
 from dynctl.launchers.slurm_client import JobRow
@@ -44,7 +56,8 @@ def row(state: str, **more: str) -> JobRow:
 def acts(
     lacking: dict[int, int], one: FollowUp | None = None, seen: JobRow | None = None, **nodes: list[str]
 ) -> list[Act]:
-    return decide(lacking, [Seen(one, seen, fresh=True)] if one is not None else [], Nodes(**nodes))
+    wanted = [Lacking(part, count) for part, count in lacking.items()]
+    return decide(wanted, [Seen(one, seen, fresh=True)] if one is not None else [], Nodes(**nodes))
 
 
 def test_one_is_asked_for_once_and_not_again_while_it_waits() -> None:
@@ -102,7 +115,7 @@ def test_its_script_asks_for_nodes_of_the_same_kind_and_starts_nothing(tmp_path:
     file.write_text(RECIPE)
     loaded = load_recipe(file, environ={"HOME": str(tmp_path)})
     context = JobContext("demo-1.follow-1", "/runs/demo-1", "/py", "/home")
-    text = follow_up_script(loaded, context, 0, 2, {"n2", "n1"}, 3600.0)
+    text = follow_up_script(loaded, context, 0, Size(2, 2), {"n2", "n1"}, 3600.0)
     lines = text.splitlines()
     wanted = {"job-name=demo-1.follow-1", "partition=gpu", "account=llm", "qos=high", "nodes=2", "no-kill"}
     wanted |= {"gpus-per-node=2", "time=0-01:00:00", "exclude=n9,n1,n2", "mail-type=END", "no-requeue"}
@@ -112,7 +125,7 @@ def test_its_script_asks_for_nodes_of_the_same_kind_and_starts_nothing(tmp_path:
     )
     assert lines[-1] == "exec /py -u -m dynctl.controller.slurm_holder --run-dir /runs/demo-1"
     with pytest.raises(RecipeError, match="too short"):
-        follow_up_script(loaded, context, 0, 1, (), 90.0)
+        follow_up_script(loaded, context, 0, Size(1, 2), (), 90.0)
 
 
 def test_a_step_in_another_job_sees_nothing_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
