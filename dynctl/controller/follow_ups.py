@@ -68,8 +68,8 @@ class Take:
 
 
 @dataclass(frozen=True, slots=True)
-class Widen:
-    """It waits, and need not avoid these nodes any longer."""
+class Avoid:
+    """It waits, and is to avoid just these nodes from now on: some are back, or another job has got some."""
 
     follow_up: FollowUp
     row: JobRow
@@ -93,7 +93,7 @@ class Forget:
     why: str
 
 
-Act = Submit | Take | Widen | Release | Forget
+Act = Submit | Take | Avoid | Release | Forget
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ def decide(
             acts.append(Release(follow_up, "it is no longer needed"))
             continue
         open_[part] -= follow_up.wanted
-        acts += _next(one, nodes)
+        acts += _next(one, seen, nodes)
     return [*acts, *_submits(lacking, {part: n - max(0, open_[part]) for part, n in wanted.items()})]
 
 
@@ -163,13 +163,16 @@ def _ended(one: Seen, wait_most_s: float) -> Release | Forget | None:
     return None
 
 
-def _next(one: Seen, nodes: Nodes) -> list[Act]:
+def _next(one: Seen, seen: Sequence[Seen], nodes: Nodes) -> list[Act]:
     """What a job that is needed, and not used yet, is good for now."""
     follow_up, row = one.follow_up, one.row
     if row is not None and row.state == "RUNNING":
         return [Take(follow_up, row)]
-    back = tuple(node for node in follow_up.avoid if node in nodes.returned)
-    return [Widen(follow_up, row, back)] if row is not None and row.pending and back else []
+    given = {node for other in seen for node in other.follow_up.nodes}
+    avoid = tuple(sorted(given | (set(follow_up.avoid) - set(nodes.returned))))
+    return (
+        [Avoid(follow_up, row, avoid)] if row is not None and row.pending and avoid != follow_up.avoid else []
+    )
 
 
 def _submits(lacking: Sequence[Lacking], coming: dict[int, int]) -> list[Submit]:

@@ -99,6 +99,7 @@ class FollowUpJobs:
         hosts = self._inventory(lack.plan)
         # Two jobs on one node would each count its GPUs from 0, and a lost one Slurm may not know to be lost.
         avoid = {host.name for host in hosts.hosts} - (self._ways.fleet.returned & lack.lost)
+        avoid |= set(self._about_to_be_given())
         size = Size(what.nodes, gpus_of_kind(hosts, kinds_of(loaded)[what.part][0]))
         script = follow_up_script(loaded, context, what.part, size, avoid, seconds_left(run, client))
         record = JobRecord(job_id="", name=name, submitted_at=time.time())
@@ -119,9 +120,14 @@ class FollowUpJobs:
         self._keep([*before, made])
         return made
 
-    def widen(self, follow_up: FollowUp, row: JobRow, back: Collection[str]) -> None:
-        """Nodes that are back may be given to it. Raises DynctlError."""
-        avoid = tuple(node for node in follow_up.avoid if node not in back)
+    def _about_to_be_given(self) -> list[str]:
+        """Nodes of jobs that have started, and are not used yet. Raises SlurmError."""
+        rows = [self._table.row(one.job, fresh=True) for one in self.known if not one.nodes]
+        lists = [row.nodes for row in rows if row is not None and row.active and row.nodes]
+        return [name for one in lists for name in self._ways.client.hostnames(one)]
+
+    def avoid(self, follow_up: FollowUp, row: JobRow, avoid: tuple[str, ...]) -> None:
+        """It is to be given none of these nodes. Raises DynctlError."""
         wanted = kinds_of(self._recipe())[follow_up.part][1].exclude
         self._ways.client.avoid(row.id, [*filter(None, (wanted, *avoid))])
         self._replace(msgspec.structs.replace(follow_up, avoid=avoid))
@@ -131,6 +137,9 @@ class FollowUpJobs:
         run, client = self._ways.run, self._ways.client
         loaded = self._recipe()
         names = client.hostnames(row.nodes)
+        mine = {*self._ways.own} - lack.lost | {node for one in self.known for node in one.nodes}
+        if twice := sorted(mine & set(names)):
+            raise LaunchError(f"job {row.id} was given {' '.join(twice)}, where the deployment is already")
         role = kinds_of(loaded)[follow_up.part][0]
         hosts = hosts_of_job(client, row.id, names)
         labelled = tuple(replace(host, labels=(role,) if role is not None else ()) for host in hosts)

@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Sequence
 
-from dynctl.controller.follow_ups import Forget, Nodes, Release, Seen, Submit, Take, Widen, decide
+from dynctl.controller.follow_ups import Avoid, Forget, Nodes, Release, Seen, Submit, Take, decide
 from dynctl.controller.moving import Lack
 from dynctl.controller.slurm_follow_jobs import FollowUpJobs, Ways
 from dynctl.deploy.events import append_event
@@ -26,6 +26,8 @@ from dynctl.launchers.slurm_follow import FollowUp
 logger = logging.getLogger(__name__)
 
 LOOK_S, LOOK_IDLE_S = 2.0, 15.0
+SOON_S = 0.5
+"""After a job was submitted, before the next one is: that must avoid the nodes that the first may get."""
 AGAIN_S, AGAIN_MOST_S = 10.0, 600.0
 """After a job that did not help: twice as long each time, until none has failed for the longest of these."""
 NEW_S = 60.0
@@ -48,7 +50,8 @@ class SlurmFollowUps:
         self._wake = asyncio.Event()
         self._failures = 0
         self._failed_at = self._again_at = 0.0
-        self._settled_at = time.monotonic() + NEW_S
+        self._settled_at = time.monotonic() + (NEW_S if known else 0.0)
+        self._submitted = False
         self._hopeless = ""
         self._given_up: Plan | None = None
 
@@ -93,6 +96,7 @@ class SlurmFollowUps:
     async def _follow(self) -> None:
         while True:
             self._wake.clear()
+            self._submitted = False
             try:
                 if self._lack is not None:
                     await self._look(self._lack)
@@ -101,6 +105,9 @@ class SlurmFollowUps:
             except Exception:
                 # The top of a task: what breaks here must not keep the next look from being taken.
                 logger.exception("follow_up.broke")
+            if self._submitted:
+                await asyncio.sleep(SOON_S)
+                continue
             waits = (self._lack and self._lack.nodes) or any(not one.nodes for one in self._jobs.known)
             try:
                 async with asyncio.timeout(LOOK_S if waits else LOOK_IDLE_S):
@@ -119,8 +126,8 @@ class SlurmFollowUps:
                     await self._submit(lack, act)
                 case Take(follow_up, row):
                     await self._take(lack, follow_up, row)
-                case Widen(follow_up, row, back):
-                    await asyncio.to_thread(self._jobs.widen, follow_up, row, back)
+                case Avoid(follow_up, row, avoid):
+                    await asyncio.to_thread(self._jobs.avoid, follow_up, row, avoid)
                 case Release(follow_up, why, failed):
                     if failed or not new:
                         await self._release(lack, act)
@@ -139,7 +146,7 @@ class SlurmFollowUps:
 
     async def _submit(self, lack: Lack, what: Submit) -> None:
         now = time.monotonic()
-        if now < self._again_at or (what.grows and lack.plan is self._given_up):
+        if self._submitted or now < self._again_at or (what.grows and lack.plan is self._given_up):
             return
         try:
             made = await asyncio.to_thread(self._jobs.submit, lack, what)
@@ -152,6 +159,7 @@ class SlurmFollowUps:
             wait_s = round(self._again_at - now)
             self._say_once("follow_up.refused", message=str(error), again_in_s=wait_s)
             return
+        self._submitted = True
         self._say("follow_up.submitted", job=made.job.job_id, nodes=what.nodes)
 
     async def _take(self, lack: Lack, follow_up: FollowUp, row: JobRow) -> None:

@@ -1,8 +1,6 @@
-"""`dynctl scale` beyond the nodes of a Slurm job, on a real Slurm: follow-up jobs bring more, and are given back."""
+"""`dynctl scale` beyond the nodes of a job, on a real Slurm: other jobs bring more, and are given back."""
 
 from __future__ import annotations
-
-import json
 
 import pytest
 

@@ -9,6 +9,7 @@ import pytest
 from dynctl.command import Command
 from dynctl.controller.follow_ups import (
     Act,
+    Avoid,
     Forget,
     Lacking,
     Nodes,
@@ -16,7 +17,6 @@ from dynctl.controller.follow_ups import (
     Seen,
     Submit,
     Take,
-    Widen,
     decide,
 )
 from dynctl.deploy.slurm_follow_up import follow_up_script
@@ -106,7 +106,7 @@ def test_one_that_slurm_has_started_anew_is_not_the_one_that_was_used() -> None:
 
 def test_one_that_waits_may_have_the_lost_node_once_that_is_back() -> None:
     waits, back = follow_up(avoid=("n1", "n2")), row("PENDING")
-    assert acts({0: 1}, waits, back, lost=["n2"], returned=["n2"]) == [Widen(waits, back, ("n2",))]
+    assert acts({0: 1}, waits, back, lost=["n2"], returned=["n2"]) == [Avoid(waits, back, ("n1",))]
     assert acts({0: 1}, waits, back, lost=["n2"]) == []
 
 
