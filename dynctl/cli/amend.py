@@ -10,7 +10,7 @@ import typer
 from dynctl.cli import options
 from dynctl.cli.changes import Force, NoWait, Timeout, confirmed, running, see_through, tell_lost
 from dynctl.cli.exits import INTERRUPTED
-from dynctl.cli.pick import ask, home
+from dynctl.cli.pick import ask, home, launcher_of
 from dynctl.cli.render import data, json_data, prose
 from dynctl.cli.up import site
 from dynctl.cli.wait import wait
@@ -23,6 +23,7 @@ from dynctl.deploy.run import Checked
 from dynctl.deploy.state import ENDED, readable_state
 from dynctl.deploy.stop import CONTROLLER
 from dynctl.launchers.local import LocalLauncher
+from dynctl.launchers.slurm_job import JobLauncher
 from dynctl.protocol.day2 import Actor
 from dynctl.recipe.check import check_recipe
 from dynctl.recipe.load import load_recipe
@@ -74,6 +75,18 @@ def supervised(name: str, launcher: LocalLauncher) -> RunDir | None:
         return None
     kept = readable_state(run.state)
     return run if kept is not None and kept.phase not in ENDED else None
+
+
+def supervised_job(name: str) -> RunDir | None:
+    """The run of this name, when it is a job of Slurm's that runs and its controller looks after it."""
+    run = home().run_of(name)
+    if run is None:
+        return None
+    kept, launcher = readable_state(run.state), launcher_of(run)
+    if kept is None or kept.phase in ENDED or not kept.registry or not isinstance(launcher, JobLauncher):
+        return None
+    row = launcher.job()
+    return run if row is not None and row.active else None
 
 
 def up_again(checked: Checked, run: RunDir, who: Actor, asked: Asked) -> int:

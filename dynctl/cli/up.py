@@ -92,11 +92,12 @@ def up(  # noqa: PLR0913 - one parameter for each option of the verb
         how = How(detach, Limit.of(timeout), as_json, bootstrap, wheelhouse, share_gpus, change)
         return up_over_ssh(checked, how)
     launcher, way = LocalLauncher(), Way(detach, yes, timeout, as_json, share_gpus)
+    who = actor("up", [str(recipe), *(sets or ())], force=force)
     if in_job:
         return stay_in_job(begin_in_job(checked, site(launcher)))
     if checked.loaded.recipe.target == "slurm":
-        return by_slurm(checked, launcher, way)
-    return here(checked, launcher, actor("up", [str(recipe), *(sets or ())], force=force), way)
+        return by_slurm(checked, launcher, who, way)
+    return here(checked, launcher, who, way)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +111,13 @@ class Way:
     share_gpus: bool
 
 
-def by_slurm(checked: Checked, launcher: LocalLauncher, way: Way) -> int:
-    """Submit it as a job; the exit code."""
+def by_slurm(checked: Checked, launcher: LocalLauncher, who: Actor, way: Way) -> int:
+    """Submit it as a job, or change what runs as one under its name; the exit code."""
+    from dynctl.cli.amend import Asked, supervised_job, up_again
+
+    run = supervised_job(checked.loaded.recipe.name)
+    if run is not None:
+        return up_again(checked, run, who, Asked(way.timeout_s, way.yes, way.as_json))
     submitted = submit(checked, site(launcher), SlurmClient())
     stopper = Stopper(launcher_of(submitted.run))
     return attended(submitted, stopper, way.timeout_s, detach=way.detach, as_json=way.as_json)

@@ -30,7 +30,7 @@ SOON_S = 0.5
 """After a job was submitted, before the next one is: that must avoid the nodes that the first may get."""
 AGAIN_S, AGAIN_MOST_S = 10.0, 600.0
 """After a job that did not help: twice as long each time, until none has failed for the longest of these."""
-NEW_S = 60.0
+NEW_S = 30.0
 """A new controller does not know yet which nodes are lost: it gives back none of what it has found."""
 _FOR_GOOD = (SlurmRejected, RecipeError, PlacementError)
 """What a job is refused with the next time too."""

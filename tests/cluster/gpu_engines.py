@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.cluster.login import READY_S, Login
@@ -12,12 +13,17 @@ from tests.cluster.login import READY_S, Login
 STAND_IN = Path(__file__).with_name("stand_in_apptainer.py")
 
 
-@contextmanager
-def gpu_engines(login: Login, *sets: str) -> Iterator[Path]:
-    """Engines of two GPUs each, one on a node of two, unless told otherwise; the image, for their notes.
+@dataclass(frozen=True)
+class Engines:
+    """`image`, beside which each engine leaves a note of how it was called; `up` is what started them."""
 
-    It is ready, and is ended afterwards.
-    """
+    image: Path
+    up: list[str]
+
+
+@contextmanager
+def gpu_engines(login: Login, *sets: str) -> Iterator[Engines]:
+    """Engines of two GPUs each, one on a node of two, unless told otherwise. Ready, and ended afterwards."""
     cluster, top = login.cluster, login.home.parent
     program, image = top / "bin" / "apptainer", top / "engine.sif"
     cluster.run_as_user(["mkdir", "-p", program.parent, top / "data"])
@@ -37,6 +43,6 @@ def gpu_engines(login: Login, *sets: str) -> Iterator[Path]:
     up = ["up", "quickstart", "--target", "slurm", "-d", *words]
     cluster.dynctl(*up, home=login.home, env={"PATH": path}, timeout=READY_S)
     try:
-        yield image
+        yield Engines(image, up)
     finally:
         login.run("down", login.name, "--timeout", "5s", check=False)

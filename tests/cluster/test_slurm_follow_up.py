@@ -84,6 +84,26 @@ def test_one_that_waits_says_why_and_takes_the_lost_node_when_it_is_back(login: 
         assert [job for job in login.jobs() if job.endswith("RUNNING")] == login.jobs()[:1], "the busy one"
 
 
+def test_a_killed_controller_knows_lost_nodes_and_the_job_that_waits_for_one_again(login: Login) -> None:
+    with served(login, "slurm.no_kill=true", "slurm.nodes=2"):
+        before = workers(login)
+        lost, head = before["aggregated-1"], before["aggregated-0"]
+        with ExitStack() as stack:
+            with others_busy(login):
+                stack.enter_context(login.cluster.off(lost))
+                eventually(lambda: login.status()["job"]["follow_ups"] != [], "a follow-up job", 60)
+                jobs = {job.id for job in login.cluster.squeue()}
+                killed = login.status()["controller_pid"]
+                login.cluster.run_as_user(["kill", "-9", str(killed)], host=head)
+                eventually(lambda: login.status()["controller_pid"] not in (0, killed), "another", 30)
+                noted = "node.lost"
+                eventually(lambda: login.run("events", login.name).stdout.count(noted) == 2, "lost again", 60)
+                assert {job.id for job in login.cluster.squeue()} == jobs, "nothing lost, nothing doubled"
+            eventually(lambda: moved(login, before), "ready on a node of the job that waited", 90)
+            assert {job.id for job in login.cluster.squeue()} < jobs
+            assert login.run("down", login.name, "--timeout", "5s").returncode == 0
+
+
 def test_one_whose_deployment_died_ends_by_itself(login: Login) -> None:
     with served(login, "slurm.no_kill=true", "slurm.nodes=2"):
         before = workers(login)

@@ -156,11 +156,17 @@ def test_a_warning_ahead_of_the_time_limit_drains_and_ends(login: Login) -> None
         assert "deployment.told_to_end" in login.run("events", login.name).stdout
 
 
-def test_a_name_that_runs_as_a_job_is_taken(login: Login) -> None:
+def test_up_on_a_name_that_runs_as_a_job_changes_what_runs(login: Login) -> None:
     with served(login):
-        again = login.up(check=False)
-        assert again.returncode == 2
-        assert f"'{login.name}' is running already, as job" in again.stderr
+        again = login.up()
+        assert f"{login.name} runs with this recipe already" in again.stderr
+        refused = login.up("roles.aggregated.replicas=3", check=False)
+        assert refused.returncode == 2
+        assert "there is nobody to ask" in refused.stderr
+        done = login.up("roles.aggregated.replicas=3", args=("--yes",))
+        assert "+ aggregated-2" in done.stderr
+        assert "done, ready 3/3" in done.stderr
+        assert {row["restarts"] for row in login.ps()} == {0}
         assert len(login.jobs()) == 1
 
 
