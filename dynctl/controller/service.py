@@ -177,6 +177,8 @@ class Controller:
                 self._registry.set_current(seat.id, seat.incarnation)
         self._note("controller.started", {"pid": self._state.controller.pid, "adopted": len(alive)})
         self._feed(Begin(frozenset(alive)))
+        for node in {seat.node for seat in self._state.seats if seat.incarnation}:
+            self._look_at(node)  # the controller before may have known it to be lost
 
     # Events in
 
@@ -232,13 +234,16 @@ class Controller:
     def _doubt(self, node: str, late: frozenset[str] = frozenset()) -> None:
         """Have a node looked at of which nobody renews any more; `late`: seats that let a renewal go by."""
         there = [seat for seat in self._state.seats if seat.node == node and seat.pid and not seat.follower]
-        renewing = any(seat.state != "lost" and seat.id not in late for seat in there)
-        if node == self._state.head or renewing:
+        if there and all(seat.state == "lost" or seat.id in late for seat in there):
+            self._look_at(node)
+
+    def _look_at(self, node: str) -> None:
+        if node == self._state.head:
             return
         plan = self._day2.plan
         ports = [p.ports["control"] for p in plan.processes if p.node == node and "control" in p.ports]
         addresses = [one.address for one in plan.nodes if one.name == node]
-        if there and ports and addresses:
+        if ports and addresses:
             self._parts.fleet.doubt(node, addresses[0], ports[0])
 
     async def _answer(self, op: str, body: msgspec.Raw) -> msgspec.Struct | None:

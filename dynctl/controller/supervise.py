@@ -221,8 +221,13 @@ class Supervisor:
         self._lost_nodes[event.node] = event.why
         self._out.append(Note("node.lost", {"node": event.node, "message": event.why}))
         for seat in self.state.seats:
-            if seat.node == event.node and seat.follower and seat.state == "ready":
+            if seat.node != event.node:
+                continue
+            if seat.follower and seat.state == "ready":
                 seat.state = "lost"
+            elif seat.state == "starting" and self.state.ready_once and (seat.was_ready or not seat.pid):
+                # Found by a new controller, and not heard of since; or not started yet.
+                seat.state = "lost" if seat.was_ready else "backoff"
 
     def _node_back(self, event: NodeBack, now: float) -> None:
         """Who lives there is to register again; who has ended is told of by the node."""

@@ -51,6 +51,7 @@ class SlurmFleet:
         self._here = LocalFleet(self._launcher, run)
         self._news: list[NodeNews] = []
         self._knocking: dict[str, asyncio.Task[None]] = {}
+        self._asking: asyncio.Task[list[str]] | None = None
         self.returned: set[str] = set()
         """Lost nodes that answer again, but are in no job of ours any more."""
 
@@ -93,11 +94,12 @@ class SlurmFleet:
                     lost = True
                     self._news.append(NodeNews(node, False, f"{address} does not answer"))
                 await asyncio.sleep(KNOCK_AGAIN_S)
-            if lost and await self._still_given(node):
+            given = await self._still_given(node)
+            if lost and given:
                 self._news.append(NodeNews(node, True))
-            elif lost:
+            elif not given:
                 self.returned.add(node)
-                self._news.append(NodeNews(node, False, "it is back, but Slurm has taken it out of the job"))
+                self._news.append(NodeNews(node, False, "it answers, but Slurm has taken it out of the job"))
         finally:
             del self._knocking[node]
 
@@ -105,10 +107,17 @@ class SlurmFleet:
         """Whether a node that was lost is in a job of ours, as soon as Slurm says."""
         while True:
             try:
-                return node in await asyncio.to_thread(self._client.nodes_of, self._site.jobs)
+                return node in await self._given()
             except SlurmError as error:
                 logger.info("node.unknown node=%s error=%s", node, error)
             await asyncio.sleep(KNOCK_AGAIN_S)
+
+    async def _given(self) -> list[str]:
+        """The nodes that are in jobs of ours; whoever asks while it is being asked gets the same answer."""
+        if self._asking is None or self._asking.done():
+            asking = asyncio.to_thread(self._client.nodes_of, self._site.jobs)
+            self._asking = asyncio.get_running_loop().create_task(asking, name="nodes given")
+        return await asyncio.shield(self._asking)
 
     def join(self, nodes: Collection[str], job_id: str, lost: Collection[str]) -> None:
         """Nodes of a follow-up job are ours from now on; those that were `lost` are back by that."""
@@ -183,7 +192,7 @@ class SlurmFleet:
 
     async def close(self) -> None:
         """As `Fleet`. The steps end with the job."""
-        tasks = list(self._knocking.values())
+        tasks = [*self._knocking.values(), *([self._asking] if self._asking is not None else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
