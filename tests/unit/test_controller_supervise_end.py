@@ -15,8 +15,9 @@ from dynctl.controller.moves import (
     Started,
     Stop,
     Terminate,
+    Tick,
 )
-from dynctl.controller.supervise import Times
+from dynctl.controller.supervise import Supervisor, Times
 from dynctl.deploy.state import LEAST_STOP_MARGIN_S
 from tests.unit.supervise_bench import Bench, seat
 
@@ -188,3 +189,31 @@ def test_an_engine_that_stops_answering_shows_and_comes_back() -> None:
     assert bench.noted().count("process.silent") == 1
     bench.tell(Seen("decode-0", 1, "ready", "http://x", 7))
     assert bench.seat().state == "ready"
+
+
+def test_what_a_new_controller_finds_on_a_node_that_does_not_answer_may_be_moved() -> None:
+    bench = Bench(seat("decode-0"), seat("decode-1"))
+    bench.ready("decode-0", "decode-1")
+    state = bench.state
+    for one, node in zip(state.seats, ("n1", "n2"), strict=True):
+        one.node = node
+    taken_over = Supervisor(state)
+    taken_over.handle(Begin(frozenset({"decode-0"})), 0.0)
+    assert [one.state for one in state.seats] == ["starting", "starting"]
+    taken_over.handle(NodeLost("n1", "no answer"), 1.0)
+    taken_over.handle(NodeLost("n2", "no answer"), 1.0)
+    assert [one.state for one in state.seats] == ["lost", "backoff"]
+
+
+def test_who_awaits_a_node_is_not_started_and_does_not_make_it_degraded() -> None:
+    bench = Bench(seat("decode-0"))
+    bench.ready("decode-0")
+    waiting = seat("decode-1", digest="d")
+    waiting.node = "node+1"
+    bench.state.seats.append(waiting)
+    assert bench.tell(Tick()) == []
+    assert (bench.phase(), bench.state.changing) == ("ready", "decode-1 awaits a node")
+    again = Supervisor(bench.state)
+    started = [one.id for one in again.handle(Begin(), 0.0) if isinstance(one, Start)]
+    assert started == ["decode-0"]
+    assert waiting.state == "waiting"

@@ -146,3 +146,53 @@ def test_what_is_kept_of_them_is_read_again(tmp_path: Path) -> None:
     assert load_follow_ups(tmp_path) == []
     save_follow_ups(tmp_path, [follow_up("n5", avoid=("n1",))])
     assert load_follow_ups(tmp_path) == [follow_up("n5", avoid=("n1",))]
+
+
+def grows(job: str, *nodes: str, waited_s: float = 0.0, **more: str) -> Seen:
+    """A job for one more replica."""
+    record = JobRecord(job_id=job, name=f"demo-1.follow-{job}", submitted_at=0.0)
+    made = FollowUp(job=record, wanted=1, nodes=nodes, started=STARTED if nodes else "", grows=True)
+    state = "RUNNING" if nodes else "PENDING"
+    return Seen(made, row(**{"id": job, "state": state, **more}), waited_s=waited_s)
+
+
+def test_each_set_of_nodes_that_is_of_use_by_itself_is_a_job_of_its_own() -> None:
+    more = [Lacking(0, 1, grows=True), Lacking(0, 2, grows=True), Lacking(0, 1)]
+    assert decide(more, [], Nodes()) == [
+        Submit(0, 1),
+        Submit(0, 1, grows=True),
+        Submit(0, 2, grows=True),
+    ]
+    assert decide(more, [grows("8")], Nodes()) == [Submit(0, 1, grows=True), Submit(0, 2, grows=True)]
+
+
+def test_of_more_than_is_wanted_those_that_wait_go_first_and_none_in_use() -> None:
+    runs, idle, waits = grows("8", "n5"), grows("9", "n6"), grows("10")
+    used = Nodes(used=["n5"])
+    assert decide([], [waits, idle, runs], used) == [
+        Release(idle.follow_up, "nothing runs on its nodes"),
+        Release(waits.follow_up, "it is no longer needed"),
+    ]
+    more = [Lacking(0, 1, grows=True)]
+    assert decide(more, [waits, idle, runs], used) == [Release(waits.follow_up, "it is no longer needed")]
+
+
+def test_one_that_waits_too_long_for_more_replicas_is_given_up_but_never_one_for_a_lost_node() -> None:
+    more = [Lacking(0, 1, grows=True)]
+    late = grows("8", waited_s=61.0, reason="Resources")
+    assert decide(more, [grows("8", waited_s=59.0)], Nodes(), 60.0) == []
+    assert decide(more, [late], Nodes(), 0.0) == [], "without a limit"
+    (given_up, _) = decide(more, [late], Nodes(), 60.0)
+    assert isinstance(given_up, Release)
+    assert given_up.failed
+    assert "Resources" in given_up.why
+    assert "slurm.grow_within, 60 s" in given_up.why
+    waits = Seen(follow_up(), row("PENDING"), waited_s=9999.0)
+    assert decide([Lacking(0, 1)], [waits], Nodes(), 60.0) == []
+
+
+def test_one_that_waits_keeps_off_nodes_that_another_has_got() -> None:
+    """Two jobs on one node would each count its GPUs from 0."""
+    waits = grows("9")
+    acts_now = decide([Lacking(0, 1, grows=True)], [waits, grows("8", "n5")], Nodes(used=["n5"]))
+    assert acts_now == [Avoid(waits.follow_up, waits.row, ("n5",))]  # type: ignore[arg-type]
