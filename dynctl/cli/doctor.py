@@ -22,6 +22,7 @@ from dynctl.cli.render import data, json_data, prose
 from dynctl.deploy.home import Home
 from dynctl.deploy.plan import Plan
 from dynctl.deploy.planner import build_plan
+from dynctl.deploy.slurm_size import kinds_of
 from dynctl.doctor.checks import CHECKS, LOGIN, PLACEMENT, REACH
 from dynctl.doctor.findings import ALL_HOSTS, Finding, counts
 from dynctl.doctor.runners import LocalRunner, is_here, way_to
@@ -162,7 +163,10 @@ async def slurm_says(wanted: Wanted) -> list[Finding]:
     recipe = wanted.recipe
     if recipe is None or recipe.target != "slurm":
         return []
-    return await examine_slurm(recipe.slurm or Slurm(), LocalRunner(), HERE.hosts[0])
+    options = recipe.slurm or Slurm()
+    kinds = kinds_of(wanted.loaded) if wanted.loaded is not None else ()
+    parts: dict[str, Slurm] = {role or "": options.model_copy(update=dict(part)) for role, part in kinds}
+    return await examine_slurm(parts, LocalRunner(), HERE.hosts[0])
 
 
 def placed(loaded: LoadedRecipe, there: Inventory) -> tuple[Plan | None, list[Finding]]:

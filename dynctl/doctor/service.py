@@ -7,7 +7,7 @@ import hashlib
 import secrets
 import shutil
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -159,8 +159,10 @@ def cannot_be_asked(hosts: Sequence[Host], why: str) -> list[Finding]:
     return [Finding(host.name, REACH, "unknown", f"not asked: {why}", remedy) for host in hosts]
 
 
-async def examine_slurm(wanted: Slurm, runner: Runner, host: Host) -> list[Finding]:
-    """The recipe's `slurm` section against what Slurm's own programs on `host` tell."""
+async def examine_slurm(parts: Mapping[str, Slurm], runner: Runner, host: Host) -> list[Finding]:
+    """What each part of the recipe's job asks for against what Slurm's own programs on `host` tell. A job of
+    one part has it under "".
+    """
     if isinstance(runner, LocalRunner) and shutil.which(slurm.PARTITIONS[0]) is None:
         verdict = unknown("Slurm's programs are not here", "run doctor on a login node")
         return findings_of(ALL_HOSTS, "slurm", [verdict])
@@ -176,7 +178,7 @@ async def examine_slurm(wanted: Slurm, runner: Runner, host: Host) -> list[Findi
             verdict = unknown(f"{argv[0]}: {''.join(said) or f'exit code {code}'}", remedy)
             return findings_of(ALL_HOSTS, "slurm", [verdict])
         texts.append(out.decode(errors="replace"))
-    return findings_of(ALL_HOSTS, "slurm", slurm.judge(wanted, *texts))
+    return findings_of(ALL_HOSTS, "slurm", slurm.judge_parts(parts, *texts))
 
 
 async def try_shared(directory: str, hosts: Sequence[Host], way: Way) -> list[Finding]:

@@ -81,6 +81,14 @@ def seconds_of(text: str) -> float:
     return parts[0] * 60.0 + (parts[1] if len(parts) == 2 else 0)
 
 
+def judge_parts(parts: Mapping[str, Slurm], partitions: str, nodes: str) -> list[Verdict]:
+    """Whether each part of a job can run; what is said of one is headed by its name, if it has any."""
+    told = ((name, verdict) for name, part in parts.items() for verdict in judge(part, partitions, nodes))
+    return [
+        one._replace(message=f"part {name}: {one.message}" if name else one.message) for name, one in told
+    ]
+
+
 def judge(wanted: Slurm, partitions: str, nodes: str) -> list[Verdict]:
     """Whether a job of the recipe's `slurm` section can run, now or ever."""
     known = partitions_in(partitions)

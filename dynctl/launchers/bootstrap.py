@@ -33,6 +33,8 @@ ENVIRONMENTS = ".dynctl/env"
 _HINT = "--bootstrap installs this one into an environment of its own there"
 _LOOK_S = 30.0
 _INSTALL_S = 600.0
+_EMPTY_BYTES = 10_000_000
+"""What an environment takes at least, with nothing but pip in it."""
 _SLOWEST = 256 * 1024
 """Bytes a second, for the deadline of an upload."""
 _VERSION = "from importlib.metadata import version; print('\\ndynctl ' + version('dynctl'))"
@@ -158,10 +160,28 @@ async def bootstrap(
     base = host.python or "python3"
     await require_python(ssh, base)
     folder = posixpath.join(home, what.folder)
+    try:
+        await _install(ssh, host, what, folder, progress)
+    except HostDiskFull:
+        # What was sent would keep the disk full. Whoever shares the home cannot install there now either.
+        await ssh.run(["rm", "-rf", "--", folder], timeout_s=_LOOK_S)
+        raise
+    if await version_of(ssh, made) != what.wheel.version:
+        raise HostDynctlMissing(
+            f"{made} was installed and has no dynctl {what.wheel.version}", where=host.name
+        )
+    progress(host.name, "dynctl is there")
+    return made
+
+
+async def _install(ssh: SshHost, host: Host, what: Bootstrap, folder: str, progress: Progress) -> None:
+    """Send what is missing of the files into a folder there, and make the environment of them."""
+    home, base = await ssh.home(), host.python or "python3"
+    final = posixpath.join(home, environment_of(what.wheel))
     asked = {"folder": folder, "files": what.manifest}
-    missing = msgspec.convert(
-        await _remote(ssh, base, {"do": "missing", **asked}, what.wheel, _LOOK_S), list[str]
-    )
+    needed = _EMPTY_BYTES + sum(map(len, what.files.values()))
+    look = {"do": "missing", "needed_bytes": needed, **asked}
+    missing = msgspec.convert(await _remote(ssh, base, look, what.wheel, _LOOK_S), list[str])
     if missing:
         whole = sum(len(what.files[name]) for name in missing) / 1e6
         files = missing[0] if len(missing) == 1 else f"{len(missing)} wheels"
@@ -173,12 +193,6 @@ async def bootstrap(
     order = {"do": "install", "final": final, "wheel": what.wheel.filename, "deadline_s": _INSTALL_S, **asked}
     order["offline"] = bool(what.wheelhouse)
     await _remote(ssh, base, order, what.wheel, _INSTALL_S + _LOOK_S)
-    if await version_of(ssh, made) != what.wheel.version:
-        raise HostDynctlMissing(
-            f"{made} was installed and has no dynctl {what.wheel.version}", where=host.name
-        )
-    progress(host.name, "dynctl is there")
-    return made
 
 
 async def bootstrap_all(

@@ -41,6 +41,15 @@ def missing(folder: Path, files: dict[str, str]) -> list[str]:
     return [name for name, digest in files.items() if _digest(folder / name) != digest]
 
 
+def require_room(folder: Path, needed_bytes: int) -> None:
+    """See that there is at least so much room where the folder is to be. Raises Failed."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed_bytes:
+        told = f"{free / 1e6:.0f} MB are free, at least {needed_bytes / 1e6:.0f} MB are needed"
+        raise Failed("looking for room", f"no space left on device {there}: {told}")
+
+
 def install(asked: dict[str, Any]) -> str:
     """Make the environment `final` of the wheel, unless it is there. Raises Failed."""
     final, ends = Path(asked["final"]), time.monotonic() + float(asked["deadline_s"])
@@ -202,6 +211,7 @@ def main(argv: list[str]) -> None:
     try:
         answer: Any
         if asked["do"] == "missing":
+            require_room(Path(asked["folder"]), int(asked["needed_bytes"]))
             answer = missing(Path(asked["folder"]), asked["files"])
         else:
             answer = install(asked)

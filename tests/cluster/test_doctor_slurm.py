@@ -56,6 +56,28 @@ def test_each_nodes_own_fault_is_told_with_its_name(login: Login) -> None:
     eventually(lambda: not login.cluster.squeue(), "no job", 30)
 
 
+def test_each_part_of_a_job_is_looked_at_on_nodes_of_its_own(login: Login) -> None:
+    """n1 alone has the model: the part that is given n1 is well, the other is not."""
+    login.cluster.exec("n1", "mkdir", "-p", "/run/local/m")
+    parts = "prefill: {nodelist: n1, nodes: 1}, decode: {nodes: 2, exclude: n1}"
+    roles = "roles={prefill: {replicas: 1}, decode: {replicas: 2}}"
+    try:
+        code, report = doctor(login, "model.path=/run/local/m", roles, f"slurm={{het: {{{parts}}}}}")
+    finally:
+        login.cluster.exec("n1", "rm", "-rf", "/run/local/m")
+    seen = set(report["facts"])
+    assert "n1" in seen
+    assert len(seen) == 3, report["findings"]
+    assert {key for key in told(report, "fail") if key[1] == "model"} == {
+        (node, "model") for node in seen - {"n1"}
+    }
+    assert code == 4
+    code, report = doctor(login, roles, "slurm={het: {prefill: {nodes: 1}, decode: {partition: nope}}}")
+    assert code == 4
+    assert told(report, "fail")["", "slurm"] == "part decode: no partition nope", report["findings"]
+    eventually(lambda: not login.cluster.squeue(), "no job", 30)
+
+
 def test_nodes_that_are_not_to_be_had_in_time_are_not_checked(login: Login) -> None:
     """One node is another's: three are looked at. When all are, none is, and nothing is left in the queue."""
     busy = ["srun", "--exclusive", "--nodelist=n4", "sleep", "300"]

@@ -221,21 +221,29 @@ async def test_python_that_will_not_do_is_told_with_host_and_remedy(
     assert isinstance(found.get("priv", ""), str), "one that fails holds nobody up"
 
 
-async def test_full_disk_while_it_is_made_is_called_so_and_leaves_nothing(
-    cluster: Cluster, folders: tuple[Path, Path]
+@pytest.mark.parametrize(
+    ("size", "filled", "told"),
+    [
+        ("12m", "4m", "looking for room: no space left on device"),
+        ("12m", "0", "No space left on device"),
+    ],
+)
+async def test_full_disk_before_or_while_it_is_made_is_called_so_and_leaves_nothing(
+    cluster: Cluster, folders: tuple[Path, Path], size: str, filled: str, told: str
 ) -> None:
     async with ssh_of(cluster) as ssh:
         priv, wanted = await one(ssh, "priv")
         await priv.check(["mkdir", "-p", "-m", "700", ".dynctl"], timeout_s=DEADLINE_S)
-        with cluster.full_disk("priv", f"{cluster.user_home}/.dynctl", "12m"):
+        with cluster.full_disk("priv", f"{cluster.user_home}/.dynctl", size):
             cluster.exec("priv", "chmod", "700", f"{cluster.user_home}/.dynctl")
-            free = ["truncate", "-s", "4m", f"{cluster.user_home}/.dynctl/filler"]
+            free = ["truncate", "-s", filled, f"{cluster.user_home}/.dynctl/filler"]
             cluster.exec("priv", *free)
             with pytest.raises(errors.HostDiskFull) as caught:
                 await bootstrap(priv, wanted, Bootstrap(small_wheel("7.7")))
             assert caught.value.where == "priv"
-            left = cluster.exec("priv", "ls", "-A", f"{cluster.user_home}/.dynctl/env").stdout.split()
-            assert [name for name in left if not name.startswith(".wheels-")] == []
+            assert told in caught.value.message
+            look = ["find", f"{cluster.user_home}/.dynctl", "-mindepth", "2"]
+            assert cluster.exec("priv", *look).stdout == ""
 
 
 async def test_this_dynctl_gets_to_a_host_without_network_and_runs(

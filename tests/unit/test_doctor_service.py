@@ -114,16 +114,16 @@ async def test_gpus_are_counted_where_the_inventory_says_auto() -> None:
 
 async def test_slurm_that_does_not_answer_is_no_pass() -> None:
     silent = Scripted(n1=DeadlineExceeded("no answer after 10 s"))
-    (told,) = await examine_slurm(Slurm(), silent, N1)
+    (told,) = await examine_slurm({"": Slurm()}, silent, N1)
     assert (told.level, told.message) == ("unknown", "scontrol: no answer after 10 s")
     broken = Scripted(n1=(1, b"", b"slurm_load_partitions: Unable to contact slurm controller\n"))
-    (told,) = await examine_slurm(Slurm(), broken, N1)
+    (told,) = await examine_slurm({"": Slurm()}, broken, N1)
     assert (told.level, told.remedy) == ("unknown", "see that slurmctld runs: scontrol ping")
 
 
 async def test_slurm_without_its_programs_is_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    (told,) = await examine_slurm(Slurm(), LocalRunner(), Host(LOCAL, "127.0.0.1"))
+    (told,) = await examine_slurm({"": Slurm()}, LocalRunner(), Host(LOCAL, "127.0.0.1"))
     assert told.level == "unknown"
     assert "login node" in told.remedy
 

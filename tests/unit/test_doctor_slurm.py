@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dynctl.doctor.slurm import gpus_of, judge, nodes_in, partitions_in, seconds_of
+from dynctl.doctor.slurm import gpus_of, judge, judge_parts, nodes_in, partitions_in, seconds_of
 from dynctl.recipe.schema import Slurm
 from tests.unit.host_samples import levels, only
 
@@ -43,6 +43,14 @@ def test_a_job_that_fits() -> None:
 
 def test_a_partition_that_is_none_names_the_nearest() -> None:
     assert "did you mean debug?" in said("fail", partition="debugg")
+
+
+def test_each_part_of_a_job_is_judged_by_its_own_partition_and_named() -> None:
+    parts = {"prefill": Slurm(nodes=1), "decode": Slurm(partition="old")}
+    found = judge_parts(parts, PARTITIONS, NODES)
+    assert only(found, "fail").message == "part decode: partition old is DOWN"
+    assert only(found, "ok").message == "part prefill: 2 nodes of partition gpu have what is asked"
+    assert judge_parts({"": Slurm(nodes=1)}, PARTITIONS, NODES) == judge(Slurm(nodes=1), PARTITIONS, NODES)
 
 
 def test_a_partition_that_is_down() -> None:

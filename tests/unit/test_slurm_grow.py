@@ -1,4 +1,4 @@
-"""More replicas than the nodes of a job have room for: planned on nodes to come, moved when they are there."""
+"""More replicas than a job has room for: planned on nodes to come, moved when those are there."""
 
 from __future__ import annotations
 
