@@ -63,6 +63,9 @@ class Relocation:
         self._moved_from: dict[str, dict[str, int]] = {}
         self._hopeless = ""
         self._lost: frozenset[str] = frozenset()
+        self._plan: Plan | None = None
+        self._coming: frozenset[str] = frozenset()
+        self._used: frozenset[str] = frozenset()
 
     def left_on(self, node: str) -> Mapping[str, int]:
         """The seats, with their incarnations, that were moved away from a node. Told once."""
@@ -72,9 +75,12 @@ class Relocation:
         """Begin what is to be done now. `lost` are nodes that cannot be reached. Does not block."""
         hands = self._hands
         state, plan, more = hands.state, hands.day2.plan, hands.more
-        coming = awaited(plan)
+        if plan is not self._plan:
+            self._plan, self._coming = plan, awaited(plan)
+            self._used = frozenset(process.node for process in plan.processes)
+        coming = self._coming
         nodes = stranded(state, lost) | coming
-        busy = frozenset({seat.node for seat in state.seats} | {process.node for process in plan.processes})
+        busy = self._used.union(seat.node for seat in state.seats)
         more.want(Lack(nodes & (self._roomless | coming), lost, busy, plan))
         self._lost, said = lost, more.hopeless()
         self._hopeless = (said or self._hopeless) if coming else ""

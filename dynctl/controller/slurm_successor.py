@@ -31,6 +31,7 @@ from dynctl.errors import DynctlError, SlurmError, SlurmRejected
 from dynctl.launchers.files import write_atomic
 from dynctl.launchers.local import LocalLauncher
 from dynctl.launchers.slurm_client import SlurmClient
+from dynctl.launchers.slurm_follow import load_follow_ups
 from dynctl.launchers.slurm_job import REFUSED, SUCCESSOR, JobLauncher, JobTable, load_record
 from dynctl.observability.logs import setup
 from dynctl.protocol.deployment import DownCall, DownReply
@@ -128,7 +129,9 @@ def submitted(work: Handover) -> RunDir:
     checked = Checked(loaded, assumed(loaded), ())
     try:
         # On nodes of its own: both have the frontend's port, and the old one's GPUs are not free.
-        made = submit_run(checked, site, work.client, avoid=environ.get("SLURM_JOB_NODELIST", ""))
+        given = [node for one in load_follow_ups(run.path) for node in one.nodes]
+        avoid = ",".join(filter(None, (environ.get("SLURM_JOB_NODELIST", ""), *given)))
+        made = submit_run(checked, site, work.client, avoid=avoid)
     except SlurmRejected as error:
         logger.warning("successor.shares_nodes error=%s", error)
         made = submit_run(checked, site, work.client)

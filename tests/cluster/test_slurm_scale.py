@@ -182,3 +182,34 @@ def test_up_with_more_replicas_on_a_name_that_runs_asks_for_nodes_too(login: Log
         back = login.run("rollback", login.name, "--yes")
         assert "- aggregated-1" in back.stderr
         eventually(lambda: own_jobs(login) == ["RUNNING"], "given back", 30)
+
+
+def test_a_node_of_such_a_job_that_is_lost_is_made_up_for_by_another_job(login: Login) -> None:
+    with gpu_engines(login):
+        login.run("scale", "aggregated=2", "--name", login.name)
+        lost = workers(login)["aggregated-1"]
+        with login.cluster.off(lost):
+            there = {"", lost}
+            eventually(lambda: workers(login).get("aggregated-1", "") not in there, "ready elsewhere", 90)
+            assert login.status()["ready"]
+            eventually(lambda: len(login.status()["job"]["follow_ups"]) == 1, "the other is given back", 60)
+            assert login.run("down", login.name, "--timeout", "5s").returncode == 0
+
+
+def test_a_successor_has_as_many_nodes_as_the_deployment_has_grown_to(login: Login) -> None:
+    with gpu_engines(login, "slurm.time=10m", "slurm.warning=30", "slurm.resubmit=60"):
+        login.run("scale", "aggregated=2", "--name", login.name)
+        first = login.job()
+        login.cluster.run_as_user(["scancel", "--batch", "--signal=USR1", first])
+        eventually(lambda: login.job() != first, "another job has the name", 90)
+        assert login.status()["ready"]
+        assert len(set(workers(login).values())) == 2
+        eventually(lambda: own_jobs(login) == ["RUNNING"], "the old ones ended", 60)
+
+
+def test_the_planner_grows_beyond_the_job_within_its_budget(login: Login) -> None:
+    rules = "planner={load_interval: 1, max_gpus: 4, roles: {aggregated: {min_replicas: 2}}}"
+    with gpu_engines(login, "sla={ttft: 1}", rules):
+        eventually(lambda: len(set(workers(login).values())) == 2, "a second replica on another node", 60)
+        assert len(login.status()["job"]["follow_ups"]) == 1
+        assert "planner.scaled" in login.run("events", login.name).stdout
