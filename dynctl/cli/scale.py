@@ -38,8 +38,8 @@ def scale(
 
     What is there stays where it is; new replicas get GPUs that are free on the deployment's hosts. The
     highest numbers are removed: they leave routing, end their requests (what is left at drain_timeout goes
-    on elsewhere), then stop. Exit 4 when it does not fit. On Slurm what does not fit waits for nodes of a further
-    job, which is given back with it; exit 4 when Slurm does not give them.
+    on elsewhere), then stop. Exit 4 when it does not fit. On Slurm what does not fit waits for nodes of a
+    further job, which is given back with it; exit 4 when Slurm does not give them.
 
     dynctl scale prefill=3 decode=2; dynctl scale aggregated=4 --name chat
     """

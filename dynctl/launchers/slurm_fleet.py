@@ -36,6 +36,8 @@ _SIGNALLED_WITHIN_S = 5.0
 _LOOK_AGAIN_S = 0.05
 KNOCK_S = 1.5
 KNOCK_AGAIN_S = 1.0
+GIVEN_S = 10.0
+"""How old Slurm's word on a node that answers at once may be: renewals that are late must not flood it."""
 _UNREACHED = -1
 _SIGNALLED = 128
 
@@ -52,6 +54,7 @@ class SlurmFleet:
         self._news: list[NodeNews] = []
         self._knocking: dict[str, asyncio.Task[None]] = {}
         self._asking: asyncio.Task[list[str]] | None = None
+        self._asked_at = 0.0
         self.returned: set[str] = set()
         """Lost nodes that answer again, but are in no job of ours any more."""
 
@@ -94,7 +97,7 @@ class SlurmFleet:
                     lost = True
                     self._news.append(NodeNews(node, False, f"{address} does not answer"))
                 await asyncio.sleep(KNOCK_AGAIN_S)
-            given = await self._still_given(node)
+            given = await self._still_given(node, 0.0 if lost else GIVEN_S)
             if lost and given:
                 self._news.append(NodeNews(node, True))
             elif not given:
@@ -103,18 +106,20 @@ class SlurmFleet:
         finally:
             del self._knocking[node]
 
-    async def _still_given(self, node: str) -> bool:
-        """Whether a node that was lost is in a job of ours, as soon as Slurm says."""
+    async def _still_given(self, node: str, age_s: float) -> bool:
+        """Whether a node is in a job of ours, as soon as Slurm says; an answer may be so old."""
         while True:
             try:
-                return node in await self._given()
+                return node in await self._given(age_s)
             except SlurmError as error:
                 logger.info("node.unknown node=%s error=%s", node, error)
             await asyncio.sleep(KNOCK_AGAIN_S)
 
-    async def _given(self) -> list[str]:
+    async def _given(self, age_s: float) -> list[str]:
         """The nodes that are in jobs of ours; whoever asks while it is being asked gets the same answer."""
-        if self._asking is None or self._asking.done():
+        old = time.monotonic() - self._asked_at > age_s
+        if self._asking is None or (self._asking.done() and (old or self._asking.exception() is not None)):
+            self._asked_at = time.monotonic()
             asking = asyncio.to_thread(self._client.nodes_of, self._site.jobs)
             self._asking = asyncio.get_running_loop().create_task(asking, name="nodes given")
         return await asyncio.shield(self._asking)
@@ -124,6 +129,7 @@ class SlurmFleet:
         self._site = replace(self._site, others={**self._site.others, **dict.fromkeys(nodes, job_id)})
         self._news += [NodeNews(node, True) for node in nodes if node in lost]
         self.returned.difference_update(nodes)
+        self._asking = None  # what Slurm has said of before is not true of these
 
     def part(self, job_id: str, lost: Collection[str], why: str) -> None:
         """A follow-up job has ended: its nodes are lost, those that are not `lost` already."""
