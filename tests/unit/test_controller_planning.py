@@ -145,6 +145,23 @@ async def test_what_is_decided_is_done_and_written_down(
 
 
 @pytest.mark.usefixtures("looks")
+async def test_growth_that_was_given_up_meanwhile_counts_as_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[int] = []
+    desk = Desk(tmp_path)
+
+    def scale(run: RunDir, changes: dict[str, int]) -> None:
+        tries.append(1)
+        desk.state.declined, desk.state.declined_at = "aggregated=2: no node was given", 5.0
+
+    monkeypatch.setattr(planning, "scale", scale)
+    await _run(desk)
+    assert len(tries) == 1
+    assert "refused: aggregated=2: no node was given" in [entry.outcome for entry in read(desk.run.planner)]
+
+
+@pytest.mark.usefixtures("looks")
 async def test_what_is_refused_is_told_and_not_tried_in_a_tight_loop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
