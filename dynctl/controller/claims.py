@@ -26,7 +26,8 @@ def gpus_of(plan: Plan, state: RunState) -> Gpus:
     """What is to be claimed: the GPUs of the plan, and of what leaves but still runs."""
     found: dict[str, set[int]] = {node.name: set() for node in plan.nodes}
     for process in plan.processes:
-        found.setdefault(process.node, set()).update(process.gpus)
+        for node, gpus in process.spots:
+            found.setdefault(node, set()).update(gpus)
     for seat in state.seats:
         if seat.asked == "leave":
             found.setdefault(seat.node, set()).update(seat.gpus)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from dynctl.deploy.plan import Plan
@@ -41,13 +41,14 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Lacking:
-    """So many nodes of a part of the job, of use only together. `grows`: for more replicas, else in the
-    place of lost ones.
+    """So many nodes of a part of the job. `grows`: for more replicas, else in the place of lost ones.
+    `whole`: of use only when they are of one job.
     """
 
     part: int
     nodes: int
     grows: bool = False
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +116,7 @@ def decide(
     replicas may be pending, 0 = as long as it takes.
     """
     acts: list[Act] = []
+    coming: dict[int, list[int]] = {}
     open_: dict[int, int] = {}
     for lack in lacking:
         open_[lack.part] = open_.get(lack.part, 0) + lack.nodes
@@ -131,13 +133,15 @@ def decide(
                 continue
             idle = [node for node in follow_up.nodes if node not in nodes.used and node not in nodes.lost]
             open_[part] = open_.get(part, 0) - len(idle)
+            coming.setdefault(part, []).append(len(idle))
             continue
         if open_.get(part, 0) <= 0:
             acts.append(Release(follow_up, "it is no longer needed"))
             continue
         open_[part] -= follow_up.wanted
+        coming.setdefault(part, []).append(follow_up.wanted)
         acts += _next(one, seen, nodes)
-    return [*acts, *_submits(lacking, {part: n - max(0, open_[part]) for part, n in wanted.items()})]
+    return [*acts, *_submits(lacking, coming)]
 
 
 def _worth(one: Seen) -> tuple[bool, bool]:
@@ -175,20 +179,26 @@ def _next(one: Seen, seen: Sequence[Seen], nodes: Nodes) -> list[Act]:
     )
 
 
-def _submits(lacking: Sequence[Lacking], coming: dict[int, int]) -> list[Submit]:
+def _submits(lacking: Sequence[Lacking], coming: Mapping[int, list[int]]) -> list[Submit]:
     """A job for each of the nodes that are of use together, less those that come already."""
     made = []
-    for lack in sorted(lacking, key=lambda one: one.grows):
-        covered = min(coming[lack.part], lack.nodes)
-        coming[lack.part] -= covered
-        if covered < lack.nodes:
-            made.append(Submit(lack.part, lack.nodes - covered, lack.grows))
+    for lack in sorted(lacking, key=lambda one: (one.grows, not one.whole)):
+        open_ = lack.nodes
+        jobs = coming.get(lack.part, [])
+        for number, nodes in enumerate(jobs):
+            if lack.whole and nodes < lack.nodes:
+                continue
+            given = min(open_, nodes)
+            open_, jobs[number] = open_ - given, nodes - given
+        if open_:
+            made.append(Submit(lack.part, open_, lack.grows))
     return made
 
 
-def one_step_over_nodes(plan: Plan, nodes: Collection[str]) -> list[str]:
-    """Replicas with a part on these nodes whose ranks are one step: a step is of one job."""
-    hit = {(p.role, p.index) for p in plan.processes if p.kind == "worker" and p.node in nodes}
-    engines = [p for p in plan.processes if p.kind == "engine" and (p.role, p.index) in hit]
-    spread = [p for p in engines if p.command.argv[0] == "srun" and "--nodes=1" not in p.command.argv]
-    return sorted({f"{p.role}-{p.index}" for p in spread})
+def lost_groups(plan: Plan, lost: Collection[str]) -> tuple[set[str], list[tuple[str, int]]]:
+    """The lost nodes that are made up for one by one, and, by role, how many nodes a replica needs at once
+    whose ranks are one step: a step is of one job.
+    """
+    hit = [p for p in plan.processes if p.kind == "worker" and any(node in lost for node, _ in p.spots)]
+    apart = {process.node for process in hit if not process.also}
+    return apart & set(lost), [(process.role, len(process.spots)) for process in hit if process.also]

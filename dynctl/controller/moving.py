@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from dynctl.deploy.home import RunDir
@@ -11,7 +11,8 @@ from dynctl.deploy.plan import Plan
 from dynctl.deploy.room import Room
 from dynctl.deploy.state import RunState
 from dynctl.errors import PlacementError
-from dynctl.topology.inventory import is_awaited
+from dynctl.launchers.slurm_follow import load_follow_ups
+from dynctl.topology.inventory import Inventory, is_awaited
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +88,21 @@ def stranded(state: RunState, lost: Collection[str]) -> frozenset[str]:
     return frozenset({seat.node for seat in there if seat.state in ("lost", "backoff")} - serving)
 
 
+def crippled(state: RunState, lost: Collection[str], plan: Plan) -> frozenset[str]:
+    """The lost nodes on which an engine that is gone had ranks, without a worker of ours there."""
+    heads = {seat.id for seat in state.seats if seat.state in ("lost", "backoff", "starting")}
+    spread = [process for process in plan.processes if process.also and process.id in heads]
+    return frozenset(node for process in spread for node, _ in process.also if node in lost)
+
+
 def awaited(plan: Plan) -> frozenset[str]:
     """The nodes of the plan that are still to be given."""
-    return frozenset(process.node for process in plan.processes if is_awaited(process.node))
+    return frozenset(node for node in nodes_of(plan) if is_awaited(node))
+
+
+def nodes_of(plan: Plan) -> frozenset[str]:
+    """All nodes that anything of the plan is on."""
+    return frozenset(node for process in plan.processes for node, _ in process.spots)
 
 
 def elsewhere(run: RunDir, plan: Plan, nodes: Collection[str], room: Room) -> Plan:
@@ -101,7 +114,7 @@ def elsewhere(run: RunDir, plan: Plan, nodes: Collection[str], room: Room) -> Pl
     """
     # Here, since recipes are slow to load, and most controllers never move anything.
     from dynctl.deploy.amend import hosts_of, in_its_job
-    from dynctl.deploy.rehome import rehome, relocate
+    from dynctl.deploy.rehome import relocate
     from dynctl.deploy.slurm_grow import with_awaited
     from dynctl.recipe.load import load_recipe
 
@@ -109,19 +122,44 @@ def elsewhere(run: RunDir, plan: Plan, nodes: Collection[str], room: Room) -> Pl
     hosts = all_hosts
     if loaded.recipe.target == "slurm":
         loaded, hosts = in_its_job(run, loaded, plan)
-    lost = [node for node in nodes if not is_awaited(node)]
-    waiting = {(p.role, p.index) for p in plan.processes if p.kind == "worker" and is_awaited(p.node)}
+    lost = {node: "" for node in nodes if not is_awaited(node)}
+    room = replace(room, lost={**room.lost, **lost})
+    gone, waiting, one_step = _replicas(plan, lost)
+    jobs = _jobs(run, all_hosts) if loaded.recipe.target == "slurm" else [frozenset[str]()]
+    steps = [(gone - one_step, all_hosts)] if gone - one_step else []
+    steps += [({one}, all_hosts) for one in sorted(gone & one_step)] + [
+        ({one}, hosts) for one in sorted(waiting)
+    ]
     made, failure = plan, None
-    for moved in [None] * bool(lost) + [{replica} for replica in sorted(waiting)]:
-        there, now = with_awaited(loaded, all_hosts if moved is None else hosts, made, room)
-        try:
-            made = (
-                rehome(loaded, there, made, now, lost)
-                if moved is None
-                else relocate(loaded, there, made, now, moved)
-            )
-        except PlacementError as error:
-            failure = failure or error
+    for moved, those in steps:
+        there, now = with_awaited(loaded, those, made, room)
+        for off in jobs if moved <= one_step else [frozenset[str]()]:
+            try:
+                only = replace(now, lost={**now.lost, **dict.fromkeys(off, "")})
+                made = relocate(loaded, there, made, only, moved)
+            except PlacementError as error:
+                failure = failure or error
+            else:
+                break
     if made is plan and failure is not None:
         raise failure
     return made
+
+
+_Replicas = set[tuple[str, int]]
+
+
+def _replicas(plan: Plan, lost: Collection[str]) -> tuple[_Replicas, _Replicas, _Replicas]:
+    """Those with a part on a lost node, those that wait for a node, and those whose ranks are one step."""
+    workers = [process for process in plan.processes if process.kind == "worker"]
+    gone = {(p.role, p.index) for p in workers if any(node in lost for node, _ in p.spots)}
+    waiting = {(p.role, p.index) for p in workers if any(is_awaited(node) for node, _ in p.spots)}
+    return gone, waiting - gone, {(p.role, p.index) for p in workers if p.also}
+
+
+def _jobs(run: RunDir, hosts: Inventory) -> list[frozenset[str]]:
+    """For each job, the hosts that are not its own: a step is of one job."""
+    names = {host.name for host in hosts.hosts}
+    given = [set(one.nodes) for one in load_follow_ups(run.path) if one.nodes]
+    own = names.difference(*given)
+    return [frozenset(names - job) for job in (own, *given) if job]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from dynctl.controller.claims import Claims
 from dynctl.controller.day2 import Day2
 from dynctl.controller.moves import Event, Moved
-from dynctl.controller.moving import Lack, More, awaited, elsewhere, stranded
+from dynctl.controller.moving import Lack, More, awaited, crippled, elsewhere, nodes_of, stranded
 from dynctl.controller.planner_watch import Note
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.plan import Plan
@@ -32,6 +32,7 @@ AGAIN_S = 2.0
 NO_ROOM_AGAIN_S = 30.0
 """Others may have made room meanwhile."""
 GIVE_UP_AGAIN_S = 5.0
+ENDED_WITHIN_S = 5.0
 
 _Tried = tuple[frozenset[str], frozenset[str], Plan, int]
 
@@ -77,9 +78,9 @@ class Relocation:
         state, plan, more = hands.state, hands.day2.plan, hands.more
         if plan is not self._plan:
             self._plan, self._coming = plan, awaited(plan)
-            self._used = frozenset(process.node for process in plan.processes)
+            self._used = nodes_of(plan)
         coming = self._coming
-        nodes = stranded(state, lost) | coming
+        nodes = stranded(state, lost) | crippled(state, lost, plan) | coming
         busy = self._used.union(seat.node for seat in state.seats)
         more.want(Lack(nodes & (self._roomless | coming), lost, busy, plan))
         self._lost, said = lost, more.hopeless()
@@ -107,6 +108,7 @@ class Relocation:
         try:
             room = merged(Room(lost=dict.fromkeys(lost, "")), await hands.fleet.room())
             plan = await asyncio.to_thread(elsewhere, hands.run, before, nodes, room)
+            await self._end_steps(before, plan)
             async with hands.claims.growing(before, plan):
                 if lost == self._lost and hands.day2.plan is before and hands.state.phase != "stopping":
                     self._take(before, plan)  # else it is seen to anew, as it is by then
@@ -116,6 +118,13 @@ class Relocation:
             if tried != self._no_room and known:
                 hands.note("node.no_room", {"node": ", ".join(known), "message": str(error)})
             self._no_room, self._roomless = tried, nodes
+
+    async def _end_steps(self, before: Plan, plan: Plan) -> None:
+        """End what is left, on nodes that live, of engines over several nodes that are to be moved."""
+        for seat_id in moved_seats(before, plan):
+            seat, process = self._hands.state.seat(seat_id), before.process(seat_id)
+            if seat is not None and seat.incarnation and process.also:
+                await self._hands.fleet.clear(process.node, seat_id, seat.incarnation, ENDED_WITHIN_S)
 
     def _take(self, before: Plan, plan: Plan) -> None:
         hands = self._hands

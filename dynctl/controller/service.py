@@ -242,6 +242,7 @@ class Controller:
             return
         plan = self._day2.plan
         ports = [p.ports["control"] for p in plan.processes if p.node == node and "control" in p.ports]
+        ports += [p for one in plan.nodes if one.name == node for p in one.ports]
         addresses = [one.address for one in plan.nodes if one.name == node]
         if ports and addresses:
             self._parts.fleet.doubt(node, addresses[0], ports[0])
@@ -281,6 +282,9 @@ class Controller:
         for one in self._parts.fleet.ended(list(self._seated.values())):
             self._registry.gone(one.seat, one.incarnation)
             self._feed(Exited(one.seat, one.incarnation, one.code, one.words, one.lines))
+            for process in (p for p in self._day2.plan.processes if p.id == one.seat):
+                for node, _ in process.also:
+                    self._look_at(node)  # nothing of ours there renews anything
 
     def _hear(self) -> None:
         """Take over which nodes can be reached."""

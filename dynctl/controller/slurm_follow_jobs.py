@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
-from dynctl.controller.follow_ups import Lacking, Seen, Submit, one_step_over_nodes
+from dynctl.controller.follow_ups import Lacking, Seen, Submit, lost_groups
 from dynctl.controller.moving import Lack
 from dynctl.controller.slurm_successor import seconds_left
 from dynctl.deploy.amend import hosts_of
@@ -78,19 +78,21 @@ class FollowUpJobs:
         if not lack.nodes:
             return [], seen
         roles = [role for role, _ in kinds_of(self._recipe())]
-        lost = [node for node in lack.nodes if not is_awaited(node)]
-        hosts = self._inventory(lack.plan).hosts if lost else ()
-        parts = [_part_of(roles, host) for host in hosts if host.name in lost]
+        lost = frozenset(node for node in lack.nodes if not is_awaited(node))
+        apart, together = lost_groups(lack.plan, lost)
+        hosts = self._inventory(lack.plan).hosts if apart else ()
+        parts = [_part_of(roles, host) for host in hosts if host.name in apart]
         lacking = [Lacking(part, parts.count(part)) for part in sorted(set(parts))]
+        for role, nodes in together:
+            part = next((i for i, one in enumerate(roles) if one in (None, role)), 0)
+            lacking.append(Lacking(part, nodes, whole=True))
         for part, groups in sorted(awaited_groups(lack.plan, roles).items()):
-            lacking += [Lacking(part, nodes, grows=True) for nodes in groups]
+            lacking += [Lacking(part, nodes, grows=True, whole=nodes > 1) for nodes in groups]
         return lacking, seen
 
     def submit(self, lack: Lack, what: Submit) -> FollowUp:
         """Submit a job and write it down, first that it may come to be. Raises DynctlError."""
         run, client = self._ways.run, self._ways.client
-        if spread := one_step_over_nodes(lack.plan, {n for n in lack.nodes if not is_awaited(n)}):
-            raise LaunchError(f"the ranks of {' '.join(spread)} are one step, which cannot be of two jobs")
         loaded = self._recipe()
         if not (loaded.recipe.slurm or Slurm()).follow_up:
             raise LaunchError("no other job is asked for a node: slurm.follow_up is false")

@@ -96,7 +96,8 @@ def amend(run: RunDir, loaded: LoadedRecipe, site: Site, inventory: Inventory | 
     lock = lock_text(loaded, site.version)
     if old.target == "slurm":
         loaded, hosts = in_its_job(run, loaded, old)
-        return Amended(run, old, replan_or_grow(loaded, hosts, old, room), loaded, lock, room, hosts)
+        new = replan_or_grow(loaded, hosts, old, room, given_nodes(run))
+        return Amended(run, old, new, loaded, lock, room, hosts)
     hosts = inventory or hosts_of(run, old)
     return Amended(run, old, replan(loaded, hosts, old, room), loaded, lock, room, hosts)
 
@@ -105,10 +106,14 @@ def in_its_job(run: RunDir, loaded: LoadedRecipe, plan: Plan) -> tuple[LoadedRec
     """The recipe as it is placed on the nodes of its job and of follow-up jobs, and those nodes, without
     spare ones. Raises RecipeError, CodecError.
     """
-    given = {node for one in load_follow_ups(run.path) for node in one.nodes}
-    used = {process.node for process in plan.processes}
-    hosts = usable(loaded, hosts_of(run, plan), given, used)
+    used = {node for process in plan.processes for node, _ in process.spots}
+    hosts = usable(loaded, hosts_of(run, plan), given_nodes(run), used)
     return on_its_parts(staged_recipe(loaded)), hosts
+
+
+def given_nodes(run: RunDir) -> list[str]:
+    """The nodes that follow-up jobs have given. Raises CodecError."""
+    return [node for one in load_follow_ups(run.path) for node in one.nodes]
 
 
 def unchanged(run: RunDir, site: Site) -> Amended:

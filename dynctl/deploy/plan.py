@@ -42,7 +42,8 @@ class PlannedProcess:
 
     `id` is the seat: "controller", "agent-n1", "frontend-0", "decode-0" (the sidecar), "decode-0.1" (the
     sidecar of the replica's second node), "decode-0/engine", "decode-0/engine.1". `ports` is name → first
-    port of the block. `depends` are ids that must have been started before.
+    port of the block. `depends` are ids that must have been started before. `also`: further nodes, with GPUs,
+    on which its engine starts ranks by itself.
     """
 
     id: str
@@ -54,6 +55,12 @@ class PlannedProcess:
     gpus: tuple[int, ...] = ()
     ports: Mapping[str, int] = field(default_factory=dict)
     depends: tuple[str, ...] = ()
+    also: tuple[tuple[str, tuple[int, ...]], ...] = ()
+
+    @property
+    def spots(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Nodes, its own first, with its GPUs there."""
+        return [(self.node, self.gpus), *self.also]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +154,7 @@ def _shown_process(process: PlannedProcess) -> dict[str, Any]:
         "gpus": list(process.gpus),
         "ports": dict(sorted(process.ports.items())),
         "depends": list(process.depends),
+        **({"also": {node: list(gpus) for node, gpus in process.also}} if process.also else {}),
         "argv": list(process.command.shown_argv()),
         "env": process.command.shown_env(),
         "cwd": process.command.cwd or "",

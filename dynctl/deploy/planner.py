@@ -6,6 +6,7 @@ Pure and deterministic: the same recipe, inventory, taken ports and run make the
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from dynctl.command import Command
 from dynctl.deploy.plan import Kept, Plan, PlannedNode, PlannedProcess
@@ -150,7 +151,8 @@ def _replica(
     made: list[PlannedProcess] = []
     for number, command in enumerate(commands):
         made += _part(site, launch, number, command, allocator)
-    return made
+    also = tuple((rank.node, rank.gpus) for rank in ranks[len(commands) :])
+    return [replace(made[0], also=also), *made[1:]]
 
 
 def _part(

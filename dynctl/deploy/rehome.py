@@ -26,7 +26,8 @@ def rehome(
     stay: clients know where they are. Nothing is moved to a node that `room` says is lost. Raises
     PlacementError when there is no room.
     """
-    moved = {(p.role, p.index) for p in old.processes if p.kind == "worker" and p.node in lost}
+    workers = [process for process in old.processes if process.kind == "worker"]
+    moved = {(p.role, p.index) for p in workers if any(node in lost for node, _ in p.spots)}
     return relocate(
         loaded, inventory, old, replace(room, lost={**room.lost, **dict.fromkeys(lost, "")}), moved
     )

@@ -150,9 +150,9 @@ def kept_of(plan: Plan, room: Room) -> Kept:
     placement: dict[tuple[str, int], tuple[Rank, ...]] = {}
     for process in plan.processes:
         if process.kind == "worker":
-            rank = Rank(process.node, addresses[process.node], process.gpus)
+            ranks = [Rank(node, addresses[node], gpus) for node, gpus in process.spots]
             replica = process.role, process.index
-            placement[replica] = (*placement.get(replica, ()), rank)
+            placement[replica] = (*placement.get(replica, ()), *ranks)
     ports = {f"{p.id}:{name}": port for p in plan.processes for name, port in p.ports.items()}
     return Kept(placement, ports, room.gpus)
 
@@ -171,7 +171,7 @@ def _require_places(old: Plan, new: Plan, loaded: LoadedRecipe) -> None:
     for process in was.values():
         wanted = sizes.get(process.role)
         parts = [p for p in was.values() if (p.role, p.index) == (process.role, process.index)]
-        have = sum(len(p.gpus) for p in parts)
+        have = sum(len(gpus) for p in parts for _, gpus in p.spots)
         if wanted is not None and have and have != wanted:
             message = f"a replica of {process.role} would have {wanted} GPUs instead of {have}"
             raise _unrollable(message, loaded.where(f"roles.{process.role}"))
@@ -207,7 +207,7 @@ def ports_taken(plan: Plan, taken: Taken) -> set[tuple[str, int]]:
 
 
 def _gpus(process: PlannedProcess) -> list[tuple[str, int]]:
-    return [(process.node, gpu) for gpu in process.gpus]
+    return [(node, gpu) for node, gpus in process.spots for gpu in gpus]
 
 
 def _unrollable(message: str, where: str) -> RecipeError:

@@ -56,6 +56,6 @@ def _take_over(seat: SeatRecord, fresh: SeatRecord, *, stands_in: bool) -> None:
 
 
 def moved_seats(old: Plan, new: Plan) -> list[str]:
-    """The workers that are on another node in `new`."""
-    was = {process.id: process.node for process in old.processes}
-    return [p.id for p in new.processes if p.kind == "worker" and was.get(p.id) != p.node]
+    """The workers that are on other nodes in `new`."""
+    was = {process.id: [node for node, _ in process.spots] for process in old.processes}
+    return [p.id for p in new.processes if p.kind == "worker" and was.get(p.id) != [n for n, _ in p.spots]]

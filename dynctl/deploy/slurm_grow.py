@@ -16,6 +16,7 @@ from dynctl.deploy.replan import replan
 from dynctl.deploy.room import Room
 from dynctl.deploy.slurm_size import gpus_of_kind, kinds_of, without_spares
 from dynctl.errors import PlacementError
+from dynctl.protocol.instances import Role
 from dynctl.recipe.check import parallel_of
 from dynctl.recipe.load import LoadedRecipe
 from dynctl.recipe.slurm import Slurm
@@ -24,15 +25,24 @@ from dynctl.topology.inventory import AWAITED, Host, Inventory, is_awaited
 _WHY = "it is still to be given"
 
 
-def replan_or_grow(loaded: LoadedRecipe, there: Inventory, old: Plan, room: Room) -> Plan:
+def replan_or_grow(
+    loaded: LoadedRecipe, there: Inventory, old: Plan, room: Room, given: Collection[str] = ()
+) -> Plan:
     """As `replan` on the hosts `there`, with roles on their parts (`slurm_size.on_its_parts`); what has no
-    room on them is planned on nodes that are to be given.
+    room on them is planned on nodes that are to be given. `given` are those of follow-up jobs: ranks that are
+    one step are all on nodes of the deployment's own job, or all on nodes to be given.
 
     Raises as `replan`, PlacementError also when more nodes are no help or are not to be asked for.
     """
     inventory, now = with_awaited(loaded, there, old, room)
+    more = {
+        role for role, one in loaded.recipe.roles.present().items() if one.replicas > old.roles.get(role, 0)
+    }
+    one_step = any(process.also and process.role in more for process in old.processes)
+    within = replace(now, lost={**now.lost, **dict.fromkeys(given, _WHY)}) if one_step else now
+    outside = dict.fromkeys((host.name for host in there.hosts), _WHY) if one_step else {}
     try:
-        return replan(loaded, inventory, old, now)
+        return replan(loaded, inventory, old, within)
     except PlacementError as error:
         if not (loaded.recipe.slurm or Slurm()).follow_up:
             hint = "slurm.follow_up: true would ask Slurm for more nodes"
@@ -41,7 +51,7 @@ def replan_or_grow(loaded: LoadedRecipe, there: Inventory, old: Plan, room: Room
     for _ in range(_gpus_added(loaded, old)):
         inventory = _one_more(loaded, there, inventory, old)
         try:
-            return replan(loaded, inventory, old, room)
+            return replan(loaded, inventory, old, replace(room, lost={**room.lost, **outside}))
         except PlacementError:
             continue
     raise failure
@@ -52,14 +62,15 @@ def with_awaited(loaded: LoadedRecipe, there: Inventory, plan: Plan, room: Room)
     found: dict[str, Host] = {}
     for process in awaiting(plan):
         kind = _kind_of(loaded, process.role)
-        found.setdefault(process.node, _to_be_given(process.node, kind, gpus_of_kind(there, kind)))
+        for node in (name for name, _ in process.spots if is_awaited(name)):
+            found.setdefault(node, _to_be_given(node, kind, gpus_of_kind(there, kind)))
     lost = {**room.lost, **dict.fromkeys(found, _WHY)}
     return replace(there, hosts=(*there.hosts, *found.values())), replace(room, lost=lost)
 
 
 def awaiting(plan: Plan) -> list[PlannedProcess]:
     """The workers that wait for a node."""
-    return [p for p in plan.processes if p.kind == "worker" and is_awaited(p.node)]
+    return [p for p in plan.processes if p.kind == "worker" and any(is_awaited(node) for node, _ in p.spots)]
 
 
 def awaited_groups(plan: Plan, part_of: Sequence[str | None]) -> dict[int, list[int]]:
@@ -69,7 +80,8 @@ def awaited_groups(plan: Plan, part_of: Sequence[str | None]) -> dict[int, list[
     groups: list[tuple[int, set[str]]] = []
     for role, index in sorted({(p.role, p.index) for p in awaiting(plan)}):
         part = next((i for i, one in enumerate(part_of) if one is None or one == role), 0)
-        nodes = {p.node for p in awaiting(plan) if (p.role, p.index) == (role, index)}
+        mine = [p for p in awaiting(plan) if (p.role, p.index) == (role, index)]
+        nodes = {node for p in mine for node, _ in p.spots if is_awaited(node)}
         joined = [group for group in groups if group[1] & nodes]
         nodes |= {node for group in joined for node in group[1]}
         groups = [*(group for group in groups if group not in joined), (part, nodes)]
@@ -102,13 +114,16 @@ def usable(
 
 def _one_more(loaded: LoadedRecipe, there: Inventory, inventory: Inventory, old: Plan) -> Inventory:
     """The inventory with a node more to be given in each part of which a role is to grow."""
-    present = loaded.recipe.roles.present()
-    more = [role for role, one in present.items() if one.replicas > old.roles.get(role, 0)]
     hosts = list(inventory.hosts)
-    for kind in dict.fromkeys(_kind_of(loaded, role) for role in more):
+    for kind in dict.fromkeys(_kind_of(loaded, role) for role in _growing(loaded, old)):
         name = next(n for n in (f"{AWAITED}{i}" for i in count(1)) if n not in {h.name for h in hosts})
         hosts.append(_to_be_given(name, kind, gpus_of_kind(there, kind)))
     return replace(inventory, hosts=tuple(hosts))
+
+
+def _growing(loaded: LoadedRecipe, old: Plan) -> list[Role]:
+    present = loaded.recipe.roles.present()
+    return [role for role, one in present.items() if one.replicas > old.roles.get(role, 0)]
 
 
 def _gpus_added(loaded: LoadedRecipe, old: Plan) -> int:

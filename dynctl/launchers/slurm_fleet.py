@@ -26,7 +26,7 @@ from dynctl.protocol.day2 import ExecReply, NodeRoom
 
 logger = logging.getLogger(__name__)
 
-ENV_STEP, ENV_GROUP = "DYNCTL_STEP", "DYNCTL_STEP_GROUP"
+ENV_STEP, ENV_GROUP, ENV_JOB = "DYNCTL_STEP", "DYNCTL_STEP_GROUP", "DYNCTL_STEP_JOB"
 """Set in every step: engines are to do without Slurm's variables, and GPUs count from the step's own."""
 GENTLE = "URG"
 """What asks a process of ours to end. A signal to a step reaches all processes in it, so it must be one that
@@ -69,8 +69,10 @@ class SlurmFleet:
     def _step(self, launch: Launch) -> Launch:
         """The start of its `srun` here."""
         argv = step_argv(self._site, launch, self._run)
-        group = None if launch.node in self._site.others else self._site.groups.get(launch.node)
+        job = self._site.others.get(launch.node)
+        group = None if job is not None else self._site.groups.get(launch.node)
         marks = {ENV_STEP: "1"} | ({} if group is None else {ENV_GROUP: str(group)})
+        marks |= {} if job is None else {ENV_JOB: job}
         command = Command(argv, {**launch.command.env, **marks}, str(self._run.run_dir), launch.command.files)
         return replace(launch, command=command, withheld=launch.withheld | self._site.withheld(launch.node))
 

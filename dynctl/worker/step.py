@@ -13,6 +13,8 @@ ENV_STEP = "DYNCTL_STEP"
 """Set where processes are steps of a Slurm job."""
 ENV_GROUP = "DYNCTL_STEP_GROUP"
 """Which part of a job of several parts this node is in; not set in others."""
+ENV_JOB = "DYNCTL_STEP_JOB"
+"""The follow-up job that the node is in; not set in the deployment's own."""
 _DEVICES = "CUDA_VISIBLE_DEVICES"
 _OF_SLURM = ("SLURM_", "SLURMD_", "SRUN_", "PMI_", "PMIX_", "PMI2_")
 _OF_THE_JOB = (
@@ -33,7 +35,10 @@ def engine_environment(
     """All variables of the engine: ours, and what is given for it."""
     if ENV_STEP not in own:
         return {**own, **given}
-    kept = _OF_THE_JOB if _is_step(argv) else ("SLURM_CONF",)
+    kept: tuple[str, ...] = ("SLURM_CONF",)
+    if _is_step(argv):
+        # Started from outside its job, a step of one node is told of that node alone.
+        kept = ("SLURM_CONF", "SLURM_WORKING_CLUSTER") if own.get(ENV_JOB) else _OF_THE_JOB
     ours = {k: v for k, v in own.items() if k.startswith(kept) or not k.startswith(_OF_SLURM)}
     devices = {_DEVICES: _renumbered(given[_DEVICES], own.get(_DEVICES, ""))} if _DEVICES in given else {}
     return {**ours, **given, **devices}
@@ -47,6 +52,8 @@ def engine_argv(argv: Sequence[str], own: Mapping[str, str]) -> list[str]:
     made = [mark + _renumbered(a.removeprefix(mark), visible) if a.startswith(mark) else a for a in argv]
     if _is_step(argv) and own.get(ENV_GROUP):
         made.insert(1, f"--het-group={own[ENV_GROUP]}")
+    if _is_step(argv) and own.get(ENV_JOB):
+        made.insert(1, f"--jobid={own[ENV_JOB]}")
     return made
 
 

@@ -12,6 +12,9 @@ from tests.cluster.login import READY_S, Login
 
 STAND_IN = Path(__file__).with_name("stand_in_apptainer.py")
 
+LAUNCH = '#!/bin/sh\n[ "$SLURM_PROCID" = 0 ] && exec "$@"\nexec sleep 86400\n'
+"""Starts ranks of one engine, of which the first serves."""
+
 
 @dataclass(frozen=True)
 class Engines:
@@ -30,6 +33,8 @@ def gpu_engines(login: Login, *sets: str) -> Iterator[Engines]:
     cluster.run_as_user(["touch", image])
     text = f"#!{cluster.python}\n{STAND_IN.read_text()}"
     cluster.run_as_user(["sh", "-c", 'cat > "$0"; chmod 755 "$0"', program], input=text)
+    starter = program.with_name("trtllm-llmapi-launch")
+    cluster.run_as_user(["sh", "-c", 'cat > "$0"; chmod 755 "$0"', starter], input=LAUNCH)
     ask = "from dynctl.engines.mocker import assets_dir; print(assets_dir())"
     model = cluster.run_as_user([cluster.python, "-c", ask]).stdout.strip()
     given = (

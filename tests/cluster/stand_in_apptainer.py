@@ -1,8 +1,8 @@
 """Stands in for `apptainer` on nodes that have none: holds its caller to the contract, then runs the command.
 
 `apptainer exec [--nv] [--bind SRC:DST[:ro]]... IMAGE COMMAND...`: options in front of the image, each source
-and the image there, and the environment handed on. "In the image" is `vllm`, a simulated engine behind its
-command line. What it was called with is left beside the image.
+and the image there, and the environment handed on. "In the image" are `vllm` and `trtllm-serve`, a simulated
+engine behind their command lines. What it was called with is left beside the image.
 """
 
 from __future__ import annotations
@@ -35,9 +35,12 @@ def main() -> None:
     told = {"argv": sys.argv[1:], "gpus": os.environ.get("CUDA_VISIBLE_DEVICES")}
     with open(f"{image}.{os.getpid()}", "w") as note:
         json.dump(told | {"slurm": sorted(k for k in os.environ if k.startswith("SLURM_STEP"))}, note)
-    if [command, *rest[:1]] != ["vllm", "serve"]:
+    given = (
+        rest[1:] if [command, *rest[:1]] == ["vllm", "serve"] else rest if command == "trtllm-serve" else []
+    )
+    if not given:
         fatal(f"exec: {command}: executable file not found in $PATH")
-    os.execv(sys.executable, [sys.executable, "-m", "dynctl.mocker", *simulated(rest[1], rest[2:])])
+    os.execv(sys.executable, [sys.executable, "-m", "dynctl.mocker", *simulated(given[0], given[1:])])
 
 
 def simulated(model: str, given: list[str]) -> list[str]:

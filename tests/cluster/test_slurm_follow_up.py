@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 import pytest
 
 from tests.cluster.commands import eventually
+from tests.cluster.gpu_engines import gpu_engines
 from tests.cluster.login import Login, served
 
 pytestmark = pytest.mark.timeout(300)
@@ -114,3 +115,24 @@ def test_one_whose_deployment_died_ends_by_itself(login: Login) -> None:
             found = login.cluster.run_as_user(["pgrep", "-f", "[s]lurm_keeper --run-dir"], host=head).stdout
             login.cluster.run_as_user(["kill", "-9", *found.split()], host=head)
             eventually(lambda: login.jobs() == [], "both jobs ended", 60)
+
+
+def test_ranks_that_are_one_step_move_together_to_nodes_of_one_job(login: Login) -> None:
+    """The node that is lost has ranks only, started by the engine's step: no worker of ours."""
+    sets = ("backend=trtllm", "slurm.nodes=2", "slurm.no_kill=true", "slurm.mpi=none")
+    with gpu_engines(login, *sets, "roles.aggregated.tensor_parallel=4"):
+        (before,) = workers(login).values()
+        jobs = login.cluster.squeue()
+        nodes = login.cluster.run_as_user(["scontrol", "show", "hostnames", jobs[0].nodes]).stdout.split()
+        (lost,) = set(nodes) - {before}
+        with login.cluster.off(lost):
+            eventually(lambda: workers(login).get("aggregated-0", before) != before, "ready elsewhere", 120)
+            assert len(login.jobs()) == 2
+            told = login.status()["job"]["follow_ups"]
+            (there,) = [one["nodes"] for one in told]
+            hosts = login.cluster.run_as_user(["scontrol", "show", "hostnames", there]).stdout.split()
+            assert len(hosts) == 2
+            assert not set(hosts) & set(nodes)
+            assert '"status":"ready"' in login.health()
+            assert login.run("down", login.name, "--timeout", "5s").returncode == 0
+            assert login.jobs() == []

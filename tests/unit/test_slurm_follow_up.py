@@ -196,3 +196,10 @@ def test_one_that_waits_keeps_off_nodes_that_another_has_got() -> None:
     waits = grows("9")
     acts_now = decide([Lacking(0, 1, grows=True)], [waits, grows("8", "n5")], Nodes(used=["n5"]))
     assert acts_now == [Avoid(waits.follow_up, waits.row, ("n5",))]  # type: ignore[arg-type]
+
+
+def test_nodes_that_must_be_of_one_job_are_not_made_up_of_several() -> None:
+    whole = [Lacking(0, 2, whole=True)]
+    assert decide(whole, [], Nodes()) == [Submit(0, 2)]
+    assert Submit(0, 2) in decide(whole, [grows("8"), grows("9")], Nodes())
+    assert decide([*whole, Lacking(0, 1)], [], Nodes()) == [Submit(0, 2), Submit(0, 1)]

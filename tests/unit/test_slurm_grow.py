@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from dynctl.controller.follow_ups import lost_groups
+from dynctl.controller.moving import crippled
 from dynctl.controller.rolling import Drop, changing, moves
 from dynctl.deploy.plan import Plan
 from dynctl.deploy.planner import build_plan
 from dynctl.deploy.records import initial_state
-from dynctl.deploy.rehome import relocate
+from dynctl.deploy.rehome import rehome, relocate
 from dynctl.deploy.replan import compare
-from dynctl.deploy.reseat import reseat
+from dynctl.deploy.reseat import moved_seats, reseat
 from dynctl.deploy.room import Room
 from dynctl.deploy.seats import RunContext
 from dynctl.deploy.slurm_grow import (
@@ -171,3 +173,54 @@ def test_a_part_of_a_job_keeps_what_it_has_of_the_whole_when_it_is_read_again(tm
         ("1G", "gpu"),
         ("2G", "gpu"),
     ]
+
+
+ONE_STEP = (
+    "backend=trtllm",
+    "roles.decode.tensor_parallel=4",
+    "roles.prefill.tensor_parallel=2",
+    "slurm.mpi=pmix",
+)
+
+
+def spots(plan: Plan, seat: str) -> list[str]:
+    return [node for node, _ in plan.process(seat).spots]
+
+
+def test_ranks_that_are_one_step_keep_all_their_nodes_and_get_more_of_one_job_alone(tmp_path: Path) -> None:
+    there = nodes(2, 2, 2, 2)
+    old = build_plan(load(tmp_path, *ONE_STEP), there, (), RUN)
+    assert len(spots(old, "decode-0")) == 2
+    one_free = next(
+        host.name
+        for host in there.hosts
+        if host.name not in {*spots(old, "decode-0"), *spots(old, "prefill-0")}
+    )
+    grown = load(tmp_path, *ONE_STEP, "roles.decode.replicas=2")
+    new = replan_or_grow(grown, there, old, Room(), given=[one_free])
+    assert spots(new, "decode-0") == spots(old, "decode-0")
+    assert spots(new, "decode-1") == ["node+1", "node+2"], "not one of a follow-up job beside one to be given"
+    assert awaited_groups(new, [None]) == {0: [2]}
+    assert {"decode-1", "decode-1/engine"} == {seat.id for seat in new.processes} - {
+        p.id for p in old.processes
+    }
+
+
+def test_a_replica_leaves_with_all_its_nodes_when_one_with_ranks_alone_is_lost(tmp_path: Path) -> None:
+    there = nodes(2, 2, 2, 2, 2)
+    loaded = load(tmp_path, *ONE_STEP)
+    old = build_plan(loaded, there, (), RUN)
+    head, other = spots(old, "decode-0")
+    state = initial_state(old, 0.0)
+    seat = state.seat("decode-0")
+    assert seat is not None
+    seat.state = "ready"
+    assert crippled(state, {other}, old) == frozenset()
+    seat.state = "backoff"
+    assert crippled(state, {other}, old) == {other}
+    assert crippled(state, {head}, old) == frozenset(), "a worker of ours is there: it is stranded"
+    assert lost_groups(old, {other}) == (set(), [("decode", 2)])
+    assert lost_groups(old, set(spots(old, "prefill-0"))) == (set(spots(old, "prefill-0")), [])
+    new = rehome(loaded, there, old, Room(), {other})
+    assert other not in spots(new, "decode-0")
+    assert moved_seats(old, new) == ["decode-0"]

@@ -66,6 +66,17 @@ def test_gpus_are_counted_from_those_of_the_step() -> None:
     assert engine_argv(["srun", "env", "CUDA_VISIBLE_DEVICES=0,1", "x"], own)[2] == "CUDA_VISIBLE_DEVICES=2,3"
 
 
+def test_ranks_in_a_follow_up_job_find_it_by_its_number() -> None:
+    """What Slurm tells a step that was started from outside the job is about the step's own node."""
+    told = {"SLURM_JOB_ID": "9", "SLURM_JOB_NODELIST": "n3", "SLURM_CONF": "/c"}
+    own = {"DYNCTL_STEP": "1", "DYNCTL_STEP_JOB": "9", "HOME": "/h", **told}
+    assert engine_argv(["srun", "--nodes=2", "x"], own) == ["srun", "--jobid=9", "--nodes=2", "x"]
+    assert engine_argv(["x"], own) == ["x"]
+    kept = engine_environment(["srun"], {}, own)
+    assert {name for name in kept if name.startswith("SLURM")} == {"SLURM_CONF"}
+    assert "SLURM_JOB_NODELIST" in engine_environment(["srun"], {}, {"DYNCTL_STEP": "1", **told})
+
+
 @pytest.mark.parametrize("visible", ["", "0", "GPU-1234"])
 def test_gpus_that_the_step_does_not_have_stay_as_planned(visible: str) -> None:
     own = {"DYNCTL_STEP": "1", "CUDA_VISIBLE_DEVICES": visible}
