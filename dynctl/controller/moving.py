@@ -90,6 +90,8 @@ def stranded(state: RunState, lost: Collection[str]) -> frozenset[str]:
 
 def crippled(state: RunState, lost: Collection[str], plan: Plan) -> frozenset[str]:
     """The lost nodes on which an engine that is gone had ranks, without a worker of ours there."""
+    if not lost:
+        return frozenset()
     heads = {seat.id for seat in state.seats if seat.state in ("lost", "backoff", "starting")}
     spread = [process for process in plan.processes if process.also and process.id in heads]
     return frozenset(node for process in spread for node, _ in process.also if node in lost)

@@ -183,7 +183,7 @@ class SlurmFollowUps:
     async def _let_go(self, lack: Lack, event: str, what: Release) -> None:
         """It is over: its nodes are lost."""
         job = what.follow_up.job.job_id
-        self._ways.fleet.part(job, lack.lost, what.why)
+        self._ways.fleet.part(job, lack.lost, lack.busy, what.why)
         await asyncio.to_thread(self._jobs.forget, lack, what.follow_up)
         if what.failed:
             self._put_off(time.monotonic())

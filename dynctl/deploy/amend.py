@@ -96,6 +96,8 @@ def amend(run: RunDir, loaded: LoadedRecipe, site: Site, inventory: Inventory | 
     lock = lock_text(loaded, site.version)
     if old.target == "slurm":
         loaded, hosts = in_its_job(run, loaded, old)
+        names = {host.name for host in hosts.hosts}
+        room = replace(room, lost={node: why for node, why in room.lost.items() if node in names})
         new = replan_or_grow(loaded, hosts, old, room, given_nodes(run))
         return Amended(run, old, new, loaded, lock, room, hosts)
     hosts = inventory or hosts_of(run, old)

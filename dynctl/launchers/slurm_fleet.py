@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from dynctl import procfs
 from dynctl.command import Command
-from dynctl.errors import SlurmError
+from dynctl.errors import LaunchError, SlurmError
 from dynctl.launchers.base import Launch, Owned, ProcessHandle, RunRef
 from dynctl.launchers.fleet import Ended, LocalFleet, NodeNews, Seated
 from dynctl.launchers.local import LocalLauncher
@@ -53,6 +53,7 @@ class SlurmFleet:
         self._here = LocalFleet(self._launcher, run)
         self._news: list[NodeNews] = []
         self._knocking: dict[str, asyncio.Task[None]] = {}
+        self._given_back: dict[str, str] = {}
         self._asking: asyncio.Task[list[str]] | None = None
         self._asked_at = 0.0
         self.returned: set[str] = set()
@@ -60,6 +61,10 @@ class SlurmFleet:
 
     async def start(self, launch: Launch) -> ProcessHandle:
         """As `Fleet`; the handle is that of `srun`, on the controller's node."""
+        why = self._given_back.get(launch.node)
+        if why is not None:  # it was placed there at the very moment
+            self._news.append(NodeNews(launch.node, False, why))
+            raise LaunchError(f"{launch.node} has been given back: {why}", where=launch.process_id)
         return await self._here.start(self._step(launch))
 
     async def exec(self, launch: Launch, timeout_s: float) -> ExecReply:
@@ -131,15 +136,20 @@ class SlurmFleet:
         self._site = replace(self._site, others={**self._site.others, **dict.fromkeys(nodes, job_id)})
         self._news += [NodeNews(node, True) for node in nodes if node in lost]
         self.returned.difference_update(nodes)
+        for node in nodes:
+            self._given_back.pop(node, None)
         self._asking = None  # what Slurm has said of before is not true of these
 
-    def part(self, job_id: str, lost: Collection[str], why: str) -> None:
-        """A follow-up job has ended: its nodes are lost, those that are not `lost` already."""
+    def part(self, job_id: str, lost: Collection[str], busy: Collection[str], why: str) -> None:
+        """A follow-up job has ended: its `busy` nodes are lost, those that are not `lost` already. Nothing is
+        to be started on the others.
+        """
         left = [node for node, owner in self._site.others.items() if owner == job_id]
         self._site = replace(
             self._site, others={node: job for node, job in self._site.others.items() if job != job_id}
         )
-        self._news += [NodeNews(node, False, why) for node in left if node not in lost]
+        self._given_back.update((node, why) for node in left if node not in busy)
+        self._news += [NodeNews(node, False, why) for node in left if node in busy and node not in lost]
 
     async def signal(self, seated: Seated, signum: int) -> bool:
         """As `Fleet`. SIGTERM is sent as the signal that only our own processes act on."""
@@ -189,8 +199,8 @@ class SlurmFleet:
             return True
 
     async def room(self) -> dict[str, NodeRoom]:
-        """As `Fleet`: none is asked."""
-        return {}
+        """As `Fleet`: none is asked; those that were given back are not to be had."""
+        return {node: NodeRoom(lost=why) for node, why in self._given_back.items()}
 
     async def hold(self, node: str, gpus: Collection[int]) -> None:
         """As `Fleet`: Slurm has given them."""

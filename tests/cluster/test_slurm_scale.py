@@ -39,6 +39,7 @@ def test_replicas_without_room_come_with_a_job_and_it_goes_with_them(login: Logi
         eventually(lambda: len(login.jobs()) == 1, "none but its own", 30)
         events = login.run("events", login.name).stdout
         assert events.count("follow_up.released") == 2
+        assert "node.lost" not in events, "a node that is given back is not lost"
         assert login.run("down", login.name).returncode == 0
         assert login.jobs() == []
 

@@ -12,8 +12,10 @@ from dynctl.deploy.planner import build_plan
 from dynctl.deploy.seats import RunContext
 from dynctl.deploy.slurm_inventory import gpus_by_node
 from dynctl.deploy.slurm_size import assumed
+from dynctl.errors import LaunchError
 from dynctl.launchers.base import Launch, RunRef
-from dynctl.launchers.slurm_fleet import exit_code
+from dynctl.launchers.slurm_client import SlurmClient
+from dynctl.launchers.slurm_fleet import SlurmFleet, exit_code
 from dynctl.launchers.slurm_step import JobSite, step_argv, step_name
 from dynctl.recipe.load import load_recipe
 from dynctl.worker.step import engine_argv, engine_environment
@@ -151,3 +153,19 @@ def test_gpus_of_each_node_are_those_the_job_was_given() -> None:
     )
     lists = {"n[1-2]": ["n1", "n2"], "n5": ["n5"], "n6": ["n6"]}
     assert gpus_by_node(detail, lists.__getitem__) == {"n1": 3, "n2": 3, "n5": 1}
+
+
+async def test_nothing_is_started_on_a_node_that_is_given_back_until_it_is_given_again(
+    tmp_path: Path,
+) -> None:
+    fleet = SlurmFleet(SlurmClient(), JobSite("7"), RunRef("r", tmp_path))
+    fleet.join(["n5", "n6"], "8", ())
+    fleet.part("8", (), ["n6"], "nothing runs on its nodes")
+    assert [(news.node, news.reachable) for news in fleet.news()] == [("n6", False)]
+    assert set(await fleet.room()) == {"n5"}
+    with pytest.raises(LaunchError, match="n5 has been given back: nothing runs on its nodes"):
+        await fleet.start(Launch("decode-0", 1, Command(("true",)), "n5"))
+    assert [(news.node, news.reachable) for news in fleet.news()] == [("n5", False)]
+    fleet.join(["n5"], "9", ["n5"])
+    assert await fleet.room() == {}
+    assert [(news.node, news.reachable) for news in fleet.news()] == [("n5", True)]
