@@ -14,6 +14,10 @@ _USABLE = ("RUNNING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING")
 """States in which a job has its nodes, or is about to."""
 
 
+SETTLED_S = 10.0
+"""After its submission nothing is waited for any more."""
+
+
 @dataclass(frozen=True, slots=True)
 class Seen:
     """A follow-up job as Slurm has it. `row` None: not listed, `fresh`: because it is so new. `waited_s`:
@@ -31,6 +35,14 @@ class Seen:
         if self.row is None:
             return not self.fresh
         return not (self.row.pending or self.row.state in _USABLE)
+
+    @property
+    def unsettled(self) -> bool:
+        """Slurm is about to say which nodes it gets, or why it waits: soon, at least."""
+        row, new = self.row, self.waited_s < SETTLED_S
+        if self.follow_up.nodes or self.over or not new:
+            return False
+        return row is None or (not row.nodes if row.active else not row.reason)
 
     @property
     def hopeless(self) -> str:
@@ -141,6 +153,8 @@ def decide(
         open_[part] -= follow_up.wanted
         coming.setdefault(part, []).append(follow_up.wanted)
         acts += _next(one, seen, nodes)
+    if any(one.unsettled for one in seen):
+        return acts  # the next job must avoid the nodes that this one gets
     return [*acts, *_submits(lacking, coming)]
 
 

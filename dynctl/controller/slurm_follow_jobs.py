@@ -43,6 +43,10 @@ TRY_S = 20.0
 """For a node that has been given to answer."""
 
 
+class GivenTwice(LaunchError):
+    """A job has been given a node that the deployment has already: another one will not be."""
+
+
 @dataclass(frozen=True, slots=True)
 class Ways:
     """What following up works with. `own` are the nodes of the deployment's own job; `stage(site, source,
@@ -141,7 +145,7 @@ class FollowUpJobs:
         names = client.hostnames(row.nodes)
         mine = {*self._ways.own} - lack.lost | {node for one in self.known for node in one.nodes}
         if twice := sorted(mine & set(names)):
-            raise LaunchError(f"job {row.id} was given {' '.join(twice)}, where the deployment is already")
+            raise GivenTwice(f"job {row.id} was given {' '.join(twice)}, where the deployment is already")
         role = kinds_of(loaded)[follow_up.part][0]
         hosts = hosts_of_job(client, row.id, names)
         labelled = tuple(replace(host, labels=(role,) if role is not None else ()) for host in hosts)

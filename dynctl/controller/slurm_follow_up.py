@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from dynctl.controller.follow_ups import Avoid, Forget, Nodes, Release, Seen, Submit, Take, decide
 from dynctl.controller.moving import Lack
-from dynctl.controller.slurm_follow_jobs import FollowUpJobs, Ways
+from dynctl.controller.slurm_follow_jobs import FollowUpJobs, GivenTwice, Ways
 from dynctl.deploy.events import append_event
 from dynctl.deploy.plan import Plan
 from dynctl.deploy.slurm_view import pending_text
@@ -51,7 +51,7 @@ class SlurmFollowUps:
         self._failures = 0
         self._failed_at = self._again_at = 0.0
         self._settled_at = time.monotonic() + (NEW_S if known else 0.0)
-        self._submitted = False
+        self._hurry = False
         self._hopeless = ""
         self._given_up: Plan | None = None
 
@@ -96,7 +96,7 @@ class SlurmFollowUps:
     async def _follow(self) -> None:
         while True:
             self._wake.clear()
-            self._submitted = False
+            self._hurry = False
             try:
                 if self._lack is not None:
                     await self._look(self._lack)
@@ -105,7 +105,7 @@ class SlurmFollowUps:
             except Exception:
                 # The top of a task: what breaks here must not keep the next look from being taken.
                 logger.exception("follow_up.broke")
-            if self._submitted:
+            if self._hurry:
                 await asyncio.sleep(SOON_S)
                 continue
             waits = (self._lack and self._lack.nodes) or any(not one.nodes for one in self._jobs.known)
@@ -118,6 +118,7 @@ class SlurmFollowUps:
     async def _look(self, lack: Lack) -> None:
         lacking, seen = await asyncio.to_thread(self._jobs.facts, lack)
         self._tell_pending(seen)
+        self._hurry = any(one.unsettled for one in seen)
         most_s = (await asyncio.to_thread(self._jobs.options)).grow_within if lacking else 0.0
         new = time.monotonic() < self._settled_at
         for act in decide(lacking, seen, Nodes(lack.busy, lack.lost, self._ways.fleet.returned), most_s):
@@ -146,7 +147,7 @@ class SlurmFollowUps:
 
     async def _submit(self, lack: Lack, what: Submit) -> None:
         now = time.monotonic()
-        if self._submitted or now < self._again_at or (what.grows and lack.plan is self._given_up):
+        if self._hurry or now < self._again_at or (what.grows and lack.plan is self._given_up):
             return
         try:
             made = await asyncio.to_thread(self._jobs.submit, lack, what)
@@ -159,7 +160,7 @@ class SlurmFollowUps:
             wait_s = round(self._again_at - now)
             self._say_once("follow_up.refused", message=str(error), again_in_s=wait_s)
             return
-        self._submitted = True
+        self._hurry = True
         self._say("follow_up.submitted", job=made.job.job_id, nodes=what.nodes)
 
     async def _take(self, lack: Lack, follow_up: FollowUp, row: JobRow) -> None:
@@ -168,7 +169,8 @@ class SlurmFollowUps:
             taken = await asyncio.to_thread(self._jobs.take, lack, follow_up, row)
         except DynctlError as error:
             await asyncio.to_thread(self._jobs.cancel, follow_up)
-            await self._let_go(lack, "follow_up.released", Release(follow_up, str(error), failed=True))
+            failed = not isinstance(error, GivenTwice)
+            await self._let_go(lack, "follow_up.released", Release(follow_up, str(error), failed))
             return
         self._ways.fleet.join(taken.nodes, row.id, lack.lost)
         self.grown += 1

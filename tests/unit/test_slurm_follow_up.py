@@ -57,7 +57,9 @@ def acts(
     lacking: dict[int, int], one: FollowUp | None = None, seen: JobRow | None = None, **nodes: list[str]
 ) -> list[Act]:
     wanted = [Lacking(part, count) for part, count in lacking.items()]
-    return decide(wanted, [Seen(one, seen, fresh=True)] if one is not None else [], Nodes(**nodes))
+    return decide(
+        wanted, [Seen(one, seen, fresh=True, waited_s=60.0)] if one is not None else [], Nodes(**nodes)
+    )
 
 
 def test_one_is_asked_for_once_and_not_again_while_it_waits() -> None:
@@ -148,7 +150,7 @@ def test_what_is_kept_of_them_is_read_again(tmp_path: Path) -> None:
     assert load_follow_ups(tmp_path) == [follow_up("n5", avoid=("n1",))]
 
 
-def grows(job: str, *nodes: str, waited_s: float = 0.0, **more: str) -> Seen:
+def grows(job: str, *nodes: str, waited_s: float = 30.0, **more: str) -> Seen:
     """A job for one more replica."""
     record = JobRecord(job_id=job, name=f"demo-1.follow-{job}", submitted_at=0.0)
     made = FollowUp(job=record, wanted=1, nodes=nodes, started=STARTED if nodes else "", grows=True)
@@ -203,3 +205,13 @@ def test_nodes_that_must_be_of_one_job_are_not_made_up_of_several() -> None:
     assert decide(whole, [], Nodes()) == [Submit(0, 2)]
     assert Submit(0, 2) in decide(whole, [grows("8"), grows("9")], Nodes())
     assert decide([*whole, Lacking(0, 1)], [], Nodes()) == [Submit(0, 2), Submit(0, 1)]
+
+
+def test_the_next_job_waits_until_it_is_known_which_nodes_the_one_before_gets() -> None:
+    more = [Lacking(0, 1, grows=True), Lacking(0, 1, grows=True)]
+    assert decide(more, [grows("8", waited_s=1.0)], Nodes()) == [], "Slurm has not looked at it"
+    waits = grows("8", waited_s=1.0, reason="Resources")
+    assert decide(more, [waits], Nodes()) == [Submit(0, 1, grows=True)]
+    started = Seen(waits.follow_up, row("CONFIGURING", nodes="n5"), waited_s=1.0)
+    assert decide(more, [started], Nodes()) == [Submit(0, 1, grows=True)], "it is known which to avoid"
+    assert decide(more, [grows("8", waited_s=11.0)], Nodes()) == [Submit(0, 1, grows=True)]
