@@ -103,8 +103,14 @@ class Plan:
         raise KeyError(process_id)
 
     def to_json(self) -> str:
-        """The stored form, whole and unmasked: for a file of mode 0600. Same plan, same bytes."""
-        return msgspec.json.format(msgspec.json.encode(self, order="sorted"), indent=2).decode() + "\n"
+        """The stored form, whole and unmasked: for a file of mode 0600. Same plan, same bytes, also from the
+        release before: what it did not know is left out where it is empty.
+        """
+        whole = msgspec.to_builtins(self, order="sorted")
+        for process in whole["processes"]:
+            if not process["also"]:
+                del process["also"]
+        return msgspec.json.format(msgspec.json.encode(whole), indent=2).decode() + "\n"
 
     @staticmethod
     def from_json(text: str | bytes) -> Plan:

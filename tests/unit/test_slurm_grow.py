@@ -224,3 +224,10 @@ def test_a_replica_leaves_with_all_its_nodes_when_one_with_ranks_alone_is_lost(t
     new = rehome(loaded, there, old, Room(), {other})
     assert other not in spots(new, "decode-0")
     assert moved_seats(old, new) == ["decode-0"]
+
+
+def test_a_plan_without_such_ranks_is_stored_as_by_the_release_before(tmp_path: Path) -> None:
+    """A controller of that release compares the bytes that a plan was made from."""
+    plain, spread = (build_plan(load(tmp_path, *sets), nodes(2, 2, 2, 2), (), RUN) for sets in ((), ONE_STEP))
+    assert '"also"' not in plain.to_json()
+    assert [Plan.from_json(plan.to_json()) for plan in (plain, spread)] == [plain, spread]
