@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from dynctl.controller.moves import (
     Begin,
     Event,
     Exited,
-    Finish,
     Gone,
     Instruction,
     Kill,
@@ -33,8 +32,8 @@ from dynctl.controller.moves import (
 )
 from dynctl.controller.rolling import Drop, Halt, Open, Part, changing, moves, settled
 from dynctl.controller.verdict import URGENCY, Failure, describe_exit, gives_up, reason_of, signature
-from dynctl.deploy.state import RunState, SeatKind, SeatRecord, stop_margin_of
-from dynctl.protocol.deployment import Phase
+from dynctl.controller.way_down import WayDown
+from dynctl.deploy.state import RunState, SeatRecord, stop_margin_of
 from dynctl.topology.inventory import is_awaited
 
 HURRY_S = 2.0
@@ -71,16 +70,6 @@ class _Watch:
     """Whether it has ever been asked to end: the controller before may have died on the point of it."""
 
 
-@dataclass(slots=True)
-class _Stopping:
-    """How far the way down has come: `stage` is who is being ended now."""
-
-    drain_s: float
-    stage: Literal["frontend", "worker", "killed"] = "frontend"
-    deadline: float = 0.0
-    final: Phase = "stopped"
-
-
 class Supervisor:
     """Keeps `state` true to what happens and says what to do."""
 
@@ -88,8 +77,7 @@ class Supervisor:
         self.state = state
         self._times = times or Times()
         self._watch: dict[str, _Watch] = defaultdict(_Watch)
-        self._stopping: _Stopping | None = None
-        self._finished = False
+        self._stopping: WayDown | None = None
         self._lost_nodes: dict[str, str] = {}
         self._out: list[Instruction] = []
         self._handlers: dict[type, Callable[[Any, float], None]] = {
@@ -118,7 +106,7 @@ class Supervisor:
             self._roll(now)
             self._judge_phase()
         else:
-            self._go_down(self._stopping, now)
+            self._stopping.go_on(now)
         out, self._out = self._out, []
         return out
 
@@ -405,59 +393,10 @@ class Supervisor:
 
     def _stop(self, event: Stop, now: float) -> None:
         if self._stopping is not None:
-            # Asked again: only ever sooner.
-            limit = now + self._way_down(event.drain_s)
-            self._stopping.deadline = min(self._stopping.deadline, limit)
-            self._stopping.drain_s = min(self._stopping.drain_s, event.drain_s)
+            self._stopping.sooner(event.drain_s, now)
             return
-        self._stopping = _Stopping(event.drain_s, final="failed" if event.failure else "stopped")
-        self.state.phase = "stopping"
-        self.state.reason = event.failure
-        self._out.append(Note("deployment.stopping", {"drain_s": event.drain_s, "reason": event.failure}))
-        for seat in self.state.seats:
-            if not seat.pid and seat.state != "failed":
-                seat.state = "stopped"
-        self._enter("frontend", now)
-
-    def _enter(self, stage: SeatKind, now: float) -> None:
-        """Ask the processes of one kind to end."""
-        stopping = self._stopping
-        assert stopping is not None
-        stopping.stage = stage
-        wait = self._way_down(stopping.drain_s)
-        stopping.deadline = now + wait
-        for seat in self._alive(stage):
-            seat.state = "stopping"
-            if wait:
-                self._out.append(Terminate(seat.id))
-
-    def _way_down(self, drain_s: float) -> float:
-        """Seconds for one kind of processes to drain and exit; 0 = they are killed at once."""
-        return drain_s + stop_margin_of(self.state) if drain_s else 0.0
-
-    def _go_down(self, stopping: _Stopping, now: float) -> None:
-        if self._finished:
-            return
-        if stopping.stage == "frontend" and not self._alive("frontend"):
-            self._enter("worker", now)
-        left = self._alive("frontend") + self._alive("worker")
-        late = now >= stopping.deadline
-        if not left or (late and stopping.stage == "killed"):
-            self._finish(stopping)
-        elif late:
-            stopping.stage, stopping.deadline = "killed", now + self._times.kill_s
-            for seat in left:
-                seat.state = "stopping"
-                self._out.append(Kill(seat.id, seat.incarnation))
-
-    def _finish(self, stopping: _Stopping) -> None:
-        self._finished = True
-        for seat in self.state.seats:
-            if seat.pid and seat.node in self._lost_nodes:
-                self._note("process.left_behind", seat, node=seat.node)
-        self.state.phase = stopping.final
-        self._out.append(Note(f"deployment.{stopping.final}", {"reason": self.state.reason}))
-        self._out.append(Finish())
+        self._stopping = WayDown(self.state, self._lost_nodes, self._put, self._times.kill_s)
+        self._stopping.begin(event, now)
 
     # What it all means
 
@@ -480,11 +419,6 @@ class Supervisor:
         if state.phase != before:
             self._out.append(Note(f"deployment.{state.phase}", {"reason": state.reason}))
 
-    def _alive(self, kind: SeatKind) -> list[SeatRecord]:
-        """Who lives and can be ended: not what is on a lost node."""
-        alive = [seat for seat in self.state.seats if seat.kind == kind and seat.pid]
-        return [seat for seat in alive if seat.node not in self._lost_nodes]
-
     def _current(self, seat_id: str, incarnation: int) -> SeatRecord | None:
         """The seat, if this incarnation of it is the current one."""
         seat = self.state.seat(seat_id)
@@ -492,6 +426,9 @@ class Supervisor:
 
     def _start_wait(self, seat: SeatRecord) -> float:
         return seat.start_timeout_s + self._times.start_margin_s
+
+    def _put(self, instruction: Instruction) -> None:
+        self._out.append(instruction)
 
     def _note(self, event: str, seat: SeatRecord, **fields: Any) -> None:
         kept = {k: v for k, v in fields.items() if v is not None}
