@@ -156,7 +156,7 @@ def _rules(rules: dict[str, Any], seen: DeploymentView, last: list[Entry]) -> li
             str(one["max_replicas"]),
             str(one["gpus"]),
             str(floors.get(role) or "-"),
-            one["costs"],
+            one["costs"] + (f" ({one['no_estimate']})" if one["no_estimate"] else ""),
         ]
         for role, one in rules["roles"].items()
     ]

@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import msgspec
 import typer
 
 from dynctl.cli import options
-from dynctl.cli.profile_measured_view import measured_lines
-from dynctl.cli.profile_view import choice_text
-from dynctl.cli.render import data, json_data, program, prose
+from dynctl.cli.profile_write import Wanted, finish
+from dynctl.cli.render import prose
 from dynctl.engines.catalog import get
-from dynctl.errors import ProfileError, UsageError
-from dynctl.perfmodel.choice import Choice, Demand, Option, Sla
+from dynctl.errors import UsageError
+from dynctl.perfmodel.choice import Demand, Sla
 from dynctl.perfmodel.gpus import Gpu, gpu_named
-from dynctl.perfmodel.profile import Profile, load_profile
+from dynctl.perfmodel.profile import load_profile
 from dynctl.perfmodel.roofline import Roofline
 from dynctl.profiler.aiconfigurator import AiConfigurator
-from dynctl.profiler.estimators import estimator_for, shape_for
-from dynctl.profiler.npz import write_npz
-from dynctl.profiler.outcome import Measurement
-from dynctl.profiler.recipe_out import recipe_text
-from dynctl.profiler.report.told import Told
-from dynctl.profiler.report.write import write_report
+from dynctl.profiler.estimators import estimator_for
 from dynctl.profiler.request import demand_from, sla_of
-from dynctl.profiler.service import Asked, Outcome, run
+from dynctl.profiler.service import Asked, run
 from dynctl.recipe.check import check_recipe, parallel_of
+from dynctl.recipe.costs import shape_for
 from dynctl.recipe.load import LoadedRecipe, load_recipe
 from dynctl.recipe.schema import RoleSection
 from dynctl.topology.inventory import Host, Inventory
 from dynctl.topology.inventory_file import inventory_for
-
-_RECIPE = "recipe.yaml"
 
 SlaOption = Annotated[
     str,
@@ -157,17 +148,15 @@ def profile(  # noqa: PLR0913 - one parameter for each option of the verb
     asked = asked_of(loaded, machines, sla_of(sla, loaded.recipe.sla), demand)
     measured = [(str(path), load_profile(path)) for path in profiles or ()]
     asked = replace(asked, measured=measured, most=rate is None and trace is None)
-    folder = out or Path(f"profile-{loaded.recipe.name}")
+    wanted = Wanted(out or Path(f"profile-{loaded.recipe.name}"), inventory, json_)
     if estimate_only:
         outcome = run(asked)
-        return finish(asked, folder, outcome, usable=outcome.choice.chosen is not None, as_json=json_)
+        return finish(asked, wanted, outcome, usable=outcome.choice.chosen is not None)
     from dynctl.cli.profile_measure import How, measured_choice, tell_measured
 
-    found = measured_choice(asked, folder, How(budget, resume, parallel, inventory, gpu))
+    found = measured_choice(asked, wanted.folder, How(budget, resume, parallel, inventory, gpu))
     tell_measured(found.measurement, found.usable)
-    return finish(
-        asked, folder, found.outcome, usable=found.usable, as_json=json_, measured=found.measurement
-    )
+    return finish(asked, wanted, found.outcome, usable=found.usable, measured=found.measurement)
 
 
 def _check_numbers(gpus: int | None, parallel: int, budget: float) -> None:
@@ -176,22 +165,6 @@ def _check_numbers(gpus: int | None, parallel: int, budget: float) -> None:
         raise UsageError(f"--gpus must be 1 or more, not {gpus}")
     if parallel < 0 or not budget > 0:
         raise UsageError("--parallel and --budget must be above 0")
-
-
-def finish(
-    asked: Asked,
-    folder: Path,
-    outcome: Outcome,
-    *,
-    usable: bool,
-    as_json: bool,
-    measured: Measurement | None = None,
-) -> int:
-    """Write a choice that is of use, tell it; the exit code."""
-    written = write_files(folder, asked.loaded, outcome) if usable else []
-    written += write_pages(folder, asked, outcome, written, measured)
-    tell(outcome, asked.loaded, written, as_json=as_json, measured=measured)
-    return 0 if usable else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,135 +228,3 @@ def invented(gpus: int, per_node: int) -> Inventory:
     return Inventory(
         tuple(Host(f"node-{i}", f"node-{i}", size) for i, size in enumerate(sizes)), f"{gpus} GPUs"
     )
-
-
-def write_files(folder: Path, loaded: LoadedRecipe, outcome: Outcome) -> list[Path]:
-    """The recipe, the profiles and the choice; the paths, the recipe first."""
-    chosen = outcome.choice.chosen
-    assert chosen is not None
-    folder.mkdir(parents=True, exist_ok=True)
-    recipe = folder / _RECIPE
-    recipe.write_text(recipe_text(loaded, chosen, head_of(chosen, loaded.file)), encoding="utf-8")
-    written = [recipe]
-    by_role: dict[str, Profile] = {}
-    for pool in chosen.pools:
-        by_role[pool.role] = outcome.profiles[pool.layout]
-        path = folder / f"profile-{pool.role}.json"
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(by_role[pool.role]), indent=1) + b"\n")
-        written.append(path)
-    path = folder / "choice.json"
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(as_object(outcome.choice)), indent=1) + b"\n")
-    written.append(path)
-    try:
-        first, last = by_role.get("prefill"), by_role.get("decode")
-        both = by_role.get("aggregated")
-        longest = max(int(outcome.profiles[pool.layout].prefill.tokens[-1]) for pool in chosen.pools)
-        write_npz(folder, first or both or last, last or both or first, min(longest, 32768))  # type: ignore[arg-type]
-        written.append(folder / "selected_prefill_interpolation")
-    except ProfileError as error:
-        prose(f"no npz files for Dynamo: {error}", style="warning")
-    return written
-
-
-def write_pages(
-    folder: Path,
-    asked: Asked,
-    outcome: Outcome,
-    written: list[Path],
-    measured: Measurement | None = None,
-) -> list[Path]:
-    """The report for people, on what was written already. What is missing for it is said, no more."""
-    told = Told(
-        name=asked.loaded.recipe.name,
-        recipe=asked.loaded.file,
-        choice=outcome.choice,
-        profiles=outcome.profiles,
-        gpus=asked.gpus,
-        next_command=next_command(written),
-        measured=measured,
-    )
-    try:
-        pages, missing = write_report(folder, told)
-    except OSError as error:
-        prose(f"no report: {error}", style="warning")
-        return []
-    if missing:
-        prose(f"no plots in the report: {missing}", style="warning")
-    return pages
-
-
-def next_command(written: list[Path]) -> str:
-    """What to run with the recipe that was written; "" when none was."""
-    recipe = next((path for path in written if path.name == _RECIPE), None)
-    return f"{program()} up {shlex.quote(str(recipe))}" if recipe else ""
-
-
-def head_of(chosen: Option, file: str) -> str:
-    """What the written recipe says of itself."""
-    predicted = chosen.predicted
-    return (
-        f"{file} with the roles that dynctl profile has chosen: {chosen.label}.\n"
-        f"Estimated: TTFT {predicted.ttft_s * 1000:.0f} ms, ITL {predicted.itl_s * 1000:.1f} ms, "
-        f"up to {predicted.capacity:.3g} requests/s."
-    )
-
-
-def tell(
-    outcome: Outcome,
-    loaded: LoadedRecipe,
-    written: list[Path],
-    *,
-    as_json: bool,
-    measured: Measurement | None = None,
-) -> None:
-    """The choice on standard output, where things are and what comes next on standard error."""
-    if as_json:
-        told = {**as_object(outcome.choice), "files": [str(path) for path in written]}
-        json_data({**told, "measured": msgspec.to_builtins(measured)} if measured else told)
-    else:
-        data(choice_text(outcome.choice, loaded.recipe.name))
-        if measured is not None:
-            data("\n".join(measured_lines(measured)))
-    if written:
-        prose(f"wrote {', '.join(path.name for path in written)} to {written[0].parent}", style="dim")
-    if command := next_command(written):
-        prose(f"next: {command}")
-
-
-def as_object(choice: Choice) -> dict[str, Any]:
-    """The choice for scripts: values as they are, layouts with their label and GPUs, lengths as means."""
-    demand: Demand = choice.demand
-    return {
-        "sla": msgspec.to_builtins(choice.sla),
-        "demand": {"rate": demand.rate, "isl": demand.isl, "osl": demand.osl, "hit_rate": demand.hit_rate},
-        "chosen": option_object(choice.chosen) if choice.chosen else None,
-        "why": choice.why,
-        "options": [option_object(option) for option in choice.options],
-        "sensitivity": [
-            {
-                "what": one.what,
-                "factor": one.factor,
-                "holds": one.holds,
-                "option": one.option.label if one.option else None,
-            }
-            for one in choice.sensitivity
-        ],
-        "rejected": [
-            {"layout": one.layout.label, "role": one.role, "reason": one.reason} for one in choice.refused
-        ],
-    }
-
-
-def option_object(option: Option) -> dict[str, Any]:
-    """One option for scripts."""
-    return {
-        "label": option.label,
-        "mode": option.mode,
-        "gpus": option.gpus,
-        "roles": {
-            pool.role: {**msgspec.to_builtins(pool), "gpus": pool.gpus, "label": pool.layout.label}
-            for pool in option.pools
-        },
-        "predicted": msgspec.to_builtins(option.predicted),
-        "misses": list(option.misses),
-    }

@@ -48,9 +48,8 @@ class How:
 
 def measured_choice(asked: Asked, folder: Path, how: How) -> Found:
     """Measure, choose and try; on Ctrl-C or SIGTERM KeyboardInterrupt, when all that was started is ended."""
-    engine, recipe = get(asked.loaded.recipe.backend), asked.loaded.recipe
-    on_gpus = engine.features.gpus and recipe.engine.device == "gpu"
-    if on_gpus and recipe.target == "local" and asked.inventory.source.endswith(" GPUs"):
+    recipe = asked.loaded.recipe
+    if on_gpus(asked) and recipe.target == "local" and asked.inventory.source.endswith(" GPUs"):
         raise UsageError(
             "no GPU is found on this machine to measure with",
             where=asked.loaded.where("target"),
@@ -83,16 +82,16 @@ def stage_of(asked: Asked, folder: Path, how: How, parts: tuple[str, Journal, Pr
     run, journal, shown = parts
     recipe = asked.loaded.recipe
     options = [] if how.inventory is None else ["--inventory", str(how.inventory)]
-    hosts = tuple((host.name, host.gpus) for host in asked.inventory.hosts) if recipe.target == "ssh" else ()
-    if any(not gpus for _, gpus in hosts):
-        hosts = ()
+    hosts = hosts_of(asked, how) if recipe.target == "ssh" else ()
+    # By SSH nobody keeps two deployments from the same GPUs but the slots, which need to know them.
+    one_by_one = recipe.target == "ssh" and not hosts and on_gpus(asked)
     return Stage(
         asked=asked,
         run=run,
         folder=folder,
         starts=Starts(run, dict(os.environ), tuple(options)),
         journal=journal,
-        slots=Slots(asked.gpus, how.parallel or (_MANY if hosts or recipe.target != "ssh" else 1), hosts),
+        slots=Slots(asked.gpus, how.parallel or (1 if one_by_one else _MANY), hosts),
         shown=shown,
         ends_s=time.monotonic() + how.budget_s,
         api_key=secrets.token_urlsafe(24),
@@ -101,6 +100,21 @@ def stage_of(asked: Asked, folder: Path, how: How, parts: tuple[str, Journal, Pr
         version=engine_version(asked.loaded),
         spread=_WILD if isinstance(asked.estimator, Guess) else 1.0,
     )
+
+
+def hosts_of(asked: Asked, how: How) -> tuple[tuple[str, int], ...]:
+    """The hosts by SSH and how many GPUs each has, by which candidates get hosts of their own; () when some
+    do not tell.
+    """
+    there = inventory_for(asked.loaded.recipe, asked.loaded.file, how.inventory)
+    hosts = tuple((host.name, host.gpus) for host in there.hosts)
+    return hosts if all(gpus for _, gpus in hosts) else ()
+
+
+def on_gpus(asked: Asked) -> bool:
+    """Whether the engine runs on GPUs: not simulated, not on CPUs."""
+    recipe = asked.loaded.recipe
+    return get(recipe.backend).features.gpus and recipe.engine.device == "gpu"
 
 
 def engine_version(loaded: LoadedRecipe) -> str:

@@ -122,7 +122,7 @@ def simulate(  # noqa: PLR0913 - one parameter for each option of the verb
     for warning in check_recipe(loaded):
         prose(str(warning), style="warning")
     level = sla_of("", loaded.recipe.sla)
-    config = config_of(loaded, gpus)
+    config = config_of(loaded, gpus, gpu)
     if config is not None:
         config = dataclasses.replace(config, sla=level, boot_s=boot if boot is not None else config.boot_s)
     costs = Costs(_by_role(profiles or (), loaded), gpu)

@@ -409,6 +409,8 @@ class Engine(Protocol):
     media_name: str
     """The field of a chat's media parts that takes a name of the caller's, by which its KV events and block
     hashes know what is in them; "" = it makes names of its own."""
+    file_arguments: frozenset[str]
+    """Arguments that name a file beside the recipe: their paths are made whole."""
     key_variable: str
     """The environment variable that makes it ask for an API key; "" = there is none."""
     transfers: Mapping[str, PrefillDecode]

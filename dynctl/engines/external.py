@@ -56,6 +56,7 @@ class External:
     sequences_argument = ""
     cached_argument = ""
     media_name = ""
+    file_arguments: frozenset[str] = frozenset()
     key_variable = ""
     continuation = CONTINUES_AND_HOLDS_BACK
     transfers: Mapping[str, PrefillDecode] = {}

@@ -120,6 +120,7 @@ class Mocker:
     sequences_argument = "max-num-seqs"
     cached_argument = ""
     media_name = "uuid"
+    file_arguments = frozenset({"profile"})
     key_variable = "VLLM_API_KEY"
     continuation = CONTINUES_AND_HOLDS_BACK
     transfers: Mapping[str, PrefillDecode] = {"nixl": NixlPull()}

@@ -75,6 +75,7 @@ class Sglang:
     sequences_argument = "max-running-requests"
     cached_argument = "enable-cache-report"
     media_name = ""
+    file_arguments: frozenset[str] = frozenset()
     key_variable = ""
     """Its key can be kept from the command line by --config, but it prints all its arguments in its log."""
     continuation = CONTINUES_MESSAGE

@@ -80,6 +80,7 @@ class Trtllm:
     sequences_argument = "max_batch_size"
     cached_argument = ""
     media_name = ""
+    file_arguments: frozenset[str] = frozenset()
     key_variable = ""
     continuation = Continuation(chat=None, completion_tokens=None)
     transfers: Mapping[str, PrefillDecode] = dict.fromkeys(BACKENDS, ContextFirst())

@@ -125,6 +125,7 @@ class Vllm:
     sequences_argument = "max-num-seqs"
     cached_argument = "enable-prompt-tokens-details"
     media_name = "uuid"
+    file_arguments: frozenset[str] = frozenset()
     key_variable = "VLLM_API_KEY"
     continuation = CONTINUES_AND_HOLDS_BACK
     transfers: Mapping[str, PrefillDecode] = {"nixl": NixlPull(), **dict.fromkeys(_PROTOCOLS, Mooncake())}

@@ -16,7 +16,7 @@ from dynctl.protocol.instances import Role
 
 _FULL = 0.95
 """How busy workers may be when nothing is asked of their times."""
-_FIRST_STEPS = 1.5
+FIRST_STEPS = 1.5
 """After a prompt's KV has come: half of the step that runs, and its own."""
 _POINTS = 16
 _MOST_CV = 3.0
@@ -132,7 +132,7 @@ class Costs:
         if profile is None:
             return 0.0
         writer = Decode(profile, mix, self.sla.itl_s)
-        return _FIRST_STEPS * profile.decode_s(max(1, writer.seats), mix.context)
+        return FIRST_STEPS * profile.decode_s(max(1, writer.seats), mix.context)
 
 
 def batched_of(profile: Profile) -> int:

@@ -22,7 +22,8 @@ Predictor = Literal["constant", "moving_average", "arima", "kalman", "seasonal"]
 class RoleConfig:
     """One role: so many replicas at least and at most, GPUs of one replica.
 
-    `profile`: what a replica costs; None = it is learnt from what is seen. `limits`: of a replica, where the
+    `profile`: what a replica costs, corrected by what is seen where its source is an estimate; None = it is
+    learnt from what is seen alone, as `unestimated` gives the reason. `limits`: of a replica, where the
     profile tells none; the KV in them is replaced by what engines tell.
     """
 
@@ -31,6 +32,7 @@ class RoleConfig:
     gpus: int = 1
     profile: Profile | None = None
     limits: Limits | None = None
+    unestimated: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import msgspec
 
 from dynctl.perfmodel.profile import Profile
-from dynctl.planner.capacity import Costs, Forecast
+from dynctl.planner.capacity import FIRST_STEPS, Costs, Forecast
 from dynctl.planner.config import PlannerConfig
 from dynctl.planner.observe import Observation, RoleLoad
 from dynctl.planner.predict import predict
-from dynctl.planner.regress import Sample, fit_decode, fit_prefill, profile_of
+from dynctl.planner.regress import Sample, corrected, fit_decode, fit_prefill, profile_of
 from dynctl.protocol.instances import Role
 
 _PAST = 2000
@@ -162,7 +163,7 @@ def take(state: PlannerState, seen: Observation, config: PlannerConfig, now: flo
         window.told_answers += max(1, seen.arrivals)
     state.kv_tokens = seen.kv_tokens or state.kv_tokens
     _smooth(state, seen)
-    if any(one.profile is None for one in config.roles.values()):
+    if any(one.profile is None or one.profile.source == "estimate" for one in config.roles.values()):
         _learn(state, seen)
     _see_boots(state, seen, now)
     if window.span_s < config.interval_s * 0.999:
@@ -198,7 +199,9 @@ def forecast_of(state: PlannerState, config: PlannerConfig) -> Forecast | None:
 
 
 def costs_of(state: PlannerState, config: PlannerConfig) -> tuple[Costs, dict[Role, str]]:
-    """Costs of a replica by role, as far as known, and where from: a profile's source, or learnt."""
+    """Costs of a replica by role, as far as known, and where from: a profile's source, an estimate that was
+    corrected, or learnt.
+    """
     profiles: dict[Role, Profile] = {}
     sources: dict[Role, str] = {}
     learns = any(one.profile is None for one in config.roles.values())
@@ -208,6 +211,11 @@ def costs_of(state: PlannerState, config: PlannerConfig) -> tuple[Costs, dict[Ro
         limits = bounds.limits
         if limits is not None and state.kv_tokens:
             limits = msgspec.structs.replace(limits, kv_tokens=state.kv_tokens)
+        if bounds.profile is not None and bounds.profile.source == "estimate":
+            estimate = _with_room(bounds.profile, state)
+            profiles[role], seen = corrected(estimate, state.prefill, state.decode, _after_s(config))
+            sources[role] = "estimate, corrected" if seen else "estimate"
+            continue
         if bounds.profile is not None:
             profile = bounds.profile
             profiles[role] = msgspec.structs.replace(profile, limits=profile.limits or limits)
@@ -217,6 +225,25 @@ def costs_of(state: PlannerState, config: PlannerConfig) -> tuple[Costs, dict[Ro
         if known.get(role, prefill is not None and decode is not None):
             profiles[role], sources[role] = profile_of(prefill, decode, limits), "learnt"
     return Costs(config.sla, config.routing, profiles), sources
+
+
+def _after_s(config: PlannerConfig) -> Callable[[float], float]:
+    """What the model adds to the reading of a prompt before its first token, on idle workers: where answers
+    are written apart, its KV moves and is waited for by a step.
+    """
+    writer = config.roles.get("decode")
+    profile = writer.profile if writer else None
+    if profile is None:
+        return lambda tokens: 0.0
+    return lambda tokens: profile.transfer_s(round(tokens)) + FIRST_STEPS * profile.decode_s(1, tokens)
+
+
+def _with_room(profile: Profile, state: PlannerState) -> Profile:
+    """An estimate with the KV that engines tell."""
+    if profile.limits is None or not state.kv_tokens:
+        return profile
+    limits = msgspec.structs.replace(profile.limits, kv_tokens=state.kv_tokens)
+    return msgspec.structs.replace(profile, limits=limits)
 
 
 def _smooth(state: PlannerState, seen: Observation) -> None:

@@ -3,6 +3,8 @@
     prefill   t = a + b * prompt tokens computed
     decode    t = a + b * requests + c * tokens held        (b, c >= 0)
 
+An estimate is corrected by the same samples: they count as points that were measured, if badly.
+
 Samples are kept in buckets of what they were seen at, at most so many in all; the oldest of the fullest
 bucket goes first. So a long quiet time does not push out what was seen under load.
 """
@@ -10,14 +12,17 @@ bucket goes first. So a long quiet time does not push out what was seen under lo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from dynctl.perfmodel.fit import NOISE, decode_row, prefill_row, refitted
 from dynctl.perfmodel.profile import VERSION, DecodeGrid, Limits, PrefillCurve, Profile, Transfer
 
 ENOUGH = 5
 """Samples from which on a line is drawn."""
 _SAMPLES = 64
+_TRUST = 0.2
+"""How far a sample may be off, as a share of it: it is the mean over what came in one look."""
 _SIDE = 4
 """Buckets along each of two sizes; 16 along one."""
 _LIMITS = Limits(kv_tokens=1 << 20, sequences=256, batched_tokens=8192)
@@ -94,6 +99,24 @@ def fit_decode(sample: Sample) -> tuple[float, float, float] | None:
         line = _line([(kv, t) for _, kv, t in rows])
         return (line[0], 0.0, line[1]) if line else None
     return full
+
+
+def corrected(
+    estimate: Profile, prefill: Sample, decode: Sample, after_s: Callable[[float], float]
+) -> tuple[Profile, bool]:
+    """The estimate brought to what was seen, and whether anything was: reading and steps each from `ENOUGH`
+    samples on. `after_s`: of a time to first token, what comes after the reading of so many tokens.
+    """
+    reading = [
+        prefill_row(at[0], own_s)
+        for at, seconds in prefill.points
+        if (own_s := seconds - after_s(at[0])) > 0.0
+    ]
+    steps = [decode_row(at[0], at[1] / at[0], seconds) for at, seconds in decode.points if at[0] > 0.0]
+    reading, steps = (rows if len(rows) >= ENOUGH else [] for rows in (reading, steps))
+    if not reading and not steps:
+        return estimate, False
+    return refitted(estimate, reading, steps, NOISE / _TRUST), True
 
 
 def profile_of(

@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import msgspec
+
+from dynctl import hostfacts
 from dynctl.engines.arguments import step_tokens
 from dynctl.engines.base import ArgValue, Engine
 from dynctl.engines.catalog import get
 from dynctl.errors import PlannerError, ProfileError
 from dynctl.perfmodel.choice import Sla
+from dynctl.perfmodel.gpus import gpu_named
 from dynctl.perfmodel.profile import Limits, Profile, load_profile
 from dynctl.perfmodel.queueing import Routing
 from dynctl.planner.config import PlannerConfig, RoleConfig
 from dynctl.protocol.instances import Role
 from dynctl.recipe.check_planner import differences, layout_of, profile_path
+from dynctl.recipe.costs import estimator_of
 from dynctl.recipe.load import LoadedRecipe
 from dynctl.recipe.schema import Recipe, RoleSection
 
@@ -26,9 +31,11 @@ _BATCHED = 8192
 _ROUTING: dict[str, Routing] = {"round_robin": "round_robin", "random": "random", "consistent_hash": "random"}
 
 
-def config_of(loaded: LoadedRecipe, gpus: int) -> PlannerConfig | None:
-    """The planner's rules; None when the recipe has none or it is off. `gpus`: of the deployment's hosts.
+def config_of(loaded: LoadedRecipe, gpus: int, kind: str = "") -> PlannerConfig | None:
+    """The planner's rules; None when the recipe has none or it is off. `gpus`: of the deployment's hosts,
+    `kind`: which they are, where the recipe does not say; "" = those of this machine.
 
+    Roles without a profile have an estimate, or the reason why there is none.
     Raises PlannerError for a profile that cannot be used, or when nothing is asked for.
     """
     recipe = loaded.recipe
@@ -47,7 +54,7 @@ def config_of(loaded: LoadedRecipe, gpus: int) -> PlannerConfig | None:
             percentile=float(recipe.sla.percentile.removeprefix("p")) / 100.0,
         ),
         roles={
-            role: _role(loaded, engine, (role, section), budget)
+            role: _role(loaded, engine, (role, section), (budget, kind))
             for role, section in recipe.roles.present().items()
         },
         mode=planner.mode,
@@ -65,20 +72,65 @@ def config_of(loaded: LoadedRecipe, gpus: int) -> PlannerConfig | None:
     )
 
 
-def _role(loaded: LoadedRecipe, engine: Engine, one: tuple[Role, RoleSection], budget: int) -> RoleConfig:
-    role, section = one
+def _role(
+    loaded: LoadedRecipe, engine: Engine, one: tuple[Role, RoleSection], gpus_: tuple[int, str]
+) -> RoleConfig:
+    (role, section), (budget, kind) = one, gpus_
     recipe = loaded.recipe
     assert recipe.planner is not None
     bounds, gpus = getattr(recipe.planner.roles, role), layout_of(section).gpus
     args = {**recipe.engine.args, **section.args}
     most = bounds.max_replicas or (max(bounds.min_replicas, budget // gpus) if budget else _MOST)
+    limits, why = limits_of(engine, args), ""
+    profile = _profile(loaded, engine, one)
+    if profile is None:
+        try:
+            profile = _estimate(loaded, engine, (section, args), limits, kind)
+        except ProfileError as error:
+            why = error.message
     return RoleConfig(
         minimum=bounds.min_replicas,
         maximum=most,
         gpus=gpus,
-        profile=_profile(loaded, engine, one),
-        limits=limits_of(engine, args),
+        profile=profile,
+        limits=limits,
+        unestimated=why,
     )
+
+
+def _estimate(
+    loaded: LoadedRecipe,
+    engine: Engine,
+    one: tuple[RoleSection, Mapping[str, ArgValue]],
+    limits: Limits,
+    kind: str,
+) -> Profile:
+    """What the role's layout costs by the estimate, within the limits of its arguments. Raises ProfileError
+    with the reason why there is none.
+    """
+    section, args = one
+    recipe = loaded.recipe
+    assert recipe.planner is not None
+    gpu = None
+    if engine.features.gpus:
+        if recipe.engine.device != "gpu":
+            raise ProfileError("nothing is known of engines on CPUs")
+        gpu = gpu_named(recipe.planner.gpu or kind or _kind_here())
+    found = estimator_of(loaded, gpu, args).profile(layout_of(section))
+    kv_tokens = found.limits.kv_tokens if found.limits else limits.kv_tokens
+    return msgspec.structs.replace(
+        found, limits=msgspec.structs.replace(limits, kv_tokens=kv_tokens), source="estimate"
+    )
+
+
+def _kind_here() -> str:
+    """The GPUs of this machine, as their driver names them. Raises ProfileError when it names none."""
+    there = hostfacts.gpus()
+    names = [str(gpu["name"]) for gpu in there.get("gpus", ())]
+    if not names:
+        note = there.get("gpu_note", "no GPU here")
+        raise ProfileError(f"which GPU is not known ({note}); planner.gpu tells it")
+    return names[0]
 
 
 def _profile(loaded: LoadedRecipe, engine: Engine, one: tuple[Role, RoleSection]) -> Profile | None:
@@ -130,6 +182,7 @@ def about(config: PlannerConfig, recipe: Recipe) -> dict[str, object]:
                 "max_replicas": one.maximum,
                 "gpus": one.gpus,
                 "costs": (one.profile.source or "profile") if one.profile else "learnt",
+                "no_estimate": one.unestimated,
             }
             for role, one in config.roles.items()
         },

@@ -162,7 +162,8 @@ def verdict(choice: Choice, rounds: list[Confirmed], layouts: list[LayoutRun]) -
     if last is not None and confirm.kept(sla, last):
         return f"confirmed: {last.option.label} keeps the SLA at {last.rate:.3g} requests/s"
     if not any(run.fitted for run in layouts):
-        return f"nothing could be measured: {layouts[0].failure if layouts else choice.why}"
+        first = layouts[0] if layouts else None
+        return f"nothing could be measured: {(first.failure or first.stopped) if first else choice.why}"
     if choice.chosen is None:
         missed = f" (tried: {last.option.label}: {confirm.misses(sla, last)})" if last else ""
         return f"the SLA cannot be kept here: {choice.why}{missed}"

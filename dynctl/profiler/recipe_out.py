@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from dynctl.engines.base import Engine
 from dynctl.engines.catalog import get
 from dynctl.errors import ProfileError
 from dynctl.perfmodel.choice import Option, Pool
+from dynctl.profiler.rewrite import plain_values, rewritten
 from dynctl.recipe.load import LoadedRecipe
 from dynctl.recipe.schema import Recipe, RoleSection
 
-_PATHS = (
-    ("model", "path"),
-    ("model", "tokenizer"),
-    ("model", "chat_template"),
-    ("engine", "venv"),
-    ("engine", "python"),
-    ("frontend", "tls", "cert"),
-    ("frontend", "tls", "key"),
-)
 _SIZES = (
     ("tensor_parallel", "tensor"),
     ("pipeline_parallel", "pipeline"),
@@ -35,34 +22,33 @@ _SIZES = (
 
 
 def recipe_text(loaded: LoadedRecipe, option: Option, head: str) -> str:
-    """The recipe that starts `option`, with `head` as its first comment.
+    """The recipe that starts `option`, with `head` as its first comment, to be written anywhere.
 
-    Paths that the recipe tells relative to itself are told whole. Raises ProfileError when the file has
-    changed so that it holds no roles any more.
+    It holds what flags have changed, and paths that the recipe tells relative to itself are told whole. A
+    planner gets the profiles that are written beside it (`profile_name`). Raises ProfileError when the file
+    has changed so that it is no recipe any more.
     """
-    text = Path(loaded.file).read_text(encoding="utf-8-sig")
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
-    roles = _entry(root, "roles")
-    if roles is None:
-        raise ProfileError("holds no roles", where=loaded.file)
-    key, value = roles
-    end = value.end_mark.index
-    edits = [(key.start_mark.index, end, roles_text(loaded.recipe, option) + _rest(text, end))]
-    edits += _whole_paths(root, loaded.recipe)
-    for start, stop, new in sorted(edits, reverse=True):
-        text = text[:start] + new + text[stop:]
+    try:
+        text = Path(loaded.file).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ProfileError(f"cannot be read any more: {error.strerror}", where=loaded.file) from error
+    sections: dict[str, Any] = {"roles": {pool.role: _role(loaded.recipe, pool) for pool in option.pools}}
+    if loaded.recipe.planner is not None:
+        sections["planner"] = _planner(plain_values(loaded, short=True).get("planner", {}), option)
+    text = rewritten(text, loaded, sections)
     return "".join(f"# {line}\n" for line in head.splitlines()) + "\n" + text
 
 
-def _rest(text: str, end: int) -> str:
-    """A block's end may lie at the next key, or where its last line ends."""
-    return "\n" if end < len(text) and text[end - 1] == "\n" else ""
+def profile_name(pool: Pool) -> str:
+    """The file, beside the recipe, of what a replica of a pool costs."""
+    return f"profile-{pool.role}.json"
 
 
-def roles_text(recipe: Recipe, option: Option) -> str:
-    """The `roles` section, without a line end."""
-    roles = {pool.role: _role(recipe, pool) for pool in option.pools}
-    return yaml.safe_dump({"roles": roles}, sort_keys=False, default_flow_style=False).rstrip() + "\n"
+def _planner(before: dict[str, Any], option: Option) -> dict[str, Any]:
+    roles = dict(before.get("roles", {}))
+    for pool in option.pools:
+        roles[pool.role] = {**roles.get(pool.role, {}), "profile": profile_name(pool)}
+    return {**{name: value for name, value in before.items() if name != "profile"}, "roles": roles}
 
 
 def _role(recipe: Recipe, pool: Pool) -> dict[str, Any]:
@@ -90,23 +76,3 @@ def section_before(recipe: Recipe, pool: Pool) -> RoleSection:
         if role in present:
             return present[role]
     return RoleSection()
-
-
-def _entry(node: Any, name: str) -> tuple[Any, Any] | None:
-    if not isinstance(node, yaml.MappingNode):
-        return None
-    return next(((key, value) for key, value in node.value if key.value == name), None)
-
-
-def _whole_paths(root: Any, recipe: Recipe) -> Iterator[tuple[int, int, str]]:
-    for keys in _PATHS:
-        node: Any = root
-        value: Any = recipe
-        for key in keys:
-            entry = _entry(node, key)
-            node = entry[1] if entry else None
-            value = getattr(value, key, None)
-        if not isinstance(node, yaml.ScalarNode) or not isinstance(value, str):
-            continue
-        if os.path.isabs(value) and node.value != value and not node.value.startswith("builtin:"):
-            yield node.start_mark.index, node.end_mark.index, json.dumps(value)

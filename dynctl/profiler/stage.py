@@ -52,7 +52,7 @@ class Slots:
     """GPUs that candidates take and give back: so many in all, on SSH whole hosts; `parallel` at once."""
 
     def __init__(self, gpus: int, parallel: int, hosts: tuple[tuple[str, int], ...] = ()) -> None:
-        self._gpus, self._parallel = gpus, parallel
+        self._gpus, self._parallel = sum(size for _, size in hosts) or gpus, parallel
         self._hosts = list(hosts)
         self._by_host = bool(hosts)
         self._changed = asyncio.Condition()

@@ -144,6 +144,8 @@ class Sweep:
         for batch in search.decode_probes(self._fit(one), self._mix, asked.sla.itl_s):
             await self._probe(one, batch, stack)
         self._fit(one)
+        if one.layout not in self.fits:
+            raise _Over(f"no {'step' if one.prefill else 'prompt'} was measured that can be relied on")
         if not search.worth(ask_of(asked, {}), self.fits, one.layout):
             raise _Over("15 % better than measured would not be enough")
         while True:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dynctl.engines.base import Engine, Finding
 from dynctl.errors import ProfileError
+from dynctl.perfmodel.gpus import gpu_named
 from dynctl.perfmodel.layout import Layout
 from dynctl.perfmodel.profile import Profile, Subject, load_profile
 from dynctl.recipe.schema import Recipe, RoleSection
@@ -35,6 +36,11 @@ def planner_rules(recipe: Recipe, engine: Engine) -> Iterator[Finding]:
         yield from _profile(recipe, engine, role, section)
     if planner.max_gpus and least > planner.max_gpus:
         yield _error("planner.max_gpus", f"the fewest replicas of all roles take {least} GPUs already")
+    if planner.gpu:
+        try:
+            gpu_named(planner.gpu)
+        except ProfileError as error:
+            yield _error("planner.gpu", str(error))
     if planner.interval < planner.load_interval:
         yield _error("planner.interval", "must not be shorter than planner.load_interval")
 

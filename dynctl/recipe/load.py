@@ -10,8 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dynctl.engines import catalog
+from dynctl.engines.base import ArgValue
 from dynctl.errors import RecipeError
 from dynctl.hub import ASSETS, builtin_dir, snapshot
+from dynctl.protocol.instances import Role
 from dynctl.recipe import override
 from dynctl.recipe.hosts import Host
 from dynctl.recipe.model_files import ModelFiles, is_hub_id, is_path, read_facts, tokenizer_in
@@ -140,7 +143,9 @@ class _Resolver:
         frontend = recipe.frontend.model_copy(
             update={"api_key": self._digests(recipe.frontend.api_key), "tls": self._tls(recipe)}
         )
-        roles = recipe.roles.model_copy(update={r: _counted(s) for r, s in recipe.roles.present().items()})
+        roles = recipe.roles.model_copy(
+            update={r: self._role(recipe, r, s) for r, s in recipe.roles.present().items()}
+        )
         update: dict[str, Any] = {
             "model": resolved,
             "engine": engine,
@@ -179,17 +184,32 @@ class _Resolver:
             self._problem(keys, f"{what} missing: {path}", f"correct {field} or --set {field}=PATH")
         return str(path)
 
-    def _engine_paths(self, recipe: Recipe) -> dict[str, str | None]:
+    def _engine_paths(self, recipe: Recipe) -> dict[str, Any]:
         engine = recipe.engine
         local = recipe.target == "local"
-        found: dict[str, str | None] = {}
+        found: dict[str, Any] = {}
         if engine.venv is not None:
             found["venv"] = self._path(("engine", "venv"), engine.venv, must_exist=local, always=True)
         if engine.python is not None:
             by_path = "/" in engine.python
             keys: Keys = ("engine", "python")
             found["python"] = self._path(keys, engine.python, must_exist=local and by_path, always=by_path)
+        found["args"] = self._args(recipe, ("engine", "args"), engine.args)
         return found
+
+    def _role(self, recipe: Recipe, role: Role, section: RoleSection) -> RoleSection:
+        args = self._args(recipe, ("roles", role, "args"), section.args)
+        return _counted(section).model_copy(update={"args": args})
+
+    def _args(self, recipe: Recipe, at: Keys, args: Mapping[str, ArgValue]) -> dict[str, ArgValue]:
+        """The arguments with whole paths of the files that the engine reads."""
+        files = catalog.get(recipe.backend).file_arguments
+        return {
+            name: self._path((*at, name), value, must_exist=False, always=True)
+            if name in files and isinstance(value, str)
+            else value
+            for name, value in args.items()
+        }
 
     def _hosts(self, recipe: Recipe) -> list[Host]:
         """Each host with the whole path of its key, which is looked at when it is used."""

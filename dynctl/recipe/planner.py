@@ -70,4 +70,8 @@ class Planner(Section):
     retry: Span = 120.0
     """How long growth that failed is not tried again; doubled each time, up to 16 times."""
     profile: str = ""
-    """What a replica costs: a file that `dynctl profile` wrote; without one it is learnt while it serves."""
+    """What a replica costs: a file that `dynctl profile` wrote; without one it is estimated, and corrected by
+    what is seen.
+    """
+    gpu: str = ""
+    """Which GPU that estimate is for, such as h200_sxm; default: what the driver on the head says."""

@@ -31,6 +31,8 @@ class Laptop:
     hosts: tuple[str, ...] = ("n1", "n2", "n3", "n4")
     port: int = 0
     sets: list[str] = field(default_factory=list)
+    gpus: int = 0
+    """GPUs that each host is said to have."""
 
     @property
     def there(self) -> Path:
@@ -41,7 +43,8 @@ class Laptop:
     def inventory(self) -> Path:
         """Written anew at each call."""
         defaults = f"defaults: {{directory: {self.there}}}"
-        lines = [f"  - {{name: {host}, python: {self.cluster.python}}}" for host in self.hosts]
+        said = f"python: {self.cluster.python}, gpus: {self.gpus}"
+        lines = [f"  - {{name: {host}, {said}}}" for host in self.hosts]
         path = self.home.parent / "hosts.yaml"
         path.write_text("\n".join([defaults, "hosts:", *lines]) + "\n")
         path.chmod(0o644)

@@ -158,6 +158,30 @@ async def test_it_follows_the_load_up_and_down_and_cuts_no_request(cli: Cli, rec
     assert all(one.why for entry in made for one in entry.decision.roles.values())
 
 
+async def test_without_a_profile_it_plans_from_the_estimate_and_corrects_it(cli: Cli, recipe: Path) -> None:
+    forecast_only = ("--set", "planner.mode=throughput", "--unset", "planner.profile")
+    with up(cli, recipe, *forecast_only) as served:
+        traffic = Traffic(served.url, rate=16.0)
+        asking = asyncio.create_task(traffic.run())
+        assert await until(lambda: more(served), 60.0), cli.run("planner", "why", "-n", "30").stdout
+        assert await until(lambda: known_by(served, "estimate, corrected"), 30.0)
+        traffic.ending = True
+        await asyncio.wait_for(asking, 60.0)
+        shown: dict[str, Any] = cli.json("planner", "show")
+    assert {role: one["costs"] for role, one in shown["roles"].items()} == {
+        "prefill": "estimate",
+        "decode": "estimate",
+    }
+    first = next(entry.decision for entry in journal(served) if entry.decision.changed)
+    assert first.roles["prefill"].code == "up"
+    assert first.by["prefill"].startswith("estimate")
+    assert traffic.failed == []
+
+
+async def known_by(served: Deployment, source: str) -> bool:
+    return journal(served)[-1].decision.by["prefill"] == source
+
+
 async def more(served: Deployment) -> bool:
     return await asyncio.to_thread(ready, served, "prefill") >= 2
 

@@ -12,11 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynctl.perfmodel.choice import Sla
-from dynctl.planner.capacity import Costs, Forecast
+from dynctl.perfmodel.fit import scaled
+from dynctl.perfmodel.profile import Profile
+from dynctl.planner.capacity import FIRST_STEPS, Costs, Forecast
 from dynctl.planner.config import RoleConfig
 from dynctl.planner.core import Decision, decide, refused
 from dynctl.planner.memory import Interval, PlannerState
 from dynctl.planner.observe import Observation, RoleLoad, WorkerLoad
+from dynctl.protocol.instances import Role
 from tests.unit.planner_rig import BOTH, LAW, LIMITS, SLA, World, config
 
 RATES = st.lists(st.floats(min_value=0.0, max_value=120.0), min_size=1, max_size=6)
@@ -112,6 +115,36 @@ def test_it_learns_costs_and_plans_by_them() -> None:
     assert dict(world.decisions[-1].by) == {"prefill": "learnt", "decode": "learnt"}
     world.run(50.0, 600.0)
     assert world.wanted["prefill"] >= 4
+
+
+@pytest.mark.parametrize("wrong", [0.4, 2.5])
+def test_an_estimate_that_is_wrong_is_corrected_by_what_is_seen_and_a_measured_profile_is_not(
+    wrong: float,
+) -> None:
+    reading_s = LAW.step_s(LAW.prefill_s(0, 2000), 0, 0)
+    own_s = reading_s + LAW.transfer_s(2000) + FIRST_STEPS * LAW.decode_s(1, 2000)
+
+    def floor(profile: Profile) -> int:
+        role = RoleConfig(maximum=40, profile=profile)
+        rules = config(mode="throughput", roles={"prefill": role, "decode": role})
+        world = World(rules, {"prefill": 1, "decode": 1})
+        world.look = lambda one: msgspec.structs.replace(one, ttft_mean_s=own_s, roles=without_queue(one))
+        world.run(40.0, 300.0)
+        return world.decisions[-1].roles["prefill"].floor or 0
+
+    estimate = msgspec.structs.replace(scaled(LAW, prefill=wrong, decode=1.0), source="estimate")
+    right = floor(LAW)
+    assert abs(floor(msgspec.structs.replace(estimate, source="measured")) - right) > 1
+    assert floor(estimate) == pytest.approx(right, abs=1)
+
+
+def without_queue(seen: Observation) -> dict[Role, RoleLoad]:
+    return {
+        role: msgspec.structs.replace(
+            load, workers=tuple(msgspec.structs.replace(one, waiting=0) for one in load.workers)
+        )
+        for role, load in seen.roles.items()
+    }
 
 
 def test_aggregated_workers_are_planned_for_as_one() -> None:

@@ -79,6 +79,7 @@ def test_engines_without_gpus_have_no_budget_unless_one_is_given(tmp_path: Path)
         ("{interval: 1s}", "must not be shorter than planner.load_interval"),
         ("{profile: none.json}", "cannot read the profile"),
         ("{mode: sideways}", "planner.mode"),
+        ("{gpu: h20}", "unknown GPU 'h20'"),
         ("{load_interval: 0}", "greater than 0"),
     ],
 )
@@ -106,6 +107,68 @@ def profile(tmp_path: Path, name: str, **fields: object) -> Path:
     filled = msgspec.structs.replace(DEFAULT, subject=msgspec.structs.replace(subject, **fields))
     path.write_bytes(msgspec.json.encode(filled))
     return path
+
+
+SIZES = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "torch_dtype": "bfloat16",
+    "max_position_embeddings": 131072,
+}
+
+
+def test_without_a_profile_each_role_has_the_estimate_of_its_layout(tmp_path: Path) -> None:
+    (tmp_path / "m/config.json").write_text(json.dumps(SIZES))
+    config = made(tmp_path, VLLM + "planner: {gpu: h200_sxm}\n", gpus=16)
+    prefill, decode = config.roles["prefill"].profile, config.roles["decode"].profile
+    assert prefill is not None
+    assert decode is not None
+    assert (prefill.source, decode.source) == ("estimate", "estimate")
+    assert prefill.subject is not None
+    assert (prefill.subject.hardware, prefill.subject.layout.tensor) == ("H200", 2)
+    assert decode.decode_s(8, 2000) < prefill.decode_s(8, 2000)
+    assert config.roles["prefill"].unestimated == ""
+
+
+def test_without_a_profile_and_without_an_estimate_it_is_told_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dynctl.hostfacts.gpus", lambda: {"gpu_note": "nvidia-smi is not on PATH"})
+    for section, why in (
+        ("{}", "which GPU is not known (nvidia-smi is not on PATH); planner.gpu tells it"),
+        ("{gpu: h100}", "num_hidden_layers"),
+    ):
+        role = made(tmp_path, VLLM + f"planner: {section}\n", gpus=16).roles["decode"]
+        assert role.profile is None
+        assert why in role.unestimated
+    cpu = made(tmp_path, VLLM + "engine: {device: cpu}\nplanner: {}\n")
+    assert "on CPUs" in cpu.roles["decode"].unestimated
+
+
+def test_the_gpu_of_the_estimate_is_what_the_driver_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "m/config.json").write_text(json.dumps(SIZES))
+    monkeypatch.setattr("dynctl.hostfacts.gpus", lambda: {"gpus": [{"name": "NVIDIA H100 80GB HBM3"}]})
+    profile = made(tmp_path, VLLM + "planner: {}\n", gpus=16).roles["decode"].profile
+    assert profile is not None
+    assert profile.subject is not None
+    assert profile.subject.hardware == "H100"
+
+
+def test_a_simulated_engine_is_estimated_by_its_law_at_its_speed(tmp_path: Path) -> None:
+    config = made(tmp_path, MOCKER + "engine: {args: {speedup: 2}}\nplanner: {}\n")
+    profile = config.roles["aggregated"].profile
+    assert profile is not None
+    assert profile.source == "estimate"
+    assert profile.decode_s(16, 4096) == pytest.approx(DEFAULT.decode_s(16, 4096) / 2)
+    assert profile.prefill_s(0, 1024) == pytest.approx(DEFAULT.prefill_s(0, 1024) / 2)
+    assert profile.transfer_s(5000) == pytest.approx(DEFAULT.transfer_s(5000) / 2)
 
 
 def test_a_profile_of_something_else_is_refused_with_the_difference(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dynctl.cli.profile import Machines, asked_of
-from dynctl.errors import LaunchError, ProfileError
+from dynctl.errors import DynctlError, LaunchError, ProfileError
 from dynctl.perfmodel.choice import Demand, Sla
 from dynctl.perfmodel.layout import Layout
 from dynctl.profiler import sweep as sweep_module
@@ -20,7 +20,7 @@ from dynctl.profiler.candidate import alone, candidate, depends_on
 from dynctl.profiler.journal import Journal, key_of
 from dynctl.profiler.load.spec import Endpoint
 from dynctl.profiler.outcome import DecodePoint, LayoutRun, PrefillPoint
-from dynctl.profiler.search import PrefillProbe, Probe
+from dynctl.profiler.search import DecodeProbe, PrefillProbe, Probe
 from dynctl.profiler.service import Asked, estimated
 from dynctl.profiler.stage import Slots, Stage
 from dynctl.profiler.starts import Standing
@@ -42,7 +42,7 @@ class Starts:
         self.up_now.append(name)
         self.most = max(self.most, len(self.up_now))
         await asyncio.sleep(0.01)
-        return Standing(name, "http://127.0.0.1:1", Path("/nonexistent"))
+        return Standing(name, f"http://{name}", Path("/nonexistent"))
 
     async def down(self, name: str) -> str:
         self.up_now.remove(name)
@@ -113,6 +113,39 @@ def test_layouts_are_measured_at_once_and_ended(tmp_path: Path, monkeypatch: pyt
     assert all(len(run.prefill) == 3 and run.fitted for run in runs)
     assert (starts.most, starts.up_now) == (3, [])
     assert not list((tmp_path / "candidates").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("refusing", "told"),
+    [
+        ((PrefillProbe,), "no prompt was measured that can be relied on"),
+        ((DecodeProbe,), "no step was measured that can be relied on"),
+        ((PrefillProbe, DecodeProbe), "no prompt was measured that can be relied on"),
+    ],
+)
+def test_a_layout_whose_probes_are_all_refused_has_no_profile_and_ends_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusing: tuple[type, ...], told: str
+) -> None:
+    """It is in no dictionary of fitted profiles: who looks for it there finds a KeyError."""
+
+    async def refuse(
+        probe: Probe, endpoint: Endpoint, seed: str
+    ) -> tuple[PrefillPoint | DecodePoint | None, str]:
+        if isinstance(probe, refusing) and endpoint.url.endswith("-tp1"):
+            return None, "the client was late"
+        return await answer(probe, endpoint, seed)
+
+    monkeypatch.setattr(sweep_module, "measured", refuse)
+    monkeypatch.setattr(Sweep, "_look_again", nobody_dies)
+    stage = stage_for(tmp_path, Starts())
+    first, second = asyncio.run(swept(stage, (TP1, TP2)))
+    assert (first.fitted, first.stopped, first.failure) == (None, told, "")
+    assert {one.reason for one in first.refused} == {"the client was late"}
+    assert second.fitted is not None
+
+
+async def nobody_dies(self: Sweep, dying: asyncio.Task[DynctlError]) -> None:
+    """Without the wait for it."""
 
 
 def test_no_more_gpus_are_taken_than_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
