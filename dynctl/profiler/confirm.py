@@ -6,11 +6,12 @@ times that would explain what was seen, and the split is chosen again.
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -36,6 +37,11 @@ _ENOUGH: float = 15.0
 """So many requests late must be looked at for a percentile: 300 for p95."""
 _FEWEST = 50
 _WARM_SHARE = 0.1
+_FILL = 2.0
+"""So many stays of a request (from its arrival to its last token) go by until batches are as full as they
+get."""
+_STAYS = 5.0
+"""So many stays are looked at: of a trial that is over before batches are full, the times tell nothing."""
 _TAIL_S = 20.0
 _MOST_FACTOR = 3.0
 _STEP = 1.03
@@ -48,9 +54,16 @@ Correction = Mapping[Role, tuple[float, float]]
 NONE: Correction = {}
 
 
-def load_for(ask: Ask, rate: float, requests: int, seed: int) -> Load:
+class Trial(NamedTuple):
+    """`requests` that are looked at, after `warmup` while which the batches fill."""
+
+    requests: int
+    warmup: int
+
+
+def load_for(ask: Ask, rate: float, trial: Trial, seed: int) -> Load:
     """Poisson arrivals at `rate` with the demand's lengths and share of common beginnings."""
-    demand, warmup = ask.demand, max(1, round(requests * _WARM_SHARE))
+    demand, (requests, warmup) = ask.demand, trial
     common: dict[str, Any] = {"warmup": warmup, "api": "completions", "seed": seed, "sla": ask.sla}
     if len(set(demand.lengths)) == 1:
         isl, osl = demand.lengths[0]
@@ -70,11 +83,18 @@ def load_for(ask: Ask, rate: float, requests: int, seed: int) -> Load:
     return Load(arrivals=Replay(requests=tuple(drawn)), **common)
 
 
-def requests_for(sla: Sla, rate: float, left_s: float) -> int:
-    """Requests that tell of the percentile, as far as the time allows; 0 = it does not allow enough."""
-    wanted = round(_ENOUGH / (1.0 - sla.percentile))
-    allowed = int((left_s - _TAIL_S) * rate / (1.0 + _WARM_SHARE))
-    return min(wanted, allowed) if allowed >= min(_FEWEST, wanted) else 0
+def trial_for(ask: Ask, option: Option, rate: float, left_s: float) -> Trial | None:
+    """Requests that tell of the percentile and of full batches, as far as the time allows; None = it does not
+    allow enough.
+    """
+    stay_s = option.predicted.ttft_s + ask.demand.osl * option.predicted.itl_s
+    told = round(_ENOUGH / (1.0 - ask.sla.percentile))
+    wanted, fill = max(told, math.ceil(_STAYS * stay_s * rate)), math.ceil(_FILL * stay_s * rate)
+    all_in_time = int((left_s - max(_TAIL_S, _FILL * stay_s)) * rate)
+    requests = min(wanted, int(all_in_time / (1.0 + _WARM_SHARE)), all_in_time - fill)
+    if requests < max(min(_FEWEST, told), math.ceil(stay_s * rate)):
+        return None
+    return Trial(requests, max(1, fill, round(requests * _WARM_SHARE)))
 
 
 async def confirm(stage: Stage, ask: Ask, option: Option, rate: float, number: int) -> Confirmed:
@@ -91,9 +111,9 @@ async def confirm(stage: Stage, ask: Ask, option: Option, rate: float, number: i
     try:
         stage.shown.step(row, "starting")
         async with stage.standing(option, f"confirm-{number}") as standing:
-            if not requests_for(ask.sla, rate, stage.left_s):
+            if trial_for(ask, option, rate, stage.left_s) is None:
                 return _without(option, rate, NO_TIME, begun_s)
-            result = await _loaded(stage, ask, rate, (row, number), stage.endpoint(standing))
+            result = await _loaded(stage, ask, (option, rate), (row, number), stage.endpoint(standing))
             stage.shown.step(row, "loaded, ending", done=True)
     except ProfileError:
         raise
@@ -110,18 +130,22 @@ async def confirm(stage: Stage, ask: Ask, option: Option, rate: float, number: i
     return found
 
 
-async def _loaded(stage: Stage, ask: Ask, rate: float, row: tuple[str, int], endpoint: Endpoint) -> Result:
+async def _loaded(
+    stage: Stage, ask: Ask, tried: tuple[Option, float], row: tuple[str, int], endpoint: Endpoint
+) -> Result:
     """What came of the load; of a second one, when the first is not to be relied on and there is time."""
+    option, rate = tried
+    trial = trial_for(ask, option, rate, stage.left_s)
+    assert trial is not None
     for attempt in range(2):
-        requests = requests_for(ask.sla, rate, stage.left_s)
-        if attempt and not requests:
-            break
         seed = random.Random(f"{stage.run}/{row[1]}/{attempt}").randrange(1 << 31)
-        stage.shown.step(row[0], f"{requests} requests at {rate:.3g}/s", done=not attempt)
-        result = (await run(load_for(ask, rate, requests, seed), endpoint, Watch())).result
+        stage.shown.step(row[0], f"{trial.requests} requests at {rate:.3g}/s", done=not attempt)
+        result = (await run(load_for(ask, rate, trial, seed), endpoint, Watch())).result
         stage.probes += 1
-        if not result.problems:
+        following = trial_for(ask, option, rate, stage.left_s)
+        if not result.problems or following is None:
             break
+        trial = following
     return result
 
 

@@ -120,7 +120,7 @@ async def _confirmed(
     while confirming and choice.chosen is not None and len(rounds) < _ROUNDS:
         option = choice.chosen
         rate = choice.demand.rate * (_AT_MOST if ask.most else 1.0)
-        if not confirm.requests_for(ask.sla, rate, stage.left_s):
+        if confirm.trial_for(ask, option, rate, stage.left_s) is None:
             break
         found = await confirm.confirm(stage, ask, option, rate, len(rounds))
         if found.failure == confirm.NO_TIME:

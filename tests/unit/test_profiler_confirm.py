@@ -15,12 +15,13 @@ from dynctl.perfmodel.profile import DEFAULT, Limits
 from dynctl.perfmodel.split import choose
 from dynctl.profiler.confirm import (
     NONE,
+    Trial,
     corrected,
     explained,
     kept,
     load_for,
     misses,
-    requests_for,
+    trial_for,
 )
 from dynctl.profiler.load.schedule import arrivals
 from dynctl.profiler.load.spec import Open, Replay, check
@@ -93,9 +94,9 @@ def test_a_miss_never_leads_to_the_same_prediction_again() -> None:
 
 
 def test_arrivals_are_poisson_for_equal_lengths_and_for_a_mix() -> None:
-    same = check(load_for(ask(), 5.0, 300, 1))
+    same = check(load_for(ask(), 5.0, Trial(300, 30), 1))
     assert isinstance(same.arrivals, Open)
-    mixed = check(load_for(ask(lengths=((100, 10), (3000, 50))), 5.0, 300, 1))
+    mixed = check(load_for(ask(lengths=((100, 10), (3000, 50))), 5.0, Trial(300, 30), 1))
     assert isinstance(mixed.arrivals, Replay)
     times = list(arrivals(mixed))
     assert len(times) == 330
@@ -103,11 +104,33 @@ def test_arrivals_are_poisson_for_equal_lengths_and_for_a_mix() -> None:
     assert {r.prompt_tokens for r in mixed.arrivals.requests} == {100, 3000}
 
 
+def lasting(stay_s: float) -> Option:
+    """An option whose requests stay so long, by its prediction."""
+    option = chosen(ask())
+    itl_s = stay_s / ask().demand.osl
+    return msgspec.structs.replace(
+        option, predicted=msgspec.structs.replace(option.predicted, ttft_s=0.0, itl_s=itl_s)
+    )
+
+
 def test_a_percentile_is_not_judged_by_too_few_requests() -> None:
-    assert requests_for(SLA, 10.0, 3600.0) == 300
-    assert requests_for(SLA, 10.0, 34.0) == 127
-    assert requests_for(SLA, 10.0, 21.0) == 0
-    assert requests_for(Sla(ttft_s=1.0, percentile=0.5), 10.0, 3600.0) == 30
+    short = lasting(0.1)
+    assert trial_for(ask(), short, 10.0, 3600.0) == (300, 30)
+    assert trial_for(ask(), short, 10.0, 34.0) == (127, 13)
+    assert trial_for(ask(), short, 10.0, 21.0) is None
+    half = replace(ask(), sla=Sla(ttft_s=1.0, percentile=0.5))
+    assert trial_for(half, short, 10.0, 3600.0) == (30, 3)
+
+
+def test_a_trial_is_not_over_before_the_batches_are_full() -> None:
+    """At 35 requests a second that stay for 3 s, 30 of them see batches that are far from full."""
+    half = replace(ask(), sla=Sla(itl_s=0.03, percentile=0.5))
+    trial = trial_for(half, lasting(3.0), 35.0, 3600.0)
+    assert trial == (5 * 3 * 35, 2 * 3 * 35)
+    shorter = trial_for(half, lasting(3.0), 35.0, 35.0)
+    assert shorter is not None
+    assert 105 <= shorter.requests < 525
+    assert trial_for(half, lasting(3.0), 35.0, 28.0) is None
 
 
 def test_the_verdict_says_what_was_kept_instead() -> None:
