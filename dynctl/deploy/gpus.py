@@ -8,7 +8,7 @@ Directories of other hosts that share the file system are told apart by the host
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -65,6 +65,15 @@ def require_free(home: Home, gpus: Iterable[int], run_id: str = "", living: Livi
         who = taken[common[0]]
         shown = ", ".join(str(gpu) for gpu in common if taken[gpu] == who)
         raise PlacementError(f"'{who}' has GPU {shown} already", where=socket.gethostname(), hint=SHARE_HINT)
+
+
+def too_few(taken: Mapping[int, str]) -> PlacementError:
+    """What to raise when there is room only on GPUs that are `taken`, by whom."""
+    holders: dict[str, list[int]] = {}
+    for gpu, name in sorted(taken.items()):
+        holders.setdefault(name, []).append(gpu)
+    shown = ", ".join(f"'{name}' has {', '.join(map(str, gpus))}" for name, gpus in holders.items())
+    return PlacementError(f"too few GPUs are free: {shown}", where=socket.gethostname(), hint=SHARE_HINT)
 
 
 def hold(home: Home, folder: Path, run_id: str, gpus: Collection[int], living: Living = living_runs) -> None:

@@ -15,7 +15,7 @@ import msgspec
 from dynctl import procfs
 from dynctl.deploy.claim import Up, may_adopt, new_controller
 from dynctl.deploy.gpus import FILE as GPUS_FILE
-from dynctl.deploy.gpus import claim_of, locked, require_free
+from dynctl.deploy.gpus import claim_of, locked, require_free, too_few
 from dynctl.deploy.gpus import others as gpus_of_others
 from dynctl.deploy.home import LOCK_S, Home, RunDir, make_private, new_run_id
 from dynctl.deploy.plan import Kept, Plan
@@ -151,8 +151,8 @@ def begin(checked: Checked, site: Site, *, share_gpus: bool = False) -> Up:
 
 
 def _on_free_gpus(checked: Checked, site: Site, context: RunContext) -> Plan:
-    """The plan on GPUs that no other run has; where there is no room on those, as if all were free:
-    `require_free` then tells who has them.
+    """The plan on GPUs that no other run has. Raises PlacementError that tells who has the others, where that
+    is all that is in the way.
     """
     others = gpus_of_others(site.home)
     taken = frozenset((host.name, gpu) for host in checked.inventory.hosts for gpu in others)
@@ -161,7 +161,8 @@ def _on_free_gpus(checked: Checked, site: Site, context: RunContext) -> Plan:
     except PlacementError:
         if not taken:
             raise
-        return plan_run(checked, site, context)
+        plan_run(checked, site, context)
+        raise too_few(others) from None
 
 
 def plan_run(

@@ -18,7 +18,7 @@ from dynctl.deploy.records import initial_state
 from dynctl.deploy.run import Checked, Site, UpRequest, check, claim, controller_of, plan_run, write_run
 from dynctl.deploy.seats import RunContext
 from dynctl.deploy.state import load_state, save_state
-from dynctl.errors import CodecError, LaunchError, PortInUse, RecipeError, UsageError
+from dynctl.errors import CodecError, LaunchError, PlacementError, PortInUse, RecipeError, UsageError
 from dynctl.launchers.base import Owned, ProcessHandle
 from dynctl.launchers.local import LocalLauncher
 from dynctl.recipe.lock import lock_text
@@ -63,10 +63,17 @@ def written(made: Checked, where: Site) -> tuple[RunDir, Plan]:
     return write_run(plan, lock_text(made.loaded, "0"), made.inventory, where.home), plan
 
 
-@pytest.mark.parametrize(("size", "gpus"), [(2, [2, 3]), (4, [0, 1, 2, 3])])
-def test_gpus_that_other_runs_have_are_left_to_them_while_there_are_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, gpus: list[int]
-) -> None:
+def test_gpus_that_other_runs_have_are_left_to_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = on_four_gpus(tmp_path, monkeypatch, 2)
+    assert [gpu for node in plan.nodes for gpu in node.gpus] == [2, 3]
+    with pytest.raises(PlacementError, match="too few GPUs are free: 'a' has 0, 1"):
+        on_four_gpus(tmp_path, monkeypatch, 4)
+    with pytest.raises(PlacementError, match="8 GPUs"):
+        on_four_gpus(tmp_path, monkeypatch, 8)
+
+
+def on_four_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> Plan:
+    """The plan of a replica of that size, where a run 'a' has two of four GPUs."""
     (tmp_path / "hosts.yaml").write_text("hosts: [{name: local, address: 127.0.0.1, gpus: 4}]\n")
     path = tmp_path / "d.yaml"
     path.write_text(
@@ -79,8 +86,7 @@ def test_gpus_that_other_runs_have_are_left_to_them_while_there_are_others(
     made = check(UpRequest(path, (), (), tmp_path / "hosts.yaml"))
     monkeypatch.setattr(steps, "gpus_of_others", lambda home: {0: "a", 1: "a"})
     context = RunContext("d-1", str(tmp_path), sys.executable)
-    plan = steps._on_free_gpus(made, site(tmp_path), context)
-    assert [gpu for node in plan.nodes for gpu in node.gpus] == gpus
+    return steps._on_free_gpus(made, site(tmp_path), context)
 
 
 def test_only_what_can_run_here_is_accepted(tmp_path: Path) -> None:
