@@ -38,11 +38,19 @@ class Wanted:
 def finish(
     asked: Asked, wanted: Wanted, outcome: Outcome, *, usable: bool, measured: Measurement | None = None
 ) -> int:
-    """Write a choice that is of use, tell it; the exit code."""
+    """Write a choice that is of use, tell it; the exit code. People are told before plots are drawn."""
     written = write_files(wanted.folder, asked.loaded, outcome) if usable else []
     command = next_command(written, wanted.inventory)
+    if not wanted.as_json:
+        data(choice_text(outcome.choice, asked.loaded.recipe.name))
+        if measured is not None:
+            data("\n".join(measured_lines(measured)))
     written += write_pages(wanted.folder, told_of(asked, outcome, command, measured))
-    tell(outcome, asked.loaded, written, as_json=wanted.as_json, measured=measured)
+    if wanted.as_json:
+        told = {**as_object(outcome.choice), "files": [str(path) for path in written]}
+        json_data({**told, "measured": msgspec.to_builtins(measured)} if measured else told)
+    if written:
+        prose(f"wrote {', '.join(path.name for path in written)} to {written[0].parent}", style="dim")
     if command:
         prose(f"next: {command}")
     return 0 if usable else 1
@@ -118,26 +126,6 @@ def head_of(chosen: Option, file: str) -> str:
         f"Estimated: TTFT {predicted.ttft_s * 1000:.0f} ms, ITL {predicted.itl_s * 1000:.1f} ms, "
         f"up to {predicted.capacity:.3g} requests/s."
     )
-
-
-def tell(
-    outcome: Outcome,
-    loaded: LoadedRecipe,
-    written: list[Path],
-    *,
-    as_json: bool,
-    measured: Measurement | None = None,
-) -> None:
-    """The choice on standard output, where things are on standard error."""
-    if as_json:
-        told = {**as_object(outcome.choice), "files": [str(path) for path in written]}
-        json_data({**told, "measured": msgspec.to_builtins(measured)} if measured else told)
-    else:
-        data(choice_text(outcome.choice, loaded.recipe.name))
-        if measured is not None:
-            data("\n".join(measured_lines(measured)))
-    if written:
-        prose(f"wrote {', '.join(path.name for path in written)} to {written[0].parent}", style="dim")
 
 
 def as_object(choice: Choice) -> dict[str, Any]:
