@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dynctl.errors import ProfileError
+from dynctl.profiler.report.marks import Plot
 from dynctl.profiler.report.palette import LIGHT, as_variables
-from dynctl.profiler.report.plots import Plot
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,8 +14,8 @@ from dynctl.observability.logs import timestamp
 from dynctl.perfmodel.choice import Option
 from dynctl.profiler.outcome import Confirmed, LayoutRun, Measurement
 from dynctl.profiler.phrases import figure, milliseconds, sla_text, span
+from dynctl.profiler.report.marks import Plot
 from dynctl.profiler.report.palette import DARK, LIGHT, css
-from dynctl.profiler.report.plots import Plot
 from dynctl.profiler.report.told import Told
 
 _HERE = Path(__file__).parent
