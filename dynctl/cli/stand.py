@@ -44,7 +44,7 @@ def stand_of(where: str) -> Stand:
         known = running_names()
         listed = f"there run: {', '.join(known)}" if known else "none runs"
         raise UsageError(f"'{where}' is no recipe, no URL and no deployment that runs", hint=listed)
-    name = load_recipe(recipe).recipe.name
+    name = load_recipe(recipe, files_here=False).recipe.name
     if name in running_names():
         raise UsageError(
             f"a deployment '{name}' runs already", where=where, hint=f"name it instead of {where}, or end it"
