@@ -28,6 +28,9 @@ from dynctl.recipe.schema import RoleSection
 from dynctl.topology.inventory import Host, Inventory
 from dynctl.topology.inventory_file import inventory_for
 
+_LEAST_BUDGET_S = 20.0
+_MOST_GPUS = 2048
+
 SlaOption = Annotated[
     str,
     typer.Option(
@@ -163,8 +166,15 @@ def _check_numbers(gpus: int | None, parallel: int, budget: float) -> None:
     """Raises UsageError."""
     if gpus is not None and gpus < 1:
         raise UsageError(f"--gpus must be 1 or more, not {gpus}")
-    if parallel < 0 or not budget > 0:
-        raise UsageError("--parallel and --budget must be above 0")
+    if gpus is not None and gpus > _MOST_GPUS:
+        raise UsageError(f"--gpus must be {_MOST_GPUS} at most, not {gpus}: all splits are looked at")
+    if parallel < 0:
+        raise UsageError("--parallel must be above 0")
+    if not budget >= _LEAST_BUDGET_S:
+        raise UsageError(
+            f"--budget must be {_LEAST_BUDGET_S:.0f}s or more, not {budget:g} s: an engine starts in it",
+            hint="--estimate-only measures nothing",
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,14 +6,15 @@ from collections.abc import Iterator, Sequence
 
 from dynctl.cli.render import paint, table
 from dynctl.perfmodel.choice import Choice, Option, Refused, Variation
+from dynctl.profiler.outcome import NOTHING_MEASURED
 from dynctl.profiler.phrases import milliseconds, sla_text
 
 _NAMES = {"isl": "prompts", "osl": "answers", "rate": "rate"}
 
 
-def choice_text(choice: Choice, name: str) -> str:
-    """All of it."""
-    return "\n".join([*_head(choice, name), "", *_verdict(choice), *_sections(choice)])
+def choice_text(choice: Choice, name: str, doubt: str = "") -> str:
+    """All of it. `doubt`: why what is chosen is not to be used yet."""
+    return "\n".join([*_head(choice, name), "", *_verdict(choice, doubt), *_sections(choice)])
 
 
 def _head(choice: Choice, name: str) -> Iterator[str]:
@@ -25,16 +26,21 @@ def _head(choice: Choice, name: str) -> Iterator[str]:
     )
 
 
-def _verdict(choice: Choice) -> Iterator[str]:
+def _verdict(choice: Choice, doubt: str) -> Iterator[str]:
     if choice.chosen is None:
-        yield f"{paint('✗ nothing keeps this SLA', 'error')}: {choice.why}"
+        known = choice.why != NOTHING_MEASURED
+        yield f"{paint('✗ nothing keeps this SLA' if known else '✗ no choice', 'error')}: {choice.why}"
         if choice.options:
             yield ""
             yield paint("nearest, with nobody else there", "bold")
             yield _options(choice.options, choice)
             yield from (f"  {option.label}: {'; '.join(option.misses)}" for option in choice.options)
         return
-    yield f"{paint('✓ ' + choice.chosen.label, 'good')}  {choice.chosen.gpus} GPUs, {choice.chosen.mode}"
+    label, about = choice.chosen.label, f"{choice.chosen.gpus} GPUs, {choice.chosen.mode}"
+    if doubt:
+        yield f"{paint('? ' + label, 'warning')}  {about}; {doubt}"
+    else:
+        yield f"{paint('✓ ' + label, 'good')}  {about}"
     for pool in choice.chosen.pools:
         yield (
             f"  {pool.role}: {pool.replicas} x {pool.layout.label}, at most {pool.sequences} sequences and "

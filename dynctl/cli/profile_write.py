@@ -13,17 +13,19 @@ from dynctl.cli.profile_measured_view import measured_lines
 from dynctl.cli.profile_view import choice_text
 from dynctl.cli.render import data, json_data, program, prose
 from dynctl.errors import ProfileError
+from dynctl.launchers.files import write_atomic
 from dynctl.perfmodel.choice import Choice, Demand, Option
 from dynctl.perfmodel.profile import Profile
-from dynctl.profiler.npz import write_npz
-from dynctl.profiler.outcome import Measurement
+from dynctl.profiler.npz import DECODE, PREFILL, write_npz
+from dynctl.profiler.outcome import FILE, Measurement, encode
 from dynctl.profiler.recipe_out import profile_name, recipe_text
 from dynctl.profiler.report.told import Told
-from dynctl.profiler.report.write import write_report
+from dynctl.profiler.report.write import HTML, PNG, write_report
 from dynctl.profiler.service import Asked, Outcome
 from dynctl.recipe.load import LoadedRecipe
+from dynctl.recipe.schema import ROLES
 
-_RECIPE = "recipe.yaml"
+_RECIPE, _CHOICE = "recipe.yaml", "choice.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,17 +40,31 @@ class Wanted:
 def finish(
     asked: Asked, wanted: Wanted, outcome: Outcome, *, usable: bool, measured: Measurement | None = None
 ) -> int:
-    """Write a choice that is of use, tell it; the exit code. People are told before plots are drawn."""
-    written = write_files(wanted.folder, asked.loaded, outcome) if usable else []
-    command = next_command(written, wanted.inventory)
+    """Tell the choice, write it when it is of use; the exit code. People are told before plots are drawn.
+
+    Nothing of an earlier run is left beside it. Raises ProfileError when files cannot be written, once all
+    else is done.
+    """
     if not wanted.as_json:
-        data(choice_text(outcome.choice, asked.loaded.recipe.name))
+        data(choice_text(outcome.choice, asked.loaded.recipe.name, doubt=doubt_of(outcome, measured, usable)))
         if measured is not None:
             data("\n".join(measured_lines(measured)))
-    written += write_pages(wanted.folder, told_of(asked, outcome, command, measured))
+    written: list[Path] = []
+    failure: OSError | None = None
+    try:
+        clear(wanted.folder)
+        if measured is not None:
+            write_atomic(wanted.folder / FILE, encode(measured))
+        written += write_files(wanted.folder, asked.loaded, outcome, measured) if usable else []
+        command = next_command(written, wanted.inventory)
+        written += write_pages(wanted.folder, told_of(asked, outcome, command, measured))
+    except OSError as error:
+        failure, command = error, ""
     if wanted.as_json:
         told = {**as_object(outcome.choice), "files": [str(path) for path in written]}
         json_data({**told, "measured": msgspec.to_builtins(measured)} if measured else told)
+    if failure is not None:
+        raise ProfileError(f"results cannot be written: {failure.strerror}", where=str(wanted.folder))
     if written:
         prose(f"wrote {', '.join(path.name for path in written)} to {written[0].parent}", style="dim")
     if command:
@@ -56,29 +72,47 @@ def finish(
     return 0 if usable else 1
 
 
-def write_files(folder: Path, loaded: LoadedRecipe, outcome: Outcome) -> list[Path]:
-    """The recipe, the profiles and the choice; the paths, the recipe first."""
+def doubt_of(outcome: Outcome, measured: Measurement | None, usable: bool) -> str:
+    """Why a choice is none to be used yet; "" = it is, or there is none."""
+    if usable or outcome.choice.chosen is None or measured is None:
+        return ""
+    return "the next choice, not tried whole: the budget was used up (--resume with a larger --budget)"
+
+
+def clear(folder: Path) -> None:
+    """Take away what an earlier run has left that this one may not write. Raises OSError."""
+    names = (_RECIPE, _CHOICE, HTML, PNG, *(f"profile-{role}.json" for role in ROLES))
+    paths = [*names, *(f"{name}/raw_data.npz" for name in (PREFILL, DECODE))]
+    for path in (folder / name for name in paths):
+        if path.is_file():
+            path.unlink()
+
+
+def write_files(
+    folder: Path, loaded: LoadedRecipe, outcome: Outcome, measured: Measurement | None
+) -> list[Path]:
+    """The recipe, the profiles and the choice; the paths, the recipe first. Raises OSError."""
     chosen = outcome.choice.chosen
     assert chosen is not None
     folder.mkdir(parents=True, exist_ok=True)
     recipe = folder / _RECIPE
-    recipe.write_text(recipe_text(loaded, chosen, head_of(chosen, loaded.file)), encoding="utf-8")
+    write_atomic(recipe, recipe_text(loaded, chosen, head_of(chosen, loaded.file, measured)))
     written = [recipe]
     by_role: dict[str, Profile] = {}
     for pool in chosen.pools:
         by_role[pool.role] = outcome.profiles[pool.layout]
         path = folder / profile_name(pool)
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(by_role[pool.role]), indent=1) + b"\n")
+        write_atomic(path, msgspec.json.format(msgspec.json.encode(by_role[pool.role]), indent=1) + b"\n")
         written.append(path)
-    path = folder / "choice.json"
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(as_object(outcome.choice)), indent=1) + b"\n")
+    path = folder / _CHOICE
+    write_atomic(path, msgspec.json.format(msgspec.json.encode(as_object(outcome.choice)), indent=1) + b"\n")
     written.append(path)
     try:
         first, last = by_role.get("prefill"), by_role.get("decode")
         both = by_role.get("aggregated")
         longest = max(int(outcome.profiles[pool.layout].prefill.tokens[-1]) for pool in chosen.pools)
         write_npz(folder, first or both or last, last or both or first, min(longest, 32768))  # type: ignore[arg-type]
-        written.append(folder / "selected_prefill_interpolation")
+        written.append(folder / PREFILL)
     except ProfileError as error:
         prose(f"no npz files for Dynamo: {error}", style="warning")
     return written
@@ -118,12 +152,17 @@ def next_command(written: list[Path], inventory: Path | None) -> str:
     return f"{program()} up {shlex.quote(str(recipe))}{hosts}"
 
 
-def head_of(chosen: Option, file: str) -> str:
-    """What the written recipe says of itself."""
-    predicted = chosen.predicted
+def head_of(chosen: Option, file: str, measured: Measurement | None) -> str:
+    """What the written recipe says of itself: what was seen of the whole, else what is predicted."""
+    first = f"{file} with the roles that dynctl profile has chosen: {chosen.label}.\n"
+    last = measured.rounds[-1] if measured is not None and measured.rounds else None
+    if last is not None and last.option.label == chosen.label and last.ttft_s and last.itl_s:
+        told = f"TTFT {last.ttft_s * 1000:.0f} ms, ITL {last.itl_s * 1000:.1f} ms"
+        doubt = " (not to be relied on)" if last.problems else ""
+        return f"{first}Measured at {last.rate:.3g} requests/s{doubt}: {told}."
+    predicted, how = chosen.predicted, "Estimated" if measured is None else "Predicted by measured times"
     return (
-        f"{file} with the roles that dynctl profile has chosen: {chosen.label}.\n"
-        f"Estimated: TTFT {predicted.ttft_s * 1000:.0f} ms, ITL {predicted.itl_s * 1000:.1f} ms, "
+        f"{first}{how}: TTFT {predicted.ttft_s * 1000:.0f} ms, ITL {predicted.itl_s * 1000:.1f} ms, "
         f"up to {predicted.capacity:.3g} requests/s."
     )
 

@@ -43,6 +43,8 @@ get."""
 _STAYS = 5.0
 """So many stays are looked at: of a trial that is over before batches are full, the times tell nothing."""
 _TAIL_S = 20.0
+_BLOCK = 64
+"""Tokens of the blocks that prompts of a mix have in common."""
 _MOST_FACTOR = 3.0
 _STEP = 1.03
 """A correction is at least this: else the same split would be chosen again."""
@@ -64,7 +66,7 @@ class Trial(NamedTuple):
 def load_for(ask: Ask, rate: float, trial: Trial, seed: int) -> Load:
     """Poisson arrivals at `rate` with the demand's lengths and share of common beginnings."""
     demand, (requests, warmup) = ask.demand, trial
-    common: dict[str, Any] = {"warmup": warmup, "api": "completions", "seed": seed, "sla": ask.sla}
+    always: dict[str, Any] = {"warmup": warmup, "api": "completions", "seed": seed, "sla": ask.sla}
     if len(set(demand.lengths)) == 1:
         isl, osl = demand.lengths[0]
         return Load(
@@ -73,14 +75,15 @@ def load_for(ask: Ask, rate: float, trial: Trial, seed: int) -> Load:
             osl=Lengths(tokens=osl),
             requests=requests,
             shared_tokens=round(demand.hit_rate * isl),
-            **common,
+            **always,
         )
     rng, at_s, drawn = random.Random(seed), 0.0, []
     for _ in range(requests + warmup):
         isl, osl = rng.choice(demand.lengths)
-        drawn.append(TraceRequest(at_s=at_s, prompt_tokens=isl, output_tokens=osl))
+        common = range(round(demand.hit_rate * isl / _BLOCK))
+        drawn.append(TraceRequest(at_s, isl, osl, tuple(common)))
         at_s += rng.expovariate(rate)
-    return Load(arrivals=Replay(requests=tuple(drawn)), **common)
+    return Load(arrivals=Replay(requests=tuple(drawn), block_tokens=_BLOCK), **always)
 
 
 def trial_for(ask: Ask, option: Option, rate: float, left_s: float) -> Trial | None:

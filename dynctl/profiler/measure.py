@@ -8,19 +8,17 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from msgspec import structs
 
-from dynctl.errors import LaunchError, ProfileError
-from dynctl.launchers.files import write_atomic
+from dynctl.errors import LaunchError
 from dynctl.perfmodel.choice import Choice
 from dynctl.perfmodel.layout import Layout
 from dynctl.perfmodel.offers import Ask
 from dynctl.perfmodel.profile import Profile
 from dynctl.perfmodel.split import choose
 from dynctl.profiler import confirm, search
-from dynctl.profiler.outcome import FILE, Confirmed, LayoutRun, Measurement, encode
+from dynctl.profiler.outcome import NOTHING_MEASURED, Confirmed, LayoutRun, Measurement
 from dynctl.profiler.service import Outcome, ask_of, checked, estimated, require_context
 from dynctl.profiler.stage import Stage
 from dynctl.profiler.starts import end_marked
@@ -71,7 +69,7 @@ async def measure(stage: Stage, budget_s: float, *, confirming: bool = True) -> 
     stage.ends_s += kept_s
     choice, rounds = await _confirmed(stage, ask, sweep.fits, confirming=confirming)
     if layouts and not sweep.fits:
-        choice = structs.replace(choice, why="no layout could be measured")
+        choice = structs.replace(choice, why=NOTHING_MEASURED)
     measurement = Measurement(
         run_id=stage.run,
         name=stage.asked.loaded.recipe.name,
@@ -88,17 +86,9 @@ async def measure(stage: Stage, budget_s: float, *, confirming: bool = True) -> 
         probes=stage.probes,
         reused=stage.reused,
         gpu_s=stage.gpu_s,
-        unmeasured=tuple(run.layout.label for run in layouts if run.stopped == OUT_OF_TIME),
+        unmeasured=tuple(run.layout.label for run in layouts if run.stopped.startswith(OUT_OF_TIME)),
     )
-    _save(stage.folder / FILE, measurement)
     return Found(measurement, Outcome(choice, sweep.fits))
-
-
-def _save(path: Path, measurement: Measurement) -> None:
-    try:
-        write_atomic(path, encode(measurement))
-    except OSError as error:
-        raise ProfileError(f"it cannot be written: {error.strerror}", where=str(path)) from error
 
 
 async def _end_left(stage: Stage) -> None:

@@ -18,6 +18,8 @@ from dynctl.perfmodel.profile import Profile
 
 VERSION = 1
 FILE = "measured.json"
+NOTHING_MEASURED = "no layout could be measured"
+"""Why there is no choice then, whatever the SLA."""
 
 
 class PrefillPoint(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,6 +13,7 @@ from statistics import fmean, median
 
 from dynctl.errors import DynctlError, ProfileError, RequestError, TransportError
 from dynctl.perfmodel.choice import Sla
+from dynctl.perfmodel.profile import Profile
 from dynctl.profiler.load.record import Record
 from dynctl.profiler.load.run import Measured, Watch, run
 from dynctl.profiler.load.spec import Closed, Endpoint, Lengths, Load
@@ -30,7 +31,10 @@ _HIT = 0.7
 _FILLERS = 8
 _FIRST = 4
 """Tokens of answers of which only the beginning matters: one alone may be a piece without text."""
-_DEADLINE_S = 120.0
+_LONGER = 10.0
+_LEAST_S, _MOST_S = 15.0, 120.0
+"""A request of a probe may take `_LONGER` times what is expected, within these bounds: who takes more hangs.
+"""
 _PAUSE_S = 1.0
 """Before it is measured again: what spoilt it may be over by then."""
 _ANY_S = 3600.0
@@ -49,29 +53,52 @@ class Refused(Exception):
         self.reason = reason
 
 
-async def measured(probe: Probe, endpoint: Endpoint, seed: str) -> tuple[Point | None, str]:
+class Unserved(Exception):
+    """Both times a request failed, or did not end in time; why, of the last one."""
+
+
+def deadline_s(probe: Probe, estimate: Profile, spread: float) -> float:
+    """How long a request of the probe may take, by the estimate, which may be `spread` times off."""
+    if isinstance(probe, PrefillProbe):
+        expected_s = estimate.step_s(estimate.prefill_s(0, probe.isl), 0, 0)
+    else:
+        reading_s = estimate.prefill_s(0, probe.context) * probe.batch
+        expected_s = reading_s + _MOST_STEPS * estimate.decode_s(probe.batch, probe.context)
+    return min(_MOST_S, max(_LEAST_S, _LONGER * spread * expected_s))
+
+
+async def measured(
+    probe: Probe, endpoint: Endpoint, seed: str, deadline_s: float
+) -> tuple[Point | None, str]:
     """The point, or None and why there is none. Prompts depend on `seed`: never twice the same one at one
-    engine. Raises no error of the service: they are reasons.
+    engine. `deadline_s`: of each request; the first that fails or takes longer ends the attempt.
+
+    Raises Unserved when both attempts ended that way.
     """
     reasons: list[str] = []
-    steps = STEPS
+    steps, unserved = STEPS, 0
     for attempt in range(2):
         if attempt:
             await asyncio.sleep(_PAUSE_S)
         number = random.Random(f"{seed}/{attempt}").randrange(1 << 31)
         try:
             if isinstance(probe, PrefillProbe):
-                return await _prefill(probe, endpoint, number), ""
-            return await _decode(probe, endpoint, number, steps), ""
+                return await _prefill(probe, endpoint, number, deadline_s), ""
+            return await _decode(probe, endpoint, number, (steps, deadline_s)), ""
         except Refused as refused:
             reasons.append(refused.reason)
             steps = min(_MOST_STEPS, steps * 2)
-        except (RequestError, TransportError, ProfileError) as error:
+        except (RequestError, TransportError) as error:
+            unserved += 1
             reasons.append(str(error))
+        except ProfileError as error:
+            reasons.append(str(error))
+    if unserved == len(reasons):
+        raise Unserved(reasons[-1])
     return None, "; then ".join(dict.fromkeys(reasons))
 
 
-async def _prefill(probe: PrefillProbe, endpoint: Endpoint, seed: int) -> PrefillPoint:
+async def _prefill(probe: PrefillProbe, endpoint: Endpoint, seed: int, deadline_s: float) -> PrefillPoint:
     load = Load(
         arrivals=Closed(concurrency=1),
         isl=Lengths(tokens=probe.isl),
@@ -80,7 +107,8 @@ async def _prefill(probe: PrefillProbe, endpoint: Endpoint, seed: int) -> Prefil
         warmup=_WARM,
         api="completions",
         seed=seed,
-        deadline_s=_DEADLINE_S,
+        deadline_s=deadline_s,
+        until_failure=True,
         sla=Sla(itl_s=_ANY_S),
     )
     return prefill_point(await run(load, endpoint, Watch()))
@@ -101,7 +129,8 @@ def prefill_point(got: Measured) -> PrefillPoint:
     )
 
 
-async def _decode(probe: DecodeProbe, endpoint: Endpoint, seed: int, steps: int) -> DecodePoint:
+async def _decode(probe: DecodeProbe, endpoint: Endpoint, seed: int, size: tuple[int, float]) -> DecodePoint:
+    steps, deadline_s = size
     first = Load(
         arrivals=Closed(concurrency=min(probe.batch, _FILLERS)),
         isl=Lengths(tokens=max(1, probe.context - steps // 2)),
@@ -109,7 +138,8 @@ async def _decode(probe: DecodeProbe, endpoint: Endpoint, seed: int, steps: int)
         requests=probe.batch,
         api="completions",
         seed=seed,
-        deadline_s=_DEADLINE_S,
+        deadline_s=deadline_s,
+        until_failure=True,
         sla=Sla(ttft_s=_ANY_S),
     )
     filled = await run(first, endpoint, Watch())
@@ -122,7 +152,8 @@ async def _decode(probe: DecodeProbe, endpoint: Endpoint, seed: int, steps: int)
         requests=probe.batch,
         api="completions",
         seed=seed,
-        deadline_s=_DEADLINE_S,
+        deadline_s=deadline_s,
+        until_failure=True,
         repeated=True,
         sla=Sla(ttft_s=_ANY_S),
     )

@@ -45,9 +45,8 @@ def profile_name(pool: Pool) -> str:
 
 
 def _planner(before: dict[str, Any], option: Option) -> dict[str, Any]:
-    roles = dict(before.get("roles", {}))
-    for pool in option.pools:
-        roles[pool.role] = {**roles.get(pool.role, {}), "profile": profile_name(pool)}
+    there = before.get("roles", {})
+    roles = {pool.role: {**there.get(pool.role, {}), "profile": profile_name(pool)} for pool in option.pools}
     return {**{name: value for name, value in before.items() if name != "profile"}, "roles": roles}
 
 

@@ -20,10 +20,14 @@ def sla_of(text: str, written: WrittenSla | None) -> Sla:
     found: dict[str, float | None] = {}
     if written is not None:
         found = {"ttft": written.ttft, "itl": written.itl, "percentile": _share(written.percentile)}
+    given: set[str] = set()
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, equals, value = part.partition("=")
         if name not in ("ttft", "itl", "percentile") or not equals:
             raise UsageError(f"--sla: {part!r} is not understood", hint=f"as in {_FORM}")
+        if name in given:
+            raise UsageError(f"--sla: {name} is given twice", hint=f"as in {_FORM}")
+        given.add(name)
         found[name] = _share(value) if name == "percentile" else _seconds(name, value)
     if found.get("ttft") is None and found.get("itl") is None:
         raise UsageError("no service level is given", hint=f"--sla {_FORM}, or sla: in the recipe")
@@ -34,8 +38,10 @@ def sla_of(text: str, written: WrittenSla | None) -> Sla:
 
 
 def _seconds(name: str, value: str) -> float:
+    if value.replace(".", "", 1).isdigit():
+        raise UsageError(f"--sla: {name} needs a unit: {value}ms or {value}s?", hint=f"as in {_FORM}")
     try:
-        return parse_duration(float(value) if value.replace(".", "", 1).isdigit() else value)
+        return parse_duration(value.replace(" ", ""))
     except ValueError as error:
         raise UsageError(f"--sla: {name} {error}", hint=f"as in {_FORM}") from error
 
@@ -45,7 +51,7 @@ def _share(value: str) -> float:
         share = float(value.removeprefix("p")) / 100.0
     except ValueError:
         share = 0.0
-    if not 0.0 < share < 1.0:
+    if not 0.01 <= share < 1.0:
         raise UsageError(f"--sla: percentile must be such as p50, p95 or p99.9, not {value!r}")
     return share
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from dynctl.errors import DynctlError, ProcessExited, ProfileError
+from dynctl.errors import DynctlError, NotReady, ProcessExited, ProfileError
 from dynctl.perfmodel.layout import Layout
 from dynctl.perfmodel.profile import Profile
 from dynctl.perfmodel.traffic import Traffic, traffic
@@ -23,11 +24,13 @@ from dynctl.profiler import search
 from dynctl.profiler.candidate import alone, candidate, depends_on
 from dynctl.profiler.journal import key_of
 from dynctl.profiler.outcome import DecodePoint, LayoutRun, PrefillPoint, Refusal
-from dynctl.profiler.probe import Point, lines_of, measured
+from dynctl.profiler.probe import Point, Unserved, deadline_s, lines_of, measured
 from dynctl.profiler.search import DecodeProbe, PrefillProbe, Probe
 from dynctl.profiler.service import ask_of
 from dynctl.profiler.stage import Stage, kv_tokens
 from dynctl.profiler.starts import Standing
+
+logger = logging.getLogger(__name__)
 
 _LEAST_S = 10.0
 """With less of the budget left no probe is begun."""
@@ -101,7 +104,15 @@ class Sweep:
         except ProfileError:
             raise
         except DynctlError as error:
-            failure = await self._failed(one, error)
+            if isinstance(error, NotReady) and self._stage.left_s <= 0.0:
+                stopped = f"{OUT_OF_TIME} before it was ready"
+            else:
+                failure = await self._failed(one, error)
+        except Exception as error:
+            # The top of a layout's task: what breaks here must not end the measuring of the others.
+            logger.exception("layout.broke layout=%s", one.label)
+            self.fits.pop(layout, None)
+            failure = Failure(failure=f"{type(error).__name__}: {error}")
         profile = self.fits.get(layout)
         told = failure.failure or stopped or f"{len(one.prefill)} + {len(one.decode)} points"
         self._stage.shown.end(one.label, told)
@@ -140,12 +151,12 @@ class Sweep:
             raise _Known(msgspec.convert(known, Failure))
         for probe in search.prefill_probes(asked.demand, asked.longest):
             await self._probe(one, probe, stack)
+        self._require(one, one.prefill, "prompt")
         await self._with_room(one)
         for batch in search.decode_probes(self._fit(one), self._mix, asked.sla.itl_s):
             await self._probe(one, batch, stack)
         self._fit(one)
-        if one.layout not in self.fits:
-            raise _Over(f"no {'step' if one.prefill else 'prompt'} was measured that can be relied on")
+        self._require(one, one.decode, "step")
         if not search.worth(ask_of(asked, {}), self.fits, one.layout):
             raise _Over("15 % better than measured would not be enough")
         while True:
@@ -153,6 +164,12 @@ class Sweep:
             if following is None or any(r.what == following.label for r in one.refused):
                 return
             await self._probe(one, following, stack)
+
+    def _require(self, one: _One, points: Sequence[Point], what: str) -> None:
+        """Raises _Over when none is left of them, with why: there is no profile of such a layout."""
+        if not points:
+            why = "; ".join(dict.fromkeys(refusal.reason for refusal in one.refused))
+            raise _Over(f"no {what} was measured that can be relied on: {why}")
 
     def _fit(self, one: _One) -> Profile:
         fit = search.fitted(one.estimate, one.prefill, one.decode, self._stage.spread)
@@ -199,7 +216,8 @@ class Sweep:
         if isinstance(probe, DecodeProbe) and probe.batch > search.largest(one.estimate, probe.context):
             probe = DecodeProbe(batch=search.largest(one.estimate, probe.context), context=probe.context)
         seed = f"{stage.run}/{one.basis}/{probe.label}"
-        asking = asyncio.create_task(measured(probe, stage.endpoint(one.standing), seed))
+        limit_s = deadline_s(probe, one.estimate, stage.spread)
+        asking = asyncio.create_task(measured(probe, stage.endpoint(one.standing), seed, limit_s))
         dying = asyncio.create_task(stage.starts.died(one.standing))
         limit = asyncio.create_task(asyncio.sleep(max(_LEAST_S, stage.left_s)))
         try:
@@ -207,9 +225,14 @@ class Sweep:
             if dying.done():
                 raise dying.result()
             if asking.done():
-                point, reason = asking.result()
+                try:
+                    point, reason = asking.result()
+                except Unserved as unserved:
+                    point, reason = None, str(unserved)
                 if point is None:
                     await self._look_again(dying)
+                    if asking.exception() is not None and not (one.prefill or one.decode):
+                        raise _Over(f"it serves nothing: {reason}")
                 return point, reason
             raise _Over(OUT_OF_TIME)
         finally:

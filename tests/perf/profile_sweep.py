@@ -121,7 +121,7 @@ async def sure(probe: PrefillProbe | DecodeProbe, endpoint: Endpoint) -> float:
     """Seconds of a probe, tried until it is valid."""
     reason = ""
     for number in range(_TRIES):
-        point, reason = await measured(probe, endpoint, f"grid/{probe.label}/{number}")
+        point, reason = await measured(probe, endpoint, f"grid/{probe.label}/{number}", 120.0)
         if isinstance(point, PrefillPoint | DecodePoint):
             return point.seconds
     raise SystemExit(f"{probe.label}: {reason}")

@@ -176,7 +176,9 @@ def test_without_a_gpu_named_it_is_asked_for(here: Path, capsys: pytest.CaptureF
     [
         ((), 3, "target ssh needs hosts"),
         (("--set", "target=local", "--set", "model.path=."), 2, "no GPU is found on this machine"),
-        (("--budget", "0s"), 2, "above 0"),
+        (("--budget", "12s"), 2, "--budget must be 20s or more, not 12 s"),
+        (("--parallel", "-1"), 2, "above 0"),
+        (("--gpus", "100000"), 2, "--gpus must be 2048 at most"),
     ],
 )
 def test_what_cannot_be_measured_is_told_before_anything_is_started(
@@ -288,6 +290,41 @@ def test_without_matplotlib_all_but_the_plots_is_there(
     assert (here / "made" / "recipe.yaml").is_file()
     assert "No plots: " in (here / "made" / "report.html").read_text()
     assert not (here / "made" / "report.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("sla", "said"),
+    [
+        ("ttft=200", "ttft needs a unit: 200ms or 200s?"),
+        ("ttft=1s,itl=20ms,percentile=0.95", "percentile must be such as p50"),
+        ("ttft=1s,itl=20ms,ttft=2s", "ttft is given twice"),
+    ],
+)
+def test_a_service_level_that_may_mean_two_things_is_refused(
+    here: Path, capsys: pytest.CaptureFixture[str], sla: str, said: str
+) -> None:
+    code, _, err = asked(capsys, RECIPE, "--sla", sla, *ON)
+    assert (code, said in err) == (2, True), err
+
+
+def test_nothing_of_an_earlier_run_is_left_beside_a_report_that_has_no_recipe(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert asked(capsys, RECIPE, "--out", "made", *APART)[0] == 0
+    assert (here / "made" / "profile-prefill.json").is_file()
+    assert asked(capsys, RECIPE, "--out", "made", "--sla", "ttft=1 ms,itl=20ms", *ON)[0] == 1
+    left = {path.name for path in (here / "made").rglob("*") if path.is_file()}
+    assert left == {"report.html", "report.png"}
+
+
+def test_results_that_cannot_be_written_are_told_all_the_same(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "made").write_text("a file")
+    code, out, err = asked(capsys, RECIPE, "--out", "made", *USUAL)
+    assert code == 1
+    assert "chosen" in out
+    assert "made: results cannot be written: " in err
 
 
 def test_a_report_that_cannot_be_written_costs_nothing_else(

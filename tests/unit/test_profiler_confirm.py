@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import msgspec
@@ -13,6 +14,7 @@ from dynctl.perfmodel.layout import Layout
 from dynctl.perfmodel.offers import Ask
 from dynctl.perfmodel.profile import DEFAULT, Limits
 from dynctl.perfmodel.split import choose
+from dynctl.perfmodel.trace import TraceRequest
 from dynctl.profiler.confirm import (
     NONE,
     Trial,
@@ -133,6 +135,21 @@ def test_a_trial_is_not_over_before_the_batches_are_full() -> None:
     assert trial_for(half, lasting(3.0), 35.0, 28.0) is None
 
 
+def test_prompts_of_a_mix_have_in_common_what_the_demand_says() -> None:
+    """Else a trial of a trace reads prompts that the choice takes for cached."""
+    question = ask(lengths=((4000, 50), (1000, 100)))
+    question = replace(question, demand=msgspec.structs.replace(question.demand, hit_rate=0.75))
+    load = check(load_for(question, 5.0, Trial(300, 30), 1))
+    assert isinstance(load.arrivals, Replay)
+    assert hit_rate(load.arrivals.requests, load.arrivals.block_tokens) == pytest.approx(0.75, abs=0.03)
+
+
+def hit_rate(requests: Sequence[TraceRequest], size: int) -> float:
+    """Of all but the first of each block."""
+    found = sum(len(one.blocks) * size for one in requests[1:])
+    return found / sum(one.prompt_tokens for one in requests[1:])
+
+
 def test_the_verdict_says_what_was_kept_instead() -> None:
     option = chosen(ask())
     late = msgspec.structs.replace(seen(option), ttft_s=0.7, itl_s=0.015)
@@ -144,3 +161,5 @@ def test_the_verdict_says_what_was_kept_instead() -> None:
     assert verdict(choose(ask()), [], runs).startswith("not confirmed")
     broken = msgspec.structs.replace(runs[0], fitted=None, failure="the engine ended")
     assert verdict(choose(ask()), [], [broken]) == "nothing could be measured: the engine ended"
+    hung = msgspec.structs.replace(broken, failure="", stopped="it serves nothing: no end after 15 s")
+    assert verdict(choose(ask()), [], [hung]).endswith("it serves nothing: no end after 15 s")

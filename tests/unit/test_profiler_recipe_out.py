@@ -103,7 +103,7 @@ frontend:
     - {name: second, key: "file:./keys/api"}
 target: ssh
 sla: {ttft: 1s}
-planner: {roles: {aggregated: {max_replicas: 3}}, profile: costs.json}
+planner: {roles: {aggregated: {max_replicas: 3}, decode: {min_replicas: 2}}, profile: costs.json}
 """
 
 
@@ -136,6 +136,10 @@ def test_a_planner_gets_the_profiles_that_are_written_beside_it(tmp_path: Path) 
     assert planner.profile == ""
     assert planner.roles.aggregated.profile == f"{tmp_path}/out/profile-aggregated.json"
     assert planner.roles.aggregated.max_replicas == 3
+    written = yaml.safe_load((tmp_path / "out" / "written.yaml").read_text())
+    assert set(written["planner"]["roles"]) == {"aggregated"}, (
+        "bounds of roles that are not there any more go"
+    )
 
 
 def test_a_recipe_in_json_stays_one(tmp_path: Path) -> None:

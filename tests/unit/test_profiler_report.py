@@ -108,7 +108,7 @@ def test_all_that_was_found_is_told() -> None:
         "Probes 19, 4 more from the journal",
         "Engine mocker 1.0",
         "Samples 24 prompts, 2000 decode steps",
-        "Cached by accident 0.2%",
+        "Cached when steps were timed 0.2%",
         "Left open by the budget TP8 as prefill",
     ):
         assert words in how

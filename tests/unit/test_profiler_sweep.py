@@ -20,6 +20,7 @@ from dynctl.profiler.candidate import alone, candidate, depends_on
 from dynctl.profiler.journal import Journal, key_of
 from dynctl.profiler.load.spec import Endpoint
 from dynctl.profiler.outcome import DecodePoint, LayoutRun, PrefillPoint
+from dynctl.profiler.probe import Unserved
 from dynctl.profiler.search import DecodeProbe, PrefillProbe, Probe
 from dynctl.profiler.service import Asked, estimated
 from dynctl.profiler.stage import Slots, Stage
@@ -87,7 +88,9 @@ def stage_for(folder: Path, starts: Starts, gpus: int = 8, *, resume: bool = Fal
     )
 
 
-async def answer(probe: Probe, endpoint: Endpoint, seed: str) -> tuple[PrefillPoint | DecodePoint, str]:
+async def answer(
+    probe: Probe, endpoint: Endpoint, seed: str, limit_s: float
+) -> tuple[PrefillPoint | DecodePoint, str]:
     await asyncio.sleep(0)
     assert endpoint.api_key == "secret-of-the-run"
     if isinstance(probe, PrefillProbe):
@@ -118,9 +121,9 @@ def test_layouts_are_measured_at_once_and_ended(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("refusing", "told"),
     [
-        ((PrefillProbe,), "no prompt was measured that can be relied on"),
-        ((DecodeProbe,), "no step was measured that can be relied on"),
-        ((PrefillProbe, DecodeProbe), "no prompt was measured that can be relied on"),
+        ((PrefillProbe,), "no prompt was measured that can be relied on: the client was late"),
+        ((DecodeProbe,), "no step was measured that can be relied on: the client was late"),
+        ((PrefillProbe, DecodeProbe), "no prompt was measured that can be relied on: the client was late"),
     ],
 )
 def test_a_layout_whose_probes_are_all_refused_has_no_profile_and_ends_nothing_else(
@@ -129,11 +132,11 @@ def test_a_layout_whose_probes_are_all_refused_has_no_profile_and_ends_nothing_e
     """It is in no dictionary of fitted profiles: who looks for it there finds a KeyError."""
 
     async def refuse(
-        probe: Probe, endpoint: Endpoint, seed: str
+        probe: Probe, endpoint: Endpoint, seed: str, limit_s: float
     ) -> tuple[PrefillPoint | DecodePoint | None, str]:
         if isinstance(probe, refusing) and endpoint.url.endswith("-tp1"):
             return None, "the client was late"
-        return await answer(probe, endpoint, seed)
+        return await answer(probe, endpoint, seed, limit_s)
 
     monkeypatch.setattr(sweep_module, "measured", refuse)
     monkeypatch.setattr(Sweep, "_look_again", nobody_dies)
@@ -142,6 +145,32 @@ def test_a_layout_whose_probes_are_all_refused_has_no_profile_and_ends_nothing_e
     assert (first.fitted, first.stopped, first.failure) == (None, told, "")
     assert {one.reason for one in first.refused} == {"the client was late"}
     assert second.fitted is not None
+
+
+@pytest.mark.parametrize(
+    ("error", "failure", "stopped"),
+    [
+        (Unserved("no end after 15 s"), "", "it serves nothing: no end after 15 s"),
+        (ZeroDivisionError("oh"), "ZeroDivisionError: oh", ""),
+    ],
+)
+def test_what_one_layout_breaks_by_does_not_end_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, failure: str, stopped: str
+) -> None:
+    async def break_(
+        probe: Probe, endpoint: Endpoint, seed: str, limit_s: float
+    ) -> tuple[PrefillPoint | DecodePoint, str]:
+        if endpoint.url.endswith("-tp1"):
+            raise error
+        return await answer(probe, endpoint, seed, limit_s)
+
+    monkeypatch.setattr(sweep_module, "measured", break_)
+    monkeypatch.setattr(Sweep, "_look_again", nobody_dies)
+    starts = Starts()
+    first, second = asyncio.run(swept(stage_for(tmp_path, starts), (TP1, TP2)))
+    assert (first.fitted, first.failure, first.stopped) == (None, failure, stopped)
+    assert second.fitted is not None
+    assert starts.up_now == []
 
 
 async def nobody_dies(self: Sweep, dying: asyncio.Task[DynctlError]) -> None:
@@ -163,12 +192,14 @@ def test_on_a_full_disk_engines_are_ended_and_one_message_is_left(
     starts = Starts()
     stage = stage_for(tmp_path, starts)
 
-    async def full(probe: Probe, endpoint: Endpoint, seed: str) -> tuple[PrefillPoint | DecodePoint, str]:
+    async def full(
+        probe: Probe, endpoint: Endpoint, seed: str, limit_s: float
+    ) -> tuple[PrefillPoint | DecodePoint, str]:
         def write(fd: int, raw: bytes) -> int:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         monkeypatch.setattr("dynctl.profiler.journal.os.write", write)
-        return await answer(probe, endpoint, seed)
+        return await answer(probe, endpoint, seed, limit_s)
 
     monkeypatch.setattr(sweep_module, "measured", full)
     with pytest.raises(ProfileError, match="No space left on device"):

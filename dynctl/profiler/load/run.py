@@ -249,6 +249,10 @@ class _Sender:
         record.cached_tokens = answer.cached
 
     def _give_up_if_hopeless(self, error: DynctlError) -> None:
+        if self._load.until_failure:
+            self._error = self._error or error
+            self._watch.stop.set()
+            return
         if not self._succeeded and len(self._watch.records) + 1 >= _HOPELESS:
             told = f"the first {_HOPELESS} requests all failed: {error.message}"
             self._error = self._error or type(error)(told, where=error.where, hint=error.hint)

@@ -70,6 +70,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     deadline_s: float = 600.0
     ignore_eos: bool = True
     repeated: bool = False
+    until_failure: bool = False
     sla: Sla = NO_SLA
 
     @property

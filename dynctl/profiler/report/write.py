@@ -26,10 +26,19 @@ def write_report(folder: Path, told: Told) -> tuple[list[Path], str]:
     try:
         text = page(told, drawn, svg)
         picture = png(drawn, f"{told.name}  ·  {sla_text(told.choice.sla)}")
-        (folder / PNG).write_bytes(picture)
+        _whole(folder / PNG, picture)
         written.append(folder / PNG)
     except ProfileError as error:
         missing = str(error)
         text = page(told, drawn, svg, no_plots=f"No plots: {missing}")
-    (folder / HTML).write_text(text, encoding="utf-8")
+    _whole(folder / HTML, text.encode())
     return written, missing
+
+
+def _whole(path: Path, content: bytes) -> None:
+    """For everybody to read, or not at all. Raises OSError."""
+    try:
+        path.write_bytes(content)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
