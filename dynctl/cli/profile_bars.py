@@ -25,7 +25,7 @@ class Bars:
             TextColumn("{task.description}", style="bold", markup=False, table_column=plain),
             BarColumn(bar_width=_BAR),
             Count(),
-            Left(),
+            Left(clock),
             TextColumn(
                 "{task.fields[told]}",
                 style="dim",
@@ -54,9 +54,10 @@ class Bars:
             self.drawn.remove_task(self._tasks[row])
         self._tasks[row] = self.drawn.add_task(row, total=total, told="waiting for GPUs")
 
-    def move(self, row: str, did: int, doing: str) -> None:
-        """So many steps are behind the row."""
-        self.drawn.update(self._tasks[row], completed=did, told=doing)
+    def move(self, row: str, did: int, doing: str, lasts_s: float) -> None:
+        """So many steps are behind the row; it still takes so long, 0 = that is to be judged by those."""
+        ends_s = self._clock() + lasts_s if lasts_s else 0.0
+        self.drawn.update(self._tasks[row], completed=did, told=doing, ends_s=ends_s)
         self.drawn.update(self._budget, completed=min(self._clock() - self._begun_s, self._budget_s))
 
     def end(self, row: str, told: str) -> None:
@@ -75,10 +76,14 @@ class Count(ProgressColumn):
 
 
 class Left(ProgressColumn):
-    """The time that is left: of the budget, and of a row judged by all the steps behind it.
+    """The time that is left: of the budget; of a row as it is known, or judged by the steps behind it.
 
     Blank until one is behind it; how long it took once it has ended.
     """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        super().__init__()
+        self._clock = clock
 
     def render(self, task: Task) -> Text:
         """Of one row."""
@@ -88,6 +93,8 @@ class Left(ProgressColumn):
             return Text(f"{age(task.total - task.elapsed)} left", style="cyan")
         if task.stop_time is not None:
             return Text(f"took {age(task.elapsed)}", style="dim")
+        if task.fields.get("ends_s"):
+            return Text(f"~{age(max(0.0, task.fields['ends_s'] - self._clock()))} left", style="cyan")
         if not task.completed or task.completed >= task.total:
             return Text("")
         each = task.elapsed / task.completed

@@ -69,12 +69,12 @@ class Progress:
         else:
             self._line(f"{row}: {total} to measure")
 
-    def step(self, row: str, doing: str, *, done: bool = False) -> None:
-        """What is being done; `done`: a step is behind it."""
+    def step(self, row: str, doing: str, *, done: bool = False, lasts_s: float = 0.0) -> None:
+        """What is being done; `done`: a step is behind it; `lasts_s`: what the row still takes, if known."""
         known = self._rows[row]
         known.did += done
         if self._bars is not None:
-            self._bars.move(row, known.did, doing)
+            self._bars.move(row, known.did, doing, lasts_s)
         elif done:
             self._line(f"{row}: {doing}, {known.did} of {known.total}")
 

@@ -142,7 +142,9 @@ async def _loaded(
     assert trial is not None
     for attempt in range(2):
         seed = random.Random(f"{stage.run}/{row[1]}/{attempt}").randrange(1 << 31)
-        stage.shown.step(row[0], f"{trial.requests} requests at {rate:.3g}/s", done=not attempt)
+        lasts_s = (trial.requests + trial.warmup) / rate
+        doing = f"{trial.requests} requests at {rate:.3g}/s"
+        stage.shown.step(row[0], doing, done=not attempt, lasts_s=lasts_s)
         result = (await run(load_for(ask, rate, trial, seed), endpoint, Watch())).result
         stage.probes += 1
         following = trial_for(ask, option, rate, stage.left_s)

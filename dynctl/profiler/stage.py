@@ -39,8 +39,8 @@ class Shown(Protocol):
         """A row with so many steps to go."""
         ...
 
-    def step(self, row: str, doing: str, *, done: bool = False) -> None:
-        """What is being done; `done`: a step is behind it."""
+    def step(self, row: str, doing: str, *, done: bool = False, lasts_s: float = 0.0) -> None:
+        """What is being done; `done`: a step is behind it; `lasts_s`: what the row still takes, if known."""
         ...
 
     def end(self, row: str, told: str) -> None:

@@ -50,6 +50,17 @@ def test_the_time_left_is_judged_by_steps_that_took_minutes() -> None:
     assert "decode 16 x 3150" in row
 
 
+def test_a_trial_takes_as_long_as_its_requests_come_not_as_its_start_took() -> None:
+    console, _ = terminal()
+    clock = Clock()
+    with Progress(600.0, console, clock) as progress:
+        progress.begin("confirm 2 x TP1", 3)
+        clock.now_s += 120
+        progress.step("confirm 2 x TP1", "330 requests at 10/s", done=True, lasts_s=33.0)
+        clock.now_s += 10
+        assert "~23s left" in shown(progress)
+
+
 def test_a_row_that_died_stays_where_it_was_and_says_why() -> None:
     console, _ = terminal()
     clock = Clock()
