@@ -160,3 +160,17 @@ def up(cli: Cli, recipe: Path | str, *args: str, timeout_s: float = 60.0) -> Ite
 def sets(values: Mapping[str, object]) -> Sequence[str]:
     """`--set` arguments."""
     return [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
+
+
+def vllm_stand_in(python: str | Path) -> str:
+    """An `engine.python` that is asked for vLLM (`-m vllm... serve MODEL ...`) and starts the simulated one,
+    whose flags have the same names but for one.
+    """
+    return f"""#!/bin/sh
+shift 3
+for one; do
+    shift
+    [ "$one" = --enable-prompt-tokens-details ] || set -- "$@" "$one"
+done
+exec {python} -m dynctl.mocker "$@"
+"""

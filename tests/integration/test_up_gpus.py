@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.deployment import Cli, Deployment, end_all, up
+from tests.deployment import Cli, Deployment, end_all, up, vllm_stand_in
 
 DRIVER = "#!/bin/sh\necho 'GPU 0: NVIDIA H100'\necho 'GPU 1: NVIDIA H100'\n"
 """`nvidia-smi --list-gpus` of a machine with two."""
-ENGINE = f'#!/bin/sh\nshift 3\nexec {sys.executable} -m dynctl.mocker "$@"\n'
-"""`python -m vllm... serve MODEL ...` as the simulated engine, whose flags have the same names."""
+ENGINE = vllm_stand_in(sys.executable)
 
 
 @pytest.fixture
