@@ -61,8 +61,9 @@ class Bars:
         self.drawn.update(self._budget, completed=min(self._clock() - self._begun_s, self._budget_s))
 
     def end(self, row: str, told: str) -> None:
-        """The bar stays, where it has come to."""
-        self.drawn.update(self._tasks[row], told=told)
+        """The bar stays, full as far as it came: what was not done was not needed, or `told` says why."""
+        did = self.drawn.tasks[self.drawn.task_ids.index(self._tasks[row])].completed
+        self.drawn.update(self._tasks[row], told=told, total=did or None)
         self.drawn.stop_task(self._tasks[row])
 
 

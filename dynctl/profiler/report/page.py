@@ -77,6 +77,9 @@ def verdict(told: Told) -> tuple[str, str]:
     confirmed = told.confirmed
     if told.choice.chosen is None:
         return "bad", "✗ Nothing keeps this SLA"
+    if confirmed is None and told.measured is not None and told.measured.rounds:
+        tried = told.measured.rounds[-1].option.label
+        return "open", f"Not tried: {tried} was, and missed; this is the next choice by what was seen"
     if confirmed is None:
         what = (
             "by measured curves; the whole was not measured"
