@@ -17,6 +17,7 @@ class _Series:
     duration: Histogram
     ttft: Histogram
     itl: Histogram
+    tpot: Histogram
     input_tokens: Histogram
     output_tokens: Histogram
     output_total: Counter
@@ -138,6 +139,7 @@ class Account:
             routed.output_tokens.observe(tokens)
         if tokens > 1 and self._first_s:
             itl_s = (now_s - self._first_s) / (tokens - 1)
+            series.tpot.observe(itl_s)
             routed.itl.observe(itl_s)
             if self._worker is not None:
                 self._worker.itl.set(itl_s)
@@ -227,6 +229,7 @@ class Accounts:
             duration=metrics.histogram("request_duration_seconds", model=model),
             ttft=metrics.histogram("time_to_first_token_seconds", model=model),
             itl=metrics.histogram("inter_token_latency_seconds", model=model),
+            tpot=metrics.histogram("time_per_output_token_seconds", model=model),
             input_tokens=metrics.histogram("input_sequence_tokens", model=model),
             output_tokens=metrics.histogram("output_sequence_tokens", model=model),
             output_total=metrics.counter("output_tokens_total", model=model),

@@ -40,6 +40,8 @@ _ROUTER = ("router_id",)
 _RATIO = tuple(i / 20 for i in range(21))
 _TTFT_S = log_buckets(0.001, 480, 18)
 _ITL_S = log_buckets(0.001, 80, 20)
+_TPOT_S = tuple(float(f"{10 ** (i / 24):.2e}") for i in range(-72, 25))
+"""A tenth from one to the next, 1 ms to 10 s: what is asked of it is told to a few per cent."""
 _INPUT_TOKENS = log_buckets(50, 128_000, 12)
 _OUTPUT_TOKENS = log_buckets(50, 32_000, 10)
 _STAGE_S = (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0)
@@ -105,6 +107,13 @@ _LATENCY: tuple[Metric, ...] = (
     ),
     Metric(
         "inter_token_latency_seconds", "histogram", "Between two tokens of a streamed answer.", _MODEL, _ITL_S
+    ),
+    Metric(
+        "time_per_output_token_seconds",
+        "histogram",
+        "Mean time between the tokens of a streamed answer, one for each answer: what `sla.itl` is about.",
+        _MODEL,
+        _TPOT_S,
     ),
     Metric("embedding_latency_seconds", "histogram", "Requests for embeddings, whole.", _MODEL, _TTFT_S),
     Metric("prefill_seconds", "histogram", "The prefill leg, whole.", _MODEL, _TTFT_S),

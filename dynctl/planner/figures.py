@@ -14,7 +14,8 @@ from dynctl.protocol.instances import Role
 
 _STARTED = "requests_started_total"
 _PROMPT, _ANSWER = "input_sequence_tokens", "output_sequence_tokens"
-_TTFT, _ITL = "time_to_first_token_seconds", "inter_token_latency_seconds"
+_TTFT, _TPOT = "time_to_first_token_seconds", "time_per_output_token_seconds"
+_GAP = "inter_token_latency_seconds"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +42,14 @@ def observation(before: Look, after: Look, roles: Mapping[Role, Seats], percenti
         arrivals=round(arrivals),
         roles={role: _load(seats, now) for role, seats in roles.items()},
         isl=_mean(grown, _PROMPT),
-        isl_cv=_spread(grown, _PROMPT),
+        isl_cv=spread(buckets_of(grown, _PROMPT)),
         osl=_mean(grown, _ANSWER),
         hit_rate=_hits(grown),
         queued=int(total(now, "router_queue_pending_requests")),
         ttft_s=quantile(buckets_of(grown, _TTFT).items(), percentile),
-        itl_s=quantile(buckets_of(grown, _ITL).items(), percentile),
+        itl_s=quantile(buckets_of(grown, _TPOT).items(), percentile),
         ttft_mean_s=_mean(grown, _TTFT),
-        itl_mean_s=_mean(grown, _ITL),
+        itl_mean_s=_mean(grown, _GAP),
         kv_tokens=round(blocks * size) * ranks,
     )
 
@@ -76,9 +77,11 @@ def _mean(grown: Series, name: str) -> float | None:
     return total([grown], f"{name}_sum") / count if count > 0 else None
 
 
-def _spread(grown: Series, name: str) -> float | None:
-    """Standard deviation by mean, each bucket taken at the geometric middle of its bounds."""
-    ordered = sorted(buckets_of(grown, name).items())
+def spread(buckets: Mapping[float, float]) -> float | None:
+    """Standard deviation by mean, of cumulative counts by upper bound; each bucket is taken at the geometric
+    middle of its bounds. None of fewer than two.
+    """
+    ordered = sorted(buckets.items())
     sizes: list[tuple[float, float]] = []
     low = below = 0.0
     for bound, count in ordered:

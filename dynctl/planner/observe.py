@@ -47,8 +47,9 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     `arrivals`: requests that came, whatever became of them: what saturation cannot hide. `isl`, `osl`: mean
     lengths of prompts and answers; `isl_cv`: how prompts spread, standard deviation by mean. `hit_rate`:
     share of prompt tokens found in caches. `queued`: requests that no worker has been given yet.
-    `ttft_s`, `itl_s`: what users got, at the service level's percentile; `ttft_mean_s`, `itl_mean_s`: on
-    average. `kv_tokens`: tokens whose KV one replica holds, 0 = not known.
+    `ttft_s`, `itl_s`: what users got at the service level's percentile; ITL as in the service level: each
+    answer's mean time between its tokens, of answers that have ended. `ttft_mean_s`: on average;
+    `itl_mean_s`: of all gaps between tokens. `kv_tokens`: tokens whose KV one replica holds, 0 = not known.
     """
 
     span_s: float

@@ -87,6 +87,17 @@ def test_latency_between_tokens_counts_each_token_of_a_piece() -> None:
     assert 'time_to_first_token_seconds_count{model="m"} 1.0' in text
 
 
+def test_an_answer_counts_once_with_the_mean_of_its_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    test = Setup()
+    test.account.first_byte(100.0)
+    test.account.output_tokens = 11
+    monkeypatch.setattr("dynctl.frontend.accounts.time.monotonic", lambda: 100.5)
+    test.account.close()
+    text = test.metrics.render().decode()
+    assert 'frontend_time_per_output_token_seconds_sum{model="m"} 0.05' in text
+    assert 'frontend_time_per_output_token_seconds_count{model="m"} 1.0' in text
+
+
 @pytest.mark.parametrize(
     "first",
     [

@@ -41,6 +41,7 @@ def test_lengths_times_and_queues_are_of_the_span() -> None:
     metrics.histogram("output_sequence_tokens", model="m").observe(200.0, 4)
     metrics.histogram("time_to_first_token_seconds", model="m").observe(0.4, 10)
     metrics.histogram("inter_token_latency_seconds", model="m").observe(0.01, 10)
+    metrics.histogram("time_per_output_token_seconds", model="m").observe(0.012, 4)
     queue = {"model": "m", "worker_type": "aggregated", "policy_class": "fcfs"}
     metrics.gauge("router_queue_pending_requests", **queue).set(3)
     metrics.gauge("model_total_kv_blocks", model="m").set(100)
@@ -51,7 +52,7 @@ def test_lengths_times_and_queues_are_of_the_span() -> None:
     assert found.itl_mean_s == pytest.approx(0.01)
     assert found.ttft_s is not None
     assert 0.2 < found.ttft_s < 0.5
-    assert found.itl_s is not None
+    assert found.itl_s == pytest.approx(0.012, rel=0.06)
     assert found.isl_cv is not None
     assert 0.7 < found.isl_cv < 1.1
 
@@ -93,3 +94,29 @@ def test_prompts_beyond_the_last_bucket_have_a_spread_too() -> None:
     found = observation(before, look(5.0, metrics), SEATS, 0.95)  # type: ignore[arg-type]
     assert found.isl_cv is not None
     assert found.isl_cv > 0.9
+
+
+def test_a_pause_in_every_answer_is_not_taken_for_slow_answers() -> None:
+    metrics = Metrics()
+    before = look(0.0, metrics)
+    gaps = metrics.histogram("inter_token_latency_seconds", model="m")
+    gaps.observe(0.005, 900)
+    gaps.observe(0.1, 100)  # a prompt was read in between
+    metrics.histogram("time_per_output_token_seconds", model="m").observe(0.0145, 20)
+    found = observation(before, look(5.0, metrics), SEATS, 0.95)  # type: ignore[arg-type]
+    assert found.itl_s == pytest.approx(0.0145, rel=0.06)
+    assert found.itl_mean_s == pytest.approx(0.0145)
+
+
+@pytest.mark.parametrize("level_s", [0.005, 0.015, 0.02, 0.03, 0.05, 0.1, 0.3])
+def test_answers_a_tenth_within_and_beyond_a_level_are_told_apart(level_s: float) -> None:
+    told = []
+    for times in (0.9, 1.1):
+        metrics = Metrics()
+        before = look(0.0, metrics)
+        for i in range(100):
+            value_s = level_s * times * (0.8 + 0.2 * i / 94)
+            metrics.histogram("time_per_output_token_seconds", model="m").observe(value_s)
+        found = observation(before, look(5.0, metrics), SEATS, 0.95)  # type: ignore[arg-type]
+        told.append(found.itl_s or 0.0)
+    assert told[0] < level_s < told[1]

@@ -8,10 +8,13 @@ from collections.abc import Mapping
 import msgspec
 import pytest
 
+from dynctl.deploy.figures import Look, parse
+from dynctl.observability.metrics import Metrics
 from dynctl.perfmodel.choice import Sla
 from dynctl.perfmodel.profile import DEFAULT, Limits
 from dynctl.perfmodel.simulation import Finished, Group, Service, Task, Told
 from dynctl.perfmodel.trace import TraceRequest
+from dynctl.planner.figures import observation
 from dynctl.planner.observe import Observation
 from dynctl.protocol.instances import Role
 from dynctl.simulator.cluster import Cluster, Options
@@ -136,3 +139,28 @@ def test_quantiles_are_values_that_there_are() -> None:
     assert quantile([3.0, 1.0, 2.0], 0.0) == 1.0
     assert quantile(range(100), 0.95) == 95
     assert quantile([1.0], 0.99) == 1.0
+
+
+def test_a_run_tells_what_frontends_histograms_would_tell() -> None:
+    looks, metrics = Looks(), Metrics()
+    requests = [TraceRequest(i * 0.04, 500 + 61 * (i % 50), 20 + i % 30) for i in range(400)]
+    run = Cluster(SERVICE, requests, looks, Options())
+    run.run()
+    looks.wanted(run)
+    share, seen = SERVICE.sla.percentile, looks.seen[0]
+    begun = [one for one in run.answers if one.first_s is not None and one.first_s <= seen.span_s]
+    ended = [one for one in begun if one.ended_s is not None and one.ended_s <= seen.span_s]
+    for one in begun:
+        metrics.histogram("time_to_first_token_seconds", model="m").observe(one.ttft_s or 0.0)
+    for one in ended:
+        metrics.histogram("time_per_output_token_seconds", model="m").observe(one.itl_s or 0.0)
+    for request in requests[: seen.arrivals]:
+        metrics.histogram("input_sequence_tokens", model="m").observe(request.prompt_tokens)
+    empty, full = (
+        Look(at, {"f": parse(one.render().decode())}) for at, one in ((0, Metrics()), (1, metrics))
+    )
+    told = observation(empty, full, {}, share)
+    assert told.ttft_s == pytest.approx(seen.ttft_s)
+    assert told.itl_s == pytest.approx(seen.itl_s)
+    assert told.isl_cv == pytest.approx(seen.isl_cv)
+    assert told.isl == pytest.approx(seen.isl)
