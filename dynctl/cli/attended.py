@@ -10,7 +10,7 @@ import typer
 from dynctl.cli import options
 from dynctl.cli.exits import INTERRUPTED
 from dynctl.cli.live import follow, screen, ways_back
-from dynctl.cli.pick import running_names, state
+from dynctl.cli.pick import meant_names, state
 from dynctl.cli.render import data, json_data, program, prose
 from dynctl.deploy.claim import Up
 from dynctl.deploy.stop import Stopper
@@ -53,5 +53,5 @@ def announce(started: Up, *, as_json: bool) -> None:
         return
     data(started.url)
     prose(f"{started.name} is ready: {started.url}", style="good")
-    which = "" if running_names() == [started.name] else f" --name {started.name}"
+    which = "" if meant_names() == [started.name] else f" --name {started.name}"
     prose(f"try: {program()} chat{which} 'Hello'   end: {program()} down {started.name}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dynctl import procfs
 from dynctl.deploy.ask import ask_controller, listens
-from dynctl.deploy.home import Home, RunDir
+from dynctl.deploy.home import Home, RunDir, is_trial
 from dynctl.deploy.slurm_view import job_view
 from dynctl.deploy.state import ENDED, RunState, load_state
 from dynctl.deploy.status import view_of
@@ -115,7 +115,8 @@ def state(run: RunDir) -> RunState:
 
 
 def pick(name: str | None, *, ended: bool = False) -> RunDir:
-    """The run of `name`; without a name the only one running, or with `ended` else the latest of all.
+    """The run of `name`; without a name the only one running, or with `ended` else the latest of all, those
+    left out that a profile run measures.
 
     Raises UsageError that lists the names, Elsewhere.
     """
@@ -147,7 +148,7 @@ def _pick(name: str | None, *, ended: bool) -> RunDir:
                 hint="nothing was done; it is looked after from where it was started",
             )
         return run
-    running = running_names()
+    names, running = [one for one in names if not is_trial(one)], meant_names()
     if len(running) == 1:
         names = running
     elif running:
@@ -157,6 +158,11 @@ def _pick(name: str | None, *, ended: bool) -> RunDir:
         raise UsageError("no deployment runs", hint=listed)
     runs = [run for n in names if (run := _found(place, n)) is not None]
     return max(runs, key=lambda run: run.path.stat().st_mtime)
+
+
+def meant_names() -> list[str]:
+    """Those that run and may be meant without being named: not what a profile run measures."""
+    return [name for name in running_names() if not is_trial(name)]
 
 
 def running_names() -> list[str]:

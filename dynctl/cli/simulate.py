@@ -19,7 +19,7 @@ from dynctl.cli.simulate_process import results_of
 from dynctl.cli.simulate_view import as_object, pace_text, results_text
 from dynctl.deploy.seats import busy_spec, router_spec
 from dynctl.engines.catalog import get
-from dynctl.errors import UsageError
+from dynctl.errors import ProfileError, UsageError
 from dynctl.perfmodel.choice import Sla
 from dynctl.perfmodel.gpus import gpu_named
 from dynctl.perfmodel.profile import Profile, load_profile
@@ -30,7 +30,7 @@ from dynctl.profiler.estimators import estimator_for
 from dynctl.profiler.request import sla_of
 from dynctl.protocol.instances import Role
 from dynctl.recipe.check import check_recipe
-from dynctl.recipe.check_planner import layout_of, profile_path
+from dynctl.recipe.check_planner import differences, layout_of, profile_path
 from dynctl.recipe.load import LoadedRecipe, load_recipe
 
 _BOOT_S = 60.0
@@ -124,7 +124,8 @@ def simulate(  # noqa: PLR0913 - one parameter for each option of the verb
     level = sla_of("", loaded.recipe.sla)
     config = config_of(loaded, gpus, gpu)
     if config is not None:
-        config = dataclasses.replace(config, sla=level, boot_s=boot if boot is not None else config.boot_s)
+        boot_s = boot if boot is not None else config.boot_s
+        config = dataclasses.replace(config, sla=level, boot_s=boot_s, advisory=False)
     costs = Costs(_by_role(profiles or (), loaded), gpu)
     task = Task(
         service=service_of(loaded, level, costs, config, boot),
@@ -145,21 +146,28 @@ def simulate(  # noqa: PLR0913 - one parameter for each option of the verb
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Where costs come from: profiles by role ("" = of all that have none of their own), or a GPU's name."""
+    """Where costs come from: a GPU's name, or files and their profiles by role; "" = of all that have none of
+    their own.
+    """
 
-    profiles: Mapping[str, Profile]
+    profiles: Mapping[str, tuple[str, Profile]]
     gpu: str
 
     def of(self, loaded: LoadedRecipe, role: Role) -> Profile:
-        """A replica's costs. Raises ProfileError when there is nothing to go by."""
-        given = self.profiles.get(role) or self.profiles.get("")
-        if given is not None:
-            return given
-        path = profile_path(loaded.recipe, role)
-        if path:
-            return load_profile(Path(path))
-        section = loaded.recipe.roles.present()[role]
+        """A replica's costs. Raises ProfileError when there is nothing to go by, or only what was made of
+        something else.
+        """
+        recipe, section = loaded.recipe, loaded.recipe.roles.present()[role]
         kind = gpu_named(self.gpu) if self.gpu else None
+        path = profile_path(recipe, role)
+        where, given = self.profiles.get(role) or self.profiles.get("") or (path, None)
+        if given is None and path:
+            given = load_profile(Path(path))
+        if given is not None:
+            differs = differences(given, recipe, get(recipe.backend), section, kind.name if kind else "")
+            if differs:
+                raise ProfileError(f"it is of something else than {role}: {'; '.join(differs)}", where=where)
+            return given
         return estimator_for(loaded, kind, "").profile(layout_of(section))
 
 
@@ -193,9 +201,9 @@ def service_of(
     )
 
 
-def _by_role(words: tuple[str, ...] | list[str], loaded: LoadedRecipe) -> dict[str, Profile]:
+def _by_role(words: tuple[str, ...] | list[str], loaded: LoadedRecipe) -> dict[str, tuple[str, Profile]]:
     """Profiles by the role they are given for, "" = all. Raises UsageError, ProfileError."""
-    found: dict[str, Profile] = {}
+    found: dict[str, tuple[str, Profile]] = {}
     present = loaded.recipe.roles.present()
     for word in words:
         role, equals, path = word.partition("=")
@@ -205,5 +213,5 @@ def _by_role(words: tuple[str, ...] | list[str], loaded: LoadedRecipe) -> dict[s
             raise UsageError(f"--profile: the recipe has no role {role!r}", hint=", ".join(present))
         if role in found:
             raise UsageError(f"--profile is given twice for {role or 'all roles'}", hint="ROLE=FILE for each")
-        found[role] = load_profile(Path(path))
+        found[role] = path, load_profile(Path(path))
     return found

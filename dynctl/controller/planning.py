@@ -56,7 +56,6 @@ class _Rules:
 
     stamp: tuple[int, int] = (0, 0)
     config: PlannerConfig | None = None
-    advisory: bool = False
     fault: str = ""
 
 
@@ -122,9 +121,10 @@ class Planning:
         decision = decide(memory, seen, config, now)
         outcome = await self._act(decision, config, now) if decision.changed else ""
         over = memory.past[-1] if memory.window.span_s == 0.0 else None
-        self._tell(decision, seen, outcome)
         news = (outcome, {role: (one.code, one.target) for role, one in decision.roles.items()})
-        if over is not None or news != self._told.news:
+        fresh = news != self._told.news
+        self._tell(config, decision, seen, outcome if fresh else "")
+        if over is not None or fresh:
             entry = Entry(
                 ts=round(time.time(), 3),
                 decision=decision,
@@ -160,11 +160,9 @@ class Planning:
 
     async def _act(self, decision: Decision, config: PlannerConfig, now: float) -> str:
         """Have it done; what became of it, in words."""
-        if self._rules.advisory:
+        if config.advisory:
             return "advisory: nothing was done"
-        changes: dict[str, int] = {
-            role: one.target for role, one in decision.roles.items() if one.target != one.current
-        }
+        changes = _changes(decision)
         grows = any(one.target > one.current for one in decision.roles.values())
         declined, at = self._desk.state.declined, self._desk.state.declined_at
         if declined and grows and at != self._told.declined_at:
@@ -182,18 +180,27 @@ class Planning:
         self._desk.note("planner.scaled", {"to": words(changes), "reason": decision.reason})
         return "done"
 
-    def _tell(self, decision: Decision, seen: Observation, outcome: str) -> None:
-        if decision.changed:
+    def _tell(self, config: PlannerConfig, decision: Decision, seen: Observation, outcome: str) -> None:
+        """`outcome`: "" for advice that is as it was, too: that is told once."""
+        if outcome:
             self._told.last = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {decision.reason}, {outcome}"
+        if config.advisory and outcome:
+            told: dict[str, str | int | float] = {"to": words(_changes(decision))}
+            self._desk.note("planner.advised", {**told, "reason": decision.reason})
+        if config.advisory:
+            last = f"advice of {self._told.last}" if decision.changed else "no change is advised"
+        else:
+            last = f"last change {self._told.last}" if self._told.last else "nothing changed yet"
         self._desk.state.planner = ", ".join(
             (
-                *(["advisory"] if self._rules.advisory else []),
+                *(["advisory"] if config.advisory else []),
                 *(f"{role} {one.ready}/{one.wanted}" for role, one in seen.roles.items()),
-                f"last change {self._told.last}" if self._told.last else "nothing changed yet",
+                last,
             )
         )
         for role, one in decision.roles.items():
-            self._told.counts[role, one.code] += 1
+            if outcome or one.code == "hold":
+                self._told.counts[role, one.code] += 1
         self._desk.tell(figures_of(decision, seen, self._told.counts))
 
 
@@ -230,6 +237,10 @@ def _failed(unit: Unit) -> bool:
     return given_up and not unit.leaving and not all(seat.ever_ready for seat in unit.seats)
 
 
+def _changes(decision: Decision) -> dict[str, int]:
+    return {role: one.target for role, one in decision.roles.items() if one.target != one.current}
+
+
 def figures_of(decision: Decision, seen: Observation, counts: Counter[tuple[str, str]]) -> PlannerFigures:
     """What metrics show of a tick."""
     by_role = decision.roles.items()
@@ -263,7 +274,7 @@ def _read(run: RunDir, stamp: tuple[int, int]) -> _Rules:
         if loaded.recipe.planner is None or not loaded.recipe.planner.enabled:
             return _Rules(stamp)
         gpus = sum(host.gpus or 0 for host in hosts_of(run, read_plan(run)).hosts)
-        return _Rules(stamp, config_of(loaded, gpus), loaded.recipe.planner.advisory)
+        return _Rules(stamp, config_of(loaded, gpus))
     except OSError as error:
         return _Rules(stamp, fault=f"{run.lock} cannot be read: {error.strerror}")
     except DynctlError as error:

@@ -21,6 +21,7 @@ from dynctl.launchers.files import write_atomic
 
 logger = logging.getLogger(__name__)
 
+_TRIAL = re.compile(r"profile-[0-9a-f]{8}-.+")
 _NEXT = re.compile(r"recipe\.next\.[0-9a-f]+\.yaml")
 LOCK_S = 10.0
 """For another command on the same name to get out of the way."""
@@ -171,6 +172,18 @@ class Home:
                 found.update(path.parent.name for path in self.notes.glob("*/remote.json"))
         return sorted(found)
 
+    def forget(self, name: str) -> None:
+        """Remove what is here of a deployment that has ended: its name, the run it means, a note of it.
+
+        Raises LaunchError.
+        """
+        with self.locked(name, deadline_s=LOCK_S), disk("the run directory cannot be removed"):
+            run, link = self.run_of(name), self.deployments / name
+            link.unlink(missing_ok=True)
+            for folder in (run.path if run else None, self.notes / name):
+                if folder is not None and folder.is_dir():
+                    shutil.rmtree(folder)
+
     def note_of(self, name: str) -> RunDir | None:
         """The note of a deployment that other machines look after: a directory with `remote` alone.
 
@@ -267,6 +280,16 @@ def _require_trusted(folder: Path) -> None:
     if found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX:
         folder.chmod(stat.S_IMODE(found.st_mode) & ~0o022)
         logger.warning("%s could be written to by others (mode %04o)", folder, stat.S_IMODE(found.st_mode))
+
+
+def trial_name(run: str, word: str) -> str:
+    """Of a deployment that a profile run (eight hexadecimal digits) starts to measure it."""
+    return f"profile-{run}-{word}"
+
+
+def is_trial(name: str) -> bool:
+    """Whether a deployment is one that a profile run measures: nobody means it who does not name it."""
+    return _TRIAL.fullmatch(name) is not None
 
 
 def next_name() -> str:

@@ -78,6 +78,34 @@ class Costs:
             low, high = (low, middle) if fine(forecast.rate, middle) else (middle, high)
         return high
 
+    def seats(self, role: Role, forecast: Forecast) -> int:
+        """Requests that a replica which writes answers may have at once, within the ITL and its limits; where
+        not even one is in time, within its limits.
+        """
+        return self._writer(role, forecast).seats
+
+    def most_rate(self, role: Role, forecast: Forecast) -> float:
+        """Requests a second that a replica can do at all, however long they wait."""
+        work_s = 0.0
+        if role != "decode":
+            fresh = forecast.isl * (1.0 - forecast.hit_rate)
+            work_s += self.profiles[role].prefill_s(0, max(1, round(fresh)))
+        if role != "prefill":
+            writer = self._writer(role, forecast)
+            work_s += forecast.osl * writer.steps[writer.seats] / max(1, writer.seats)
+        return 1.0 / max(1e-9, work_s)
+
+    def _writer(self, role: Role, forecast: Forecast) -> Decode:
+        mix, profile = traffic(forecast.demand()), self.profiles[role]
+
+        def within(itl_s: float | None) -> Decode:
+            if role == "decode":
+                return Decode(profile, mix, itl_s)
+            return Aggregated(profile, mix, batched_of(profile), itl_s, self.routing).decode
+
+        found = within(self.sla.itl_s)
+        return found if found.seats else within(None)
+
     def _reading(self, mix: Traffic) -> Fine:
         profile = self.profiles["prefill"]
         reader = Disaggregated(profile, mix, batched_of(profile), self.routing)

@@ -45,7 +45,8 @@ class PlannerConfig:
     only when the fewer replicas would serve so much more still. `cooldown_s`: after a change nothing is taken
     away for so long, and only what was not needed for so long. `boot_s`: from a decision to a replica that
     serves, until it has been seen. `limit_s`: a replica that is not ready after that is given up; `retry_s`:
-    how long growth of a role waits after that. `routing`: how requests find their worker.
+    how long growth of a role waits after that. `routing`: how requests find their worker. `advisory`: what is
+    decided is only told, and carried out by nobody.
     """
 
     sla: Sla
@@ -63,3 +64,4 @@ class PlannerConfig:
     limit_s: float = 1800.0
     retry_s: float = 120.0
     routing: Routing = "least_work"
+    advisory: bool = False

@@ -2,9 +2,10 @@
 
 Two loops. Once an interval *throughput* forecasts demand (rate of arrivals, lengths) for as long as a replica
 takes to boot, and one interval more, and asks the queueing model how many replicas that takes: the floor. At
-every tick *load* looks at each worker: one replica more when all of them have been beyond the service level
-for three ticks, fewer when those left would take over with room to spare. With both, load works above the
-floor. Growth acts at once; nothing is taken away before a cool-down in which it was never needed.
+every tick *load* looks at each worker: when all of them have been beyond the service level for three ticks,
+as many more as bear what comes and what waits; fewer when those left would take over with room to spare. With
+both, load works above the floor. Growth acts at once; nothing is taken away before a cool-down in which it
+was never needed.
 
 `decide` reads no clock and does nothing but change `state`; whoever calls it acts.
 """
@@ -13,14 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import msgspec
 
 from dynctl.planner.budget import share, within
 from dynctl.planner.capacity import Costs, Forecast
 from dynctl.planner.config import PlannerConfig
-from dynctl.planner.load import pressure
+from dynctl.planner.load import Pressure, backlog, pressure
 from dynctl.planner.memory import PlannerState, RoleState, costs_of, forecast_of, take
 from dynctl.planner.observe import Observation, RoleLoad
 from dynctl.protocol.instances import Role
@@ -94,7 +95,8 @@ def decide(state: PlannerState, seen: Observation, config: PlannerConfig, now: f
     """One tick. `now` in seconds on any clock that does not go back; `seen` covers the time since the last.
 
     Targets are within each role's minimum and maximum, and within the GPU budget as far as the minima are;
-    but for a while after it was refused (`refused`), when a role is left as it is.
+    but for a while after it was refused (`refused`), when a role is left as it is. Advice (`config.advisory`)
+    changes nothing: it stands until replicas or demand change.
     """
     state.begin(config, now)
     due = take(state, seen, config, now)
@@ -104,8 +106,9 @@ def decide(state: PlannerState, seen: Observation, config: PlannerConfig, now: f
         _set_floors(state, config, costs, ahead)
     made = {role: _one(state, seen, config, (role, costs, now)) for role in config.roles}
     bounded = {role: _tried(one, state.roles[role], now) for role, one in _bounded(config, made).items()}
-    for role, one in bounded.items():
-        state.roles[role].settle(one.current, one.target, now)
+    if not config.advisory:
+        for role, one in bounded.items():
+            state.roles[role].settle(one.current, one.target, now)
     return Decision(at=now, roles=bounded, ahead=_told(state, config, ahead), by=sources)
 
 
@@ -138,10 +141,10 @@ def _one(
     own, load, bounds = state.roles[role], seen.roles[role], config.roles[role]
     own.look(load, now, config)
     floor = own.floor if config.mode != "load" else None
-    pressed, why, fewest = _pressed(state, seen, config, about)
-    own.needed(max(fewest, own.ample or 1) if floor is not None else fewest, now, config.cooldown_s)
+    push = _pushed(state, seen, config, about)
+    fewest = max(push.fewest, own.ample or 1) if floor is not None else push.fewest
+    own.needed(fewest, now, config.cooldown_s)
     told = RoleDecision(current=load.wanted, target=load.wanted, code="hold", why="", floor=floor)
-    up = _up(own, load, floor, pressed=pressed and config.mode != "throughput")
     gone_wrong = own.gone_wrong(load, now, config)
     if gone_wrong:
         back = min(max(bounds.minimum, load.ready), bounds.maximum)
@@ -150,47 +153,76 @@ def _one(
     if load.wanted < bounds.minimum or load.wanted > bounds.maximum:
         target = min(max(load.wanted, bounds.minimum), bounds.maximum)
         return _made(told, target, "up" if target > load.wanted else "down", "to its minimum and maximum")
-    if up > load.wanted:
-        return _grown(told, (min(up, bounds.maximum), bounds.maximum), why)
-    return _shrunk(told, own, load, (config, bounds.minimum, now), why)
+    if max(push.target, floor or 0) > load.wanted:
+        return _grown(told, push, bounds.maximum)
+    return _shrunk(told, own, load, (config, bounds.minimum, now), push.why)
 
 
-def _up(own: RoleState, load: RoleLoad, floor: int | None, *, pressed: bool) -> int:
-    """The most that any loop asks for; load waits while something is under way."""
-    more = load.wanted + 1 if pressed and not (load.starting or load.draining) else 0
-    return max(floor or 0, more)
+@dataclass(frozen=True, slots=True)
+class _Push:
+    """What load says. `target`: as many as it asks for, 0 = no more than there are; `why`: who is beyond the
+    service level, also when it is not for long enough yet. `fewest`: so many would do.
+    """
+
+    target: int
+    why: str
+    fewest: int
 
 
-def _pressed(
+def _pushed(
     state: PlannerState, seen: Observation, config: PlannerConfig, about: tuple[Role, Costs, float]
-) -> tuple[bool, str, int]:
-    """(All workers have been beyond the service level for some ticks, why, how many would do)."""
+) -> _Push:
+    """Load asks for more once all workers have been beyond the service level for some ticks, and nothing is
+    under way.
+    """
     role, costs, _ = about
     own, load = state.roles[role], seen.roles[role]
     if config.mode == "throughput":
-        return False, "", own.ample or load.wanted
+        return _Push(0, "", own.ample or load.wanted)
     usual = state.usual()
     found = pressure(role, seen, costs.profiles.get(role), config.sla, usual)
     own.over_ticks = own.over_ticks + 1 if found.over else 0
-    fewest = found.fewest
+    fewest, target = found.fewest, 0
     if config.mode == "load" or own.floor is None:
         fewest = max(fewest, load.ready - 1)  # without a forecast one at a time
     rate = usual.rate if usual else 0.0
     if own.over_ticks >= _PRESSED_TICKS and not (load.starting or load.draining):
         own.pressed = (load.wanted, rate)
+        target = max(load.wanted + 1, _borne(state, seen, config, about, found))
     elif own.pressed is not None and rate >= _LESS_RATE * own.pressed[1]:
         fewest = max(fewest, own.pressed[0] + 1)
     else:
         own.pressed = None
-    return own.over_ticks >= _PRESSED_TICKS, found.why, fewest
+    return _Push(target, found.why, fewest)
 
 
-def _grown(told: RoleDecision, bounds: tuple[int, int], why: str) -> RoleDecision:
-    target, maximum = bounds
-    because = why or f"demand takes {told.floor}"
-    if target <= told.current:
-        return _made(told, told.current, "hold", f"{because}, but {maximum} is its maximum")
-    return _made(told, target, "up", because)
+def _borne(
+    state: PlannerState,
+    seen: Observation,
+    config: PlannerConfig,
+    about: tuple[Role, Costs, float],
+    found: Pressure,
+) -> int:
+    """How many replicas bear what comes and work off, within an interval, what waits, and what will until
+    they serve. Where costs are not known: twice as many once users get twice the service level.
+    """
+    role, costs, _ = about
+    usual, load, most = state.usual(), seen.roles[role], config.roles[role].maximum
+    if role not in costs.profiles or usual is None:
+        return min(most, load.ready * (2 if found.far else 1))
+    rate = max(usual.rate, state.rate_now())
+    short = max(0.0, rate - load.ready * costs.most_rate(role, usual))
+    waits = backlog(role, seen, costs, usual) + short * state.boot_s
+    return costs.replicas(role, replace(usual, rate=rate + waits / config.interval_s), most)
+
+
+def _grown(told: RoleDecision, push: _Push, maximum: int) -> RoleDecision:
+    """To what the loop asks for that asks for more, for its reason."""
+    floor = told.floor or 0
+    wanted, why = (push.target, push.why) if push.target > floor else (floor, f"demand takes {floor}")
+    if min(wanted, maximum) <= told.current:
+        return _made(told, told.current, "hold", f"{why}, but {maximum} is its maximum")
+    return _made(told, min(wanted, maximum), "up", why)
 
 
 def _shrunk(

@@ -12,7 +12,7 @@ from statistics import fmean
 
 from dynctl.perfmodel.choice import Sla
 from dynctl.perfmodel.profile import Profile
-from dynctl.planner.capacity import Forecast
+from dynctl.planner.capacity import Costs, Forecast
 from dynctl.planner.observe import Observation, RoleLoad, WorkerLoad
 from dynctl.protocol.instances import Role
 
@@ -20,6 +20,7 @@ _SAFE = 0.8
 """Of the service level, with fewer workers: so much of it may be used up."""
 _FAR = 0.5
 """The same where it is only known what users got."""
+_TWICE = 2.0
 _BUSY = 0.8
 _KV_FULL = 0.95
 _KV_SAFE = 0.85
@@ -27,11 +28,14 @@ _KV_SAFE = 0.85
 
 @dataclass(frozen=True, slots=True)
 class Pressure:
-    """`over`: every worker is beyond the service level, `why` in words. `fewest`: so many would do."""
+    """`over`: every worker is beyond the service level, `why` in words. `fewest`: so many would do. `far`:
+    users got twice the service level, or worse.
+    """
 
     over: bool
     why: str
     fewest: int
+    far: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +100,18 @@ def pressure(
     fewest = sight.load.ready
     while not over and fewest > 1 and _safe(sight, fewest - 1):
         fewest -= 1
-    return Pressure(bool(over), over, max(1, fewest))
+    return Pressure(bool(over), over, max(1, fewest), _far(sight))
+
+
+def backlog(role: Role, seen: Observation, costs: Costs, usual: Forecast) -> float:
+    """Requests beyond what the workers of a role are to have: prompts that wait, answers without a seat."""
+    workers, beyond = seen.roles[role].workers, 0.0
+    if role != "prefill":
+        beyond = sum(w.running + w.waiting for w in workers) - len(workers) * costs.seats(role, usual)
+    if role != "decode":
+        fresh = max(1.0, usual.isl * (1.0 - usual.hit_rate))
+        beyond = max(beyond, seen.queued + sum(w.prefill_tokens for w in workers) / fresh)
+    return max(0.0, beyond)
 
 
 def _all_late(sight: _Sight) -> str:
@@ -143,6 +158,12 @@ def _users_wait(sight: _Sight) -> str:
     if sight.reads and sla.ttft_s is None and seen.queued:
         return f"{seen.queued} requests wait for a worker"
     return ""
+
+
+def _far(sight: _Sight) -> bool:
+    ttft = sight.reads and sight.sla.ttft_s and (sight.seen.ttft_s or 0.0) > _TWICE * sight.sla.ttft_s
+    itl = sight.writes and sight.sla.itl_s and (sight.seen.itl_s or 0.0) > _TWICE * sight.sla.itl_s
+    return bool(ttft or itl)
 
 
 def _safe(sight: _Sight, fewer: int) -> bool:

@@ -21,6 +21,8 @@ _PAST = 2000
 _OF_LATE = 10
 """Intervals over which cache hits and the spread of prompts are averaged."""
 _LONGEST_RETRY = 16.0
+FIRST_LOOKS = 3
+"""So many looks tell a rate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class Interval:
 class RoleState:
     """Of one role. `floor`, `ample`: replicas that demand takes, and that would bear more of it.
 
-    `quiet_since`: since when nothing has changed. `asked_at`: when growth was asked for that is not there
+    `quiet_since`: since when nothing has grown. `asked_at`: when growth was asked for that is not there
     yet. `pressed`: (replicas, rate) at which load asked for one more. `blocked`: up or down → (until when
     that is not tried again, why).
     """
@@ -58,7 +60,7 @@ class RoleState:
             if load.wanted < self.target:
                 self.asked_at = None
             self.target, self.quiet_since = load.wanted, now
-        if load.starting or load.draining:
+        if load.starting:
             self.quiet_since = now
         if self.asked_at is not None and load.ready >= load.wanted:
             self.asked_at, self.retries = None, 0
@@ -87,9 +89,11 @@ class RoleState:
         """That is what is asked for now."""
         if target == current:
             return
-        self.target, self.quiet_since, self.over_ticks = target, now, 0
-        self.asked_at = now if target > current else None
-        self.lately.clear()
+        self.target, self.over_ticks = target, 0
+        self.asked_at = None
+        if target > current:
+            self.quiet_since = self.asked_at = now
+            self.lately.clear()
 
     def refuse(self, current: int, way: str, about: tuple[float, str, float]) -> None:
         """It could not go `up`, or `down`: not again for a while, twice as long each time.
@@ -112,6 +116,7 @@ class _Window:
     """The interval that is under way."""
 
     span_s: float = 0.0
+    looks: int = 0
     arrivals: float = 0.0
     prompts: float = 0.0
     answers: float = 0.0
@@ -149,11 +154,20 @@ class PlannerState:
             return None
         return Forecast(last.rate, *lengths, hit_rate=self.hit_rate, isl_cv=self.isl_cv)
 
+    def rate_now(self) -> float:
+        """Arrivals a second in the interval under way, once it is some looks long; before, 0."""
+        return self.window.arrivals / self.window.span_s if self.window.looks >= FIRST_LOOKS else 0.0
+
 
 def take(state: PlannerState, seen: Observation, config: PlannerConfig, now: float) -> bool:
-    """Add an observation to the interval under way; whether that is over, and the next has begun."""
+    """Add an observation to the interval under way; whether that is over, and the next has begun.
+
+    The very first is over as soon as it tells something where users get worse than the service level: who
+    begins with too few must not wait for it.
+    """
     window = state.window
     window.span_s += seen.span_s
+    window.looks += 1
     window.arrivals += seen.arrivals
     if seen.isl:
         window.prompts += seen.isl * seen.arrivals
@@ -166,7 +180,7 @@ def take(state: PlannerState, seen: Observation, config: PlannerConfig, now: flo
     if any(one.profile is None or one.profile.source == "estimate" for one in config.roles.values()):
         _learn(state, seen)
     _see_boots(state, seen, now)
-    if window.span_s < config.interval_s * 0.999:
+    if window.span_s < config.interval_s * 0.999 and not _hurry(state, seen, config):
         return False
     state.past.append(
         Interval(
@@ -177,6 +191,14 @@ def take(state: PlannerState, seen: Observation, config: PlannerConfig, now: flo
     )
     state.window = _Window()
     return True
+
+
+def _hurry(state: PlannerState, seen: Observation, config: PlannerConfig) -> bool:
+    window, sla = state.window, config.sla
+    if state.past or window.looks < FIRST_LOOKS or not window.told_prompts or not window.told_answers:
+        return False
+    late = sla.ttft_s is not None and (seen.ttft_s or 0.0) > sla.ttft_s
+    return late or (sla.itl_s is not None and (seen.itl_s or 0.0) > sla.itl_s)
 
 
 def forecast_of(state: PlannerState, config: PlannerConfig) -> Forecast | None:

@@ -15,11 +15,10 @@ from dynctl.errors import PlannerError, ProfileError
 from dynctl.perfmodel.choice import Sla
 from dynctl.perfmodel.gpus import gpu_named
 from dynctl.perfmodel.profile import Limits, Profile, load_profile
-from dynctl.perfmodel.queueing import Routing
 from dynctl.planner.config import PlannerConfig, RoleConfig
 from dynctl.protocol.instances import Role
 from dynctl.recipe.check_planner import differences, layout_of, profile_path
-from dynctl.recipe.costs import estimator_of
+from dynctl.recipe.costs import ROUTINGS, estimator_of
 from dynctl.recipe.load import LoadedRecipe
 from dynctl.recipe.schema import Recipe, RoleSection
 
@@ -28,7 +27,6 @@ _MOST = 64
 _KV_TOKENS = 1 << 20
 _SEQUENCES = 256
 _BATCHED = 8192
-_ROUTING: dict[str, Routing] = {"round_robin": "round_robin", "random": "random", "consistent_hash": "random"}
 
 
 def config_of(loaded: LoadedRecipe, gpus: int, kind: str = "") -> PlannerConfig | None:
@@ -68,7 +66,8 @@ def config_of(loaded: LoadedRecipe, gpus: int, kind: str = "") -> PlannerConfig 
         boot_s=planner.boot_time,
         limit_s=planner.start_limit,
         retry_s=planner.retry,
-        routing=_ROUTING.get(recipe.router.mode, "least_work"),
+        routing=ROUTINGS[recipe.router.mode],
+        advisory=planner.advisory,
     )
 
 

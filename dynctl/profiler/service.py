@@ -16,23 +16,13 @@ from dynctl.perfmodel.estimate import Estimator
 from dynctl.perfmodel.layout import Layout
 from dynctl.perfmodel.offers import Ask
 from dynctl.perfmodel.profile import Profile
-from dynctl.perfmodel.queueing import Routing
 from dynctl.perfmodel.split import choose
 from dynctl.profiler.layouts import Space, candidates
 from dynctl.protocol.instances import Role
+from dynctl.recipe.costs import ROUTINGS
 from dynctl.recipe.load import LoadedRecipe
 from dynctl.topology.inventory import Inventory
 from dynctl.topology.placement import Need, place
-
-ROUTINGS: Mapping[str, Routing] = {
-    "kv": "least_work",
-    "least_loaded": "least_work",
-    "round_robin": "round_robin",
-    "random": "random",
-    "power_of_two": "random",
-    "consistent_hash": "random",
-}
-"""The router's modes as queues: what is not known to spread work evenly counts as random, the safe side."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +83,7 @@ def ask_of(asked: Asked, profiles: Mapping[Layout, Profile], refused: tuple[Refu
         profiles=dict.fromkeys(roles, profiles),
         gpus=asked.gpus,
         most=asked.most,
-        routing=ROUTINGS.get(asked.loaded.recipe.router.mode, "random"),
+        routing=ROUTINGS[asked.loaded.recipe.router.mode],
         fits=fitting(asked, engine),
         refused=refused,
     )

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from dynctl.errors import DynctlError, ProfileError
+from dynctl.deploy.home import trial_name
+from dynctl.errors import DynctlError, LaunchError, ProfileError
 from dynctl.http.client import Client
 from dynctl.launchers.files import write_atomic
 from dynctl.perfmodel.choice import Option
@@ -132,7 +133,7 @@ class Stage:
         self, option: Option, word: str, hosts: tuple[str, ...] = ()
     ) -> AsyncIterator[Standing]:
         """A deployment of `option`, ready; ended at the end whatever happened. Raises as `dynctl up`."""
-        name = f"profile-{self.run}-{word}"
+        name = trial_name(self.run, word)
         made = candidate(self.asked.loaded, option, name, self.api_key, hosts)
         path = self.folder / "candidates" / f"{name}.yaml"
         try:
@@ -141,21 +142,29 @@ class Stage:
         except OSError as error:
             raise ProfileError(f"it cannot be written: {error.strerror}", where=str(path)) from error
         self.journal.add("started", name)
-        begun_s = time.monotonic()
+        begun_s, well = time.monotonic(), True
         try:
             limit_s = min(made.recipe.engine.start_timeout, max(1.0, self.left_s))
             yield await self.starts.up(path, name, limit_s)
+        except LaunchError:
+            well = False
+            raise
         finally:
             self.gpu_s += option.gpus * (time.monotonic() - begun_s)
-            await self.end(name)
+            await self.end(name, well=well)
             path.unlink(missing_ok=True)
 
-    async def end(self, name: str) -> None:
-        """End a deployment of this run or of an earlier one; those that live on are kept in `lingering`."""
+    async def end(self, name: str, *, well: bool = False) -> None:
+        """End a deployment of this run or of an earlier one; those that live on are kept in `lingering`.
+
+        Of those that did what they were started for nothing is kept; the logs of others are.
+        """
         trouble = await self.starts.down(name)
         if trouble:
             self.lingering.append(f"{name}: {trouble}")
             return
+        if well:
+            self.starts.forget(name)
         with contextlib.suppress(ProfileError):  # the disk is full: said already, or will be at once
             self.journal.add("ended", name)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -18,10 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from dynctl import errors, procfs
+from dynctl.deploy.home import Home
 from dynctl.deploy.state import readable_state
 from dynctl.errors import DynctlError, LaunchError, ProcessExited
 from dynctl.launchers.base import ENV_RUN
 from dynctl.recipe.override import VARIABLE
+
+logger = logging.getLogger(__name__)
 
 MARK = "DYNCTL_PROFILE"
 _LET_GO_S = 20.0
@@ -70,6 +74,13 @@ class Starts:
         if code in (0, _NO_SUCH):
             return ""
         return str(_failure(out, err, code))
+
+    def forget(self, name: str) -> None:
+        """Remove what this machine keeps of a deployment that has ended."""
+        try:
+            Home.find(self.environ).forget(name)
+        except DynctlError as error:
+            logger.warning("candidate.kept name=%s error=%s", name, error)
 
     async def died(self, standing: Standing) -> LaunchError:
         """Wait until an engine of it dies, and tell with which last lines."""

@@ -79,14 +79,20 @@ def _profile(recipe: Recipe, engine: Engine, role: str, section: RoleSection) ->
         yield _error(field, f"{path} is of something else: {'; '.join(differs)}")
 
 
-def differences(profile: Profile, recipe: Recipe, engine: Engine, section: RoleSection) -> list[str]:
-    """What the profile was made of that the role is not; [] where it does not tell."""
+def differences(
+    profile: Profile, recipe: Recipe, engine: Engine, section: RoleSection, gpu: str = ""
+) -> list[str]:
+    """What the profile was made of that the role is not; [] where it does not tell. `gpu`: the name in
+    `perfmodel.gpus` of the GPUs it is to run on, "" = as `planner.gpu` says, or not known.
+    """
     subject = profile.subject
     if subject is None:
         return []
+    if not gpu and recipe.planner is not None and recipe.planner.gpu:
+        gpu = gpu_named(recipe.planner.gpu).name
     names = {recipe.model.name, recipe.model.path, Path(recipe.model.path).name}
     model = subject.model if {subject.model, subject.model.rsplit("/", 1)[-1]} & names else recipe.model.path
-    found = subject.differences(Subject(model=model, backend=engine.name))
+    found = subject.differences(Subject(model=model, backend=engine.name, hardware=gpu))
     if subject.layout != layout_of(section):
         found.append(f"layout {subject.layout.label}, not {layout_of(section).label}")
     return found

@@ -20,9 +20,20 @@ from dynctl.perfmodel.gpus import Gpu
 from dynctl.perfmodel.layout import Layout
 from dynctl.perfmodel.precision import Precision
 from dynctl.perfmodel.profile import DEFAULT, Limits, Profile, Subject, load_profile
+from dynctl.perfmodel.queueing import Routing
 from dynctl.perfmodel.roofline import Roofline
 from dynctl.perfmodel.shapes import ModelShape
 from dynctl.recipe.load import LoadedRecipe
+
+ROUTINGS: Mapping[str, Routing] = {
+    "kv": "least_work",
+    "least_loaded": "least_work",
+    "round_robin": "round_robin",
+    "random": "random",
+    "power_of_two": "random",
+    "consistent_hash": "random",
+}
+"""The router's modes as queues: what is not known to spread work evenly counts as random, the safe side."""
 
 
 @dataclass(frozen=True, slots=True)

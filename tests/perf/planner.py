@@ -1,12 +1,13 @@
 """The planner on a trace whose rate rises and falls, beside fixed numbers, the classic formula and an oracle.
 
-    python -m tests.perf.planner [--mode aggregated|disaggregated|both] [--repeats N] [--seed N]
-        [--why] [--alone]
+    python -m tests.perf.planner [--load trace|wave] [--mode aggregated|disaggregated|both] [--repeats N]
+        [--seed N] [--cold] [--why] [--alone]
 
 The trace is Mooncake's (tests/data) with twice its requests, several times one after another, each time from
-other users; its gaps are stretched and shrunk so that its rate goes up and down (`rate_at`). All is simulated
-(`dynctl.simulator`): the real router and the real planner, replicas as `PROFILE` says. docs/profiling.md has
-the table.
+other users; its gaps are stretched and shrunk so that its rate goes up and down (`rate_at`). The wave is
+another load: Poisson arrivals whose rate is a sine, prompts and answers of log-normal lengths, nothing
+cached. All is simulated (`dynctl.simulator`): the real router and the real planner, replicas as `PROFILE`
+says. docs/profiling.md has the table.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ BOOT_S = 60.0
 PERIOD_S = 1800.0
 STARTS = {"aggregated": {"aggregated": 10}, "disaggregated": {"prefill": 8, "decode": 2}}
 """Replicas at the beginning, about what the mean rate takes."""
+WAVE_S, WAVE_MOST = 1200.0, 17.0
+"""Period of the wave, and its highest rate: 5.7 times its lowest."""
+WAVE_LENGTHS = ((8.4, 0.9), (4.8, 0.8))
+"""Mean and deviation of the logarithms of prompts and answers: on average 6,700 and 167 tokens."""
 DENSITY = 2.0
 """So many times the trace's requests: numbers of replicas then are less coarse."""
 
@@ -64,10 +69,29 @@ def shaped(requests: list[TraceRequest], repeats: int) -> list[TraceRequest]:
     return found
 
 
-def service_of(mode: str) -> Service:
-    """The deployment: one GPU a replica."""
+def wave(repeats: int, seed: int) -> list[TraceRequest]:
+    """So many periods of `WAVE_S`."""
+    rng, now_s = Random(seed), 0.0
+    found: list[TraceRequest] = []
+    while True:
+        now_s += rng.expovariate(WAVE_MOST)
+        if now_s > repeats * WAVE_S:
+            return found
+        if rng.random() * WAVE_MOST < WAVE_MOST / 1.7 * (1.0 + 0.7 * math.sin(2 * math.pi * now_s / WAVE_S)):
+            prompt, answer = (round(rng.lognormvariate(*of)) for of in WAVE_LENGTHS)
+            found.append(TraceRequest(now_s, min(60_000, max(1, prompt)), min(4000, max(1, answer))))
+
+
+def service_of(mode: str, *, cold: bool) -> Service:
+    """The deployment: one GPU a replica. `cold`: it begins with one of each role."""
     groups = [
-        Group(role=role, replicas=count, gpus=1, profile=PROFILE, limits=LIMITS)  # type: ignore[arg-type]
+        Group(
+            role=role,  # type: ignore[arg-type]
+            replicas=1 if cold else count,
+            gpus=1,
+            profile=PROFILE,
+            limits=LIMITS,
+        )
         for role, count in STARTS[mode].items()
     ]
     return Service(name=mode, groups=tuple(groups), sla=SLA, boot_s=BOOT_S)
@@ -93,9 +117,8 @@ def line(result: Result, oracle_hours: float | None) -> str:
     return f"| {result.policy} | {met} | {ttft:.2f} s | {itl * 1e3:.1f} ms | {cost} |"
 
 
-def table(mode: str, requests: list[TraceRequest], seed: int, *, why: bool, alone: bool) -> None:
+def table(service: Service, requests: list[TraceRequest], seed: int, *, why: bool, alone: bool) -> None:
     """Run all of it and print."""
-    service = service_of(mode)
     config = config_of(service)
     task = Task(
         service=service,
@@ -113,7 +136,8 @@ def table(mode: str, requests: list[TraceRequest], seed: int, *, why: bool, alon
     runs = Runs(task, requests, tell)
     results = [runs.steered("planner", Planner(config))] if alone else runs.all(config)
     oracle = next((one.gpu_hours for one in results if one.policy == "oracle"), None)
-    print(f"\n{mode}: {len(requests)} requests in {requests[-1].at_s:.0f} s, SLA {SLA}, boot {BOOT_S:g} s")
+    span_s = requests[-1].at_s
+    print(f"\n{service.name}: {len(requests)} requests in {span_s:.0f} s, SLA {SLA}, boot {BOOT_S:g} s")
     print("| policy | SLA met | TTFT | ITL | TTFT p95 | ITL p95 | GPU-hours | of oracle | aborted |")
     print("|---|---|---|---|---|---|---|---|---|")
     for one in results:
@@ -128,15 +152,21 @@ def table(mode: str, requests: list[TraceRequest], seed: int, *, why: bool, alon
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--load", choices=("trace", "wave"), default="trace")
     parser.add_argument("--mode", choices=("aggregated", "disaggregated", "both"), default="both")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--cold", action="store_true", help="one replica of each role to begin with")
     parser.add_argument("--why", action="store_true", help="the planner's reasons")
     parser.add_argument("--alone", action="store_true", help="only the planner, compared with nothing")
     given = parser.parse_args()
-    requests = shaped(denser(load_trace(TRACE), DENSITY, Random(given.seed)), given.repeats)
+    if given.load == "wave":
+        requests = wave(given.repeats, given.seed)
+    else:
+        requests = shaped(denser(load_trace(TRACE), DENSITY, Random(given.seed)), given.repeats)
     for mode in STARTS if given.mode == "both" else (given.mode,):
-        table(mode, requests, given.seed, why=given.why, alone=given.alone)
+        service = service_of(mode, cold=given.cold)
+        table(service, requests, given.seed, why=given.why, alone=given.alone)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dynctl.cli.pick import ENV_NAME, ENV_RUN_ID, Elsewhere, pick, running_names, view
-from dynctl.deploy.home import Home, RunDir
+from dynctl.cli.pick import ENV_NAME, ENV_RUN_ID, Elsewhere, home, pick, running_names, view
+from dynctl.deploy.home import Home, RunDir, is_trial, trial_name
 from dynctl.deploy.remote_note import Remote, RemoteHost, save_remote
 from dynctl.deploy.state import ControllerRecord, RunState, encode_state
 from dynctl.errors import UsageError
@@ -25,8 +25,8 @@ RUN_ID = f"young-{os.getpid()}"
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     """A run that has just been written: nothing of it has written itself down."""
     monkeypatch.setenv("DYNCTL_HOME", str(tmp_path))
-    home = Home(tmp_path)
-    home.prepare()
+    place = Home(tmp_path)
+    place.prepare()
     state = RunState(
         name="young",
         run_id=RUN_ID,
@@ -40,8 +40,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
         controller=ControllerRecord(incarnation=1),
         phase="starting",
     )
-    made = home.create_run(RUN_ID, {"state.json": encode_state(state).decode()})
-    home.point("young", made)
+    made = place.create_run(RUN_ID, {"state.json": encode_state(state).decode()})
+    place.point("young", made)
     return made
 
 
@@ -97,3 +97,22 @@ def test_a_verb_for_a_run_that_was_replaced_meanwhile_is_refused(
             pick(name, ended=True)
     monkeypatch.setenv(ENV_RUN_ID, RUN_ID)
     assert pick(None, ended=True) == run
+
+
+@pytest.mark.usefixtures("controller")
+def test_what_a_profile_measures_is_nobodys_default(run: RunDir) -> None:
+    place = home()
+    trial = trial_name("0123abcd", "tp1")
+    place.point(trial, place.create_run("trial-1", {"state.json": run.state.read_text()}))
+    assert pick(None).run_id == run.run_id
+    assert pick(None, ended=True).run_id == run.run_id
+    assert pick(trial).run_id == "trial-1"
+    place.point("profile-chat", place.create_run("mine-1", {"state.json": run.state.read_text()}))
+    assert not is_trial("profile-chat")
+
+
+def test_of_a_deployment_that_is_forgotten_nothing_is_left(run: RunDir) -> None:
+    place = home()
+    place.forget("young")
+    assert (place.names(), list(place.runs.iterdir())) == ([], [])
+    place.forget("young")

@@ -16,7 +16,8 @@ from dynctl.cli.main import dispatch
 from dynctl.cli.simulate_process import Meter, results_of
 from dynctl.cli.simulate_view import sparkline
 from dynctl.errors import ProfileError
-from dynctl.perfmodel.profile import DEFAULT, Limits
+from dynctl.perfmodel.layout import Layout
+from dynctl.perfmodel.profile import DEFAULT, Limits, Subject
 from dynctl.perfmodel.simulation import Group, Progress, Service, Task
 
 RECIPE = """\
@@ -33,6 +34,7 @@ sla: {ttft: 1s, itl: 20ms}
 PLANNER = """\
 planner: {interval: 10, load_interval: 5, boot_time: 10, cooldown: 20, profile: PROFILE}
 """
+BIG = Limits(kv_tokens=65_536, sequences=256, batched_tokens=8192)
 SHOWN = """\
 small  p95 TTFT ≤ 1s, ITL ≤ 20.0ms
 240 requests in 59s, on average 2000 prompt and 40 answer tokens
@@ -94,6 +96,39 @@ def test_the_planner_is_in_the_loop_and_compared(here: Path, capsys: pytest.Capt
     assert told["runs"][-1]["keeps_sla"]
     assert told["runs"][0]["reasons"]
     assert asked(capsys, *args)[1] == out
+
+
+def test_advice_in_the_recipe_is_carried_out_where_all_is_simulated(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ("planned.yaml", "--trace", "trace.jsonl", "--rate-scale", "6", "--json")
+    once = asked(capsys, *args)
+    assert asked(capsys, *args, "--set", "planner.advisory=true") == once
+
+
+@pytest.mark.parametrize(
+    ("subject", "said"),
+    [
+        ({"model": "llama"}, "model llama, not "),
+        ({"backend": "vllm"}, "backend vllm, not mocker"),
+        ({"hardware": "H100"}, "hardware H100, not H200"),
+        ({"layout": Layout(tensor=4)}, "layout TP4, not TP1"),
+    ],
+)
+@pytest.mark.parametrize("given", ["--profile", "planner.profile"])
+def test_a_profile_of_something_else_is_refused_with_the_difference(
+    here: Path, capsys: pytest.CaptureFixture[str], subject: dict[str, Any], said: str, given: str
+) -> None:
+    made = Subject(**{"model": "tiny", "backend": "mocker", **subject})
+    (here / "other.json").write_bytes(
+        msgspec.json.encode(msgspec.structs.replace(DEFAULT, subject=made, limits=BIG))
+    )
+    gpu = ("--gpu", "h200_sxm") if "hardware" in subject else ()
+    how = ("--profile", "other.json") if given == "--profile" else ("--set", "planner={profile: other.json}")
+    code, out, err = asked(capsys, "recipe.yaml", "--trace", "trace.jsonl", *how, *gpu)
+    assert (code, out) != (0, "")
+    assert said in err
+    assert "other.json" in err
 
 
 def test_speed_and_set_are_heard(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -129,7 +129,7 @@ def test_an_estimate_that_is_wrong_is_corrected_by_what_is_seen_and_a_measured_p
         rules = config(mode="throughput", roles={"prefill": role, "decode": role})
         world = World(rules, {"prefill": 1, "decode": 1})
         world.look = lambda one: msgspec.structs.replace(one, ttft_mean_s=own_s, roles=without_queue(one))
-        world.run(40.0, 300.0)
+        world.run(80.0, 300.0)
         return world.decisions[-1].roles["prefill"].floor or 0
 
     estimate = msgspec.structs.replace(scaled(LAW, prefill=wrong, decode=1.0), source="estimate")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 import pytest
@@ -13,8 +14,10 @@ from dynctl.perfmodel.profile import DEFAULT, Limits, Subject
 from dynctl.planner.config import PlannerConfig
 from dynctl.planner.settings import about, config_of
 from dynctl.recipe.check import check_recipe
+from dynctl.recipe.costs import ROUTINGS
 from dynctl.recipe.load import LoadedRecipe, load_recipe
 from dynctl.recipe.lock import lock_text
+from dynctl.recipe.schema import Router
 
 HEAD = "schema: dynctl/v1\nname: demo\nmodel: {path: m}\nsla: {ttft: 200ms, itl: 20ms, percentile: p99}\n"
 VLLM = HEAD + "backend: vllm\nroles: {prefill: {tensor_parallel: 2}, decode: {tensor_parallel: 4}}\n"
@@ -218,3 +221,10 @@ def test_the_rules_are_told_to_people(tmp_path: Path) -> None:
     told = about(config, recipe.recipe)
     assert told["advisory"] is True
     assert json.loads(json.dumps(told))["roles"]["decode"]["costs"] == "learnt"
+
+
+@pytest.mark.parametrize("mode", get_args(Router.model_fields["mode"].annotation))
+def test_the_planner_takes_the_router_as_the_profile_does(tmp_path: Path, mode: str) -> None:
+    config = made(tmp_path, MOCKER + f"router: {{mode: {mode}}}\nplanner: {{}}\n")
+    assert config.routing == ROUTINGS[mode]
+    assert ROUTINGS["power_of_two"] == "random"

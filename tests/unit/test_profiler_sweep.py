@@ -36,6 +36,7 @@ class Starts:
     """Engines that are ready at once."""
 
     up_now: list[str] = field(default_factory=list)
+    forgotten: list[str] = field(default_factory=list)
     most: int = 0
 
     async def up(self, recipe: Path, name: str, timeout_s: float) -> Standing:
@@ -48,6 +49,10 @@ class Starts:
     async def down(self, name: str) -> str:
         self.up_now.remove(name)
         return ""
+
+    def forget(self, name: str) -> None:
+        assert name not in self.up_now
+        self.forgotten.append(name)
 
     async def died(self, standing: Standing) -> LaunchError:
         await asyncio.sleep(3600)
@@ -115,6 +120,7 @@ def test_layouts_are_measured_at_once_and_ended(tmp_path: Path, monkeypatch: pyt
     assert [run.layout for run in runs] == [TP1, TP2, TP4]
     assert all(len(run.prefill) == 3 and run.fitted for run in runs)
     assert (starts.most, starts.up_now) == (3, [])
+    assert sorted(starts.forgotten) == ["profile-r1-tp1", "profile-r1-tp2", "profile-r1-tp4"]
     assert not list((tmp_path / "candidates").iterdir())
 
 
