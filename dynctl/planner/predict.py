@@ -19,6 +19,10 @@ _WINDOW = 10
 _LAGS = 2
 _FITTED = 60
 """Of a longer past only so many values are fitted: the load of last week says little of its slope now."""
+_NOISES = (0.1, 1.0, 10.0)
+_LASTS = (0.8, 1.0)
+_WARM = 3
+"""Values after which the filter knows where it is."""
 _MOST_GROWTH = 4.0
 """No forecast is above so many times the highest value of late: a trend is not prolonged without end."""
 
@@ -51,23 +55,43 @@ def moving_average(series: Sequence[float], steps: int) -> list[float]:
 
 
 def kalman(series: Sequence[float], steps: int) -> list[float]:
-    """A level and a trend that wander (local linear trend), by the Kalman filter.
+    """A level and a trend that wander (local linear trend), by the Kalman filter. How much of what is seen is
+    noise, and whether a trend goes on or fades (Gardner and McKenzie), is told by the past: of some guesses
+    the one whose forecasts of the next value would have been best.
+    """
+    tried = ((_filtered(series, noise, lasts), lasts) for noise in _NOISES for lasts in _LASTS)
+    (_, level, trend), lasts = min(tried)
+    made = []
+    for _ in range(steps):
+        trend *= lasts
+        level += trend
+        made.append(level)
+    return made
 
-    State x = [level, trend], F = [[1, 1], [0, 1]], H = [1, 0]; Q = diag(1, 0.1), R = 10 relative to a series
-    of the order of 10: they are scaled by its mean square, so that the unit does not matter. P0 is wide.
+
+def _filtered(series: Sequence[float], noise: float, lasts: float) -> tuple[float, float, float]:
+    """(Mean square of what its forecasts of the next value missed of late, level, trend).
+
+    State x = [level, trend], F = [[1, lasts], [0, lasts]], H = [1, 0]; Q = diag(1, 0.1), R = noise, relative
+    to a series of the order of 10: they are scaled by its mean square, so that the unit does not matter. P0
+    is wide.
     """
     unit = max(fmean(value * value for value in series), 1e-12) / 100.0
-    q_level, q_trend, noise = 1.0 * unit, 0.1 * unit, 10.0 * unit
+    q_level, q_trend, noise = 1.0 * unit, 0.1 * unit, noise * unit
     level, trend = series[0], 0.0
     p00, p01, p11 = 1000.0 * unit, 0.0, 1000.0 * unit
+    misses = []
     for value in series:
+        trend *= lasts
         level += trend
+        p01, p11 = p01 * lasts, p11 * lasts * lasts
         p00, p01, p11 = p00 + 2.0 * p01 + p11 + q_level, p01 + p11, p11 + q_trend
         gain, slope = p00 / (p00 + noise), p01 / (p00 + noise)
         missed = value - level
+        misses.append(missed * missed)
         level, trend = level + gain * missed, trend + slope * missed
         p00, p01, p11 = (1.0 - gain) * p00, (1.0 - gain) * p01, p11 - slope * p01
-    return [level + trend * step for step in range(1, steps + 1)]
+    return fmean(misses[_WARM:][-_FITTED:]), level, trend
 
 
 def arima(series: Sequence[float], steps: int) -> list[float]:

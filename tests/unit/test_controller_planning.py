@@ -162,6 +162,20 @@ async def test_growth_that_was_given_up_meanwhile_counts_as_refused(
 
 
 @pytest.mark.usefixtures("looks")
+async def test_advice_is_an_event_once_and_nothing_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "scale", None)
+    desk = Desk(tmp_path, RECIPE.replace("planner: {", "planner: {advisory: true, "))
+    await _run(desk)
+    assert [(name, fields["to"]) for name, fields in desk.noted] == [("planner.advised", "aggregated=2")]
+    assert "advice of" in desk.state.planner
+    assert "aggregated 1 -> 2" in desk.state.planner
+    counted = [told.decisions for told in desk.told]
+    assert counted[-1] == [("aggregated", "up", 1)]
+
+
+@pytest.mark.usefixtures("looks")
 async def test_what_is_refused_is_told_and_not_tried_in_a_tight_loop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

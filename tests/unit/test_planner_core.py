@@ -167,6 +167,7 @@ def load(wanted: int, ready: int, **more: object) -> RoleLoad:
 
 
 ONE = config(roles={"aggregated": BOTH}, mode="throughput")
+LARGE = replace(BOTH, maximum=40)
 
 
 def test_growth_that_fails_is_undone_and_not_tried_again_at_once() -> None:
@@ -342,3 +343,78 @@ def test_what_nobody_asked_of_decode_is_not_learnt_from() -> None:
     )
     world.run(3.0, 300.0)
     assert "decode" not in world.decisions[-1].by
+
+
+def late(one: Observation) -> Observation:
+    """Users get six times the level while anything waits."""
+    waits = any(worker.waiting for load in one.roles.values() for worker in load.workers)
+    return msgspec.structs.replace(one, ttft_s=3.0 if waits else 0.1)
+
+
+def test_the_reason_is_that_of_the_loop_whose_number_it_is() -> None:
+    world = World(config(roles={"prefill": LARGE, "decode": LARGE}), {"prefill": 1, "decode": 1}, look=late)
+    made = [one for rate in (20.0, 60.0, 5.0, 140.0) for one in world.run(rate, 600.0)]
+    grown = [one for decision in made for one in decision.roles.values() if one.code == "up"]
+    assert {one.why.startswith("demand takes") for one in grown} == {True, False}
+    for one in grown:
+        assert (one.why == f"demand takes {one.target}") == (one.target == one.floor), one
+
+
+def test_who_begins_with_far_too_few_adds_what_the_load_takes_at_once() -> None:
+    world = World(config(roles={"prefill": LARGE, "decode": LARGE}), {"prefill": 1, "decode": 1}, look=late)
+    (made,) = world.run(100.0, 20.0)
+    assert world.now <= 20.0
+    assert made.targets["prefill"] >= 100.0 * 0.065
+
+
+def test_what_waits_is_part_of_what_load_asks_for() -> None:
+    def asked_for(waiting: float) -> int:
+        state = PlannerState(past=[Interval(20.0, 2000.0, 200.0)] * 5)  # type: ignore[arg-type]
+        worker = WorkerLoad(id="w", prefill_tokens=waiting * 2000.0, waiting=waiting)
+        roles: dict[Role, RoleLoad] = {
+            "prefill": RoleLoad(wanted=2, ready=2, workers=(worker,) * 2),
+            "decode": RoleLoad(wanted=2, ready=2, workers=(WorkerLoad(id="d", running=5.0),) * 2),
+        }
+        rules = config(roles={"prefill": LARGE, "decode": LARGE})
+        for now in (0.0, 5.0, 10.0):
+            one = Observation(span_s=5.0, arrivals=100, roles=roles, isl=2000.0, osl=200.0)
+            made = decide(state, one, rules, now)
+        return made.targets["prefill"]
+
+    assert asked_for(20.0) < asked_for(1000.0) < asked_for(4000.0)
+
+
+@pytest.mark.parametrize(("ttft_s", "wanted"), [(0.7, 5), (1.5, 8)])
+def test_where_costs_are_not_known_it_doubles_once_users_get_twice_the_level(
+    ttft_s: float, wanted: int
+) -> None:
+    world = World(
+        config(roles={"prefill": RoleConfig(), "decode": RoleConfig()}), {"prefill": 4, "decode": 1}
+    )
+    world.look = lambda one: msgspec.structs.replace(one, ttft_s=ttft_s, isl=None)
+    world.run(100.0, 20.0)
+    assert world.wanted["prefill"] == wanted
+
+
+def test_advice_stands_and_is_no_change_by_hand() -> None:
+    rules = replace(ONE, advisory=True, cooldown_s=60.0, interval_s=15.0)
+    state = PlannerState()
+    more = [decide(state, seen(load(1, 1), arrivals=200), rules, 5.0 * i) for i in range(1, 30)]
+    first = next(i for i, one in enumerate(more) if one.changed)
+    assert {one.roles["aggregated"].code for one in more[first:]} == {"up"}
+    state = PlannerState()
+    fewer = [decide(state, seen(load(6, 6)), rules, 5.0 * i) for i in range(1, 60)]
+    first = next(i for i, one in enumerate(fewer) if one.changed)
+    assert {one.roles["aggregated"].code for one in fewer[first:]} == {"down"}
+
+
+def test_demand_that_falls_is_followed_down_without_a_cool_down_for_each_step() -> None:
+    world = World(
+        config(mode="throughput", roles={"prefill": LARGE, "decode": LARGE}), {"prefill": 9, "decode": 2}
+    )
+    world.run(110.0, 900.0)
+    most = world.wanted["prefill"]
+    for step in range(10):
+        world.run(110.0 - 10.0 * (step + 1), 60.0)
+    world.run(10.0, 240.0)
+    assert world.wanted["prefill"] < most / 4

@@ -48,6 +48,13 @@ def test_a_trend_is_prolonged(name: Predictor) -> None:
     assert made == pytest.approx([90.0, 92.0, 94.0], rel=0.03)
 
 
+def test_a_wave_is_followed_round_its_turns() -> None:
+    wave = [10.0 + 7.0 * math.sin(2.0 * math.pi * i / 20.0) for i in range(80)]
+    missed = [predict("kalman", wave[:end], 2)[1] - wave[end + 1] for end in range(30, 78)]
+    held = [wave[end - 1] - wave[end + 1] for end in range(30, 78)]
+    assert math.fsum(one * one for one in missed) < math.fsum(one * one for one in held)
+
+
 @pytest.mark.parametrize("name", ["arima", "kalman"])
 def test_a_trend_is_not_prolonged_without_end_or_below_zero(name: Predictor) -> None:
     assert max(predict(name, [1.0, 2.0, 4.0, 8.0, 16.0, 32.0], 500)) <= 4.0 * 32.0
