@@ -20,7 +20,8 @@ _LAGS = 2
 _FITTED = 60
 """Of a longer past only so many values are fitted: the load of last week says little of its slope now."""
 _NOISES = (0.1, 1.0, 10.0)
-_LASTS = (0.8, 1.0)
+_LASTS = {0.8: 1.0, 1.0: 1.25}
+"""What is left of a trend after each interval, and how many times less it must have missed to be believed."""
 _WARM = 3
 """Values after which the filter knows where it is."""
 _MOST_GROWTH = 4.0
@@ -59,8 +60,8 @@ def kalman(series: Sequence[float], steps: int) -> list[float]:
     noise, and whether a trend goes on or fades (Gardner and McKenzie), is told by the past: of some guesses
     the one whose forecasts of the next value would have been best.
     """
-    tried = ((_filtered(series, noise, lasts), lasts) for noise in _NOISES for lasts in _LASTS)
-    (_, level, trend), lasts = min(tried)
+    tried = [(*_filtered(series, noise, lasts), lasts) for noise in _NOISES for lasts in _LASTS]
+    _, level, trend, lasts = min(tried, key=lambda one: one[0] * _LASTS[one[3]])
     made = []
     for _ in range(steps):
         trend *= lasts
