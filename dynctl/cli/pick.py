@@ -152,7 +152,8 @@ def _pick(name: str | None, *, ended: bool) -> RunDir:
     if len(running) == 1:
         names = running
     elif running:
-        raise UsageError("several deployments run", hint=f"name one: {', '.join(running)}")
+        listed = ", ".join(running)
+        raise UsageError("several deployments run", hint=f"name one, as an argument or by --name: {listed}")
     elif not ended or not names:
         listed = f"ended ones: {', '.join(names)}" if names else "dynctl up starts one"
         raise UsageError("no deployment runs", hint=listed)

@@ -4,7 +4,7 @@
  *   Writer  http/direct.py   send what the kernel takes, the transport the rest
  *   Tap     http/tap.py      take what is there of a body and hand whole chunks straight to their taker
  *   Lane    frontend/lane.py pass on a piece that ends as a token does, count it, keep it
- * tests/native runs the same cases against both. Sockets are non-blocking, so the lock is kept across a call.
+ * tests/contract/test_native_relay.py runs the same cases against both. Sockets are non-blocking: the lock is kept.
  * Descriptors are asked of their socket each time: one that was closed is never another connection's.
  */
 #define PY_SSIZE_T_CLEAN

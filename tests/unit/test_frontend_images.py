@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dynctl.errors import RequestError
 from dynctl.frontend.body import Body
 from dynctl.frontend.prompt.alike import alike
 from dynctl.frontend.prompt.images import ImageNames
@@ -54,6 +56,37 @@ def test_images_in_the_request_are_named_by_what_is_in_them() -> None:
 def test_names_cannot_be_guessed_by_clients() -> None:
     other = ImageNames("uuid", b"another deployment's")
     assert content(other.named(chat(image(1))))[0]["uuid"] != content(NAMES.named(chat(image(1))))[0]["uuid"]
+
+
+@pytest.mark.parametrize(
+    "url", ['{"url":"VICTIM","url":"EVIL"}', '{"x":"VICTIM","url":"EVIL"}', '{"url":"EVIL","x":"VICTIM"}']
+)
+def test_an_image_is_not_named_as_another_one_whatever_is_beside_it(url: str) -> None:
+    victim, evil = (image(number)["image_url"]["url"] for number in (1, 2))
+    raw = url.replace("VICTIM", victim).replace("EVIL", evil)
+    part = '{"type":"image_url","image_url":' + raw + "}"
+    body = Body.parse(('{"messages":[{"role":"user","content":[' + part + "]}]}").encode())
+    (sent,) = content(named := NAMES.named(body))
+    assert sent["image_url"]["url"] == evil
+    assert named.original.count(b'"url"') == 1
+    assert sent["uuid"] == content(NAMES.named(chat(image(2))))[0]["uuid"]
+
+
+@pytest.mark.parametrize("value", ["1e400", "9" * 5000, "{}", "[1e400]", "null", '"\\u0000"'])
+@pytest.mark.parametrize("field", ["type", "uuid", "image_url", "text"])
+async def test_an_odd_part_is_no_fault_of_ours(field: str, value: str, tmp_path: Path) -> None:
+    write(tmp_path)
+    preprocessor = Preprocessor(ModelCard(name="m", path=str(tmp_path)), Metrics(), names=NAMES)
+    odd = {"type": '"image_url"', "image_url": '{"url":"data:x"}', field: value}
+    part = "{" + ",".join(f'"{name}":{raw}' for name, raw in odd.items()) + "}"
+    whole = json.dumps(image(1))
+    body = Body.parse(f'{{"messages":[{{"role":"user","content":[{part},{whole}]}}]}}'.encode())
+    try:
+        with contextlib.suppress(RequestError):
+            facts = await preprocessor.prepare("chat", await preprocessor.named(body), BLOCK)
+            assert facts.approximate is not None or facts.hashes is not None
+    finally:
+        preprocessor.close()
 
 
 def test_what_is_behind_a_url_and_what_clients_name_keeps_its_name() -> None:

@@ -14,13 +14,13 @@ from functools import partial
 
 import msgspec
 
+from dynctl.errors import RequestError
 from dynctl.frontend.body import Body, Message, messages
 
 _UNNAMED = "\0"
 """Begins what an image without a name is told apart by: no engine knows it."""
 _TYPE = b'"image_url"'
 _INLINE = b"data:"
-_HEAD_BYTES = 64
 _NAME_CHARS = 32
 _Part = dict[str, msgspec.Raw]
 
@@ -40,12 +40,15 @@ class ImageNames:
     def named(self, body: Body) -> Body:
         """The chat with a name for each image that is in it; itself when there is none to be named.
 
-        Names that clients give stay. Raises RequestError as `messages` does.
+        Names that clients give stay. Raises RequestError as `messages` does, and for a part that is no JSON.
         """
         if not has_images(body):
             return body
         given, names = messages(body), list[str]()
-        found = [_with_images(message, partial(self._name, names)) for message in given]
+        try:
+            found = [_with_images(message, partial(self._name, names)) for message in given]
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise RequestError(f"a content part is not readable: {error}", where="messages") from error
         if all(new is old for new, old in zip(found, given, strict=True)):
             body.images = names
             return body
@@ -62,12 +65,12 @@ class ImageNames:
 
     def _name(self, names: list[str], part: _Part) -> _Part:
         name = _string(part.get(self._field))
-        url = b"" if name else _url(part)
+        url, alone = (b"", None) if name else _url(part)
         names.append(name or _UNNAMED + self._digest(url))
-        if name is not None or not url.startswith(_INLINE):
+        if name is not None or alone is None or not url.startswith(_INLINE):
             return part
         names[-1] = names[-1].removeprefix(_UNNAMED)
-        return {**part, self._field: msgspec.Raw(msgspec.json.encode(names[-1]))}
+        return {**part, "image_url": alone, self._field: msgspec.Raw(msgspec.json.encode(names[-1]))}
 
     def _digest(self, url: bytes) -> str:
         return hmac.digest(self._secret, url, "sha256").hex()[:_NAME_CHARS]
@@ -95,20 +98,23 @@ def _changed(raw: msgspec.Raw, change: Callable[[_Part], _Part]) -> msgspec.Raw:
     return raw if new is part else msgspec.Raw(msgspec.json.encode(new))
 
 
-def _url(part: _Part) -> bytes:
-    """`{"image_url": {"url": ...}}`, or the URL alone; b"" = there is none."""
-    raw = part.get("image_url")
-    data = b"" if raw is None else bytes(raw)
-    start = data.find(b'"' + _INLINE) + 1
-    if 0 < start <= _HEAD_BYTES:
-        end = data.find(b'"', start)
-        if data.find(b"\\", start, end) < 0:  # else it is not the URL as it stands here
-            return data[start:end]
-    value = msgspec.json.decode(data) if data else None
-    url = value.get("url") if isinstance(value, dict) else value
-    return url.encode("utf-8", "surrogatepass") if isinstance(url, str) else b""
+def _url(part: _Part) -> tuple[bytes, msgspec.Raw]:
+    """`{"image_url": {"url": ...}}`, or the URL alone; b"" = there is none. With it what says this and no
+    other: no key is in it twice, of which an engine might take the other one.
+    """
+    raw = part.get("image_url", msgspec.Raw(b"null"))
+    if not bytes(raw).startswith(b"{"):
+        return _bytes(raw), raw
+    fields = msgspec.json.decode(raw, type=_Part)
+    return _bytes(fields.get("url")), msgspec.Raw(msgspec.json.encode(fields))
+
+
+def _bytes(raw: msgspec.Raw | None) -> bytes:
+    return (_string(raw) or "").encode()
 
 
 def _string(raw: msgspec.Raw | None) -> str | None:
-    value = None if raw is None else msgspec.json.decode(raw)
-    return value if isinstance(value, str) else None
+    """What is a string; None = it is something else, which is not even looked at."""
+    if raw is None or not bytes(raw).startswith(b'"'):
+        return None
+    return msgspec.json.decode(raw, type=str)

@@ -175,13 +175,18 @@ def _texts(content: object, images: bool) -> list[str | None]:
     for part in content:
         if isinstance(part, str):
             texts.append(part)
-        elif isinstance(part, dict) and part.get("type") in _TEXT_PARTS and isinstance(part.get("text"), str):
+        elif isinstance(part, dict) and _is_text(part):
             texts.append(part["text"])
         elif images and isinstance(part, dict) and part.get("type") == "image_url":
             texts.append(None)
         else:
             raise Unrenderable("multimodal")
     return texts
+
+
+def _is_text(part: dict[Any, Any]) -> bool:
+    kind = part.get("type")
+    return isinstance(kind, str) and kind in _TEXT_PARTS and isinstance(part.get("text"), str)
 
 
 def _tool_call(call: object) -> object:
