@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -11,10 +12,11 @@ import typer
 
 from dynctl.cli import options
 from dynctl.cli.exits import INTERRUPTED
-from dynctl.cli.pick import ask, pick, state
+from dynctl.cli.pick import ENV_NAME, ask, pick, state
 from dynctl.cli.render import json_data, program, prose
 from dynctl.deploy.amend import Amended
 from dynctl.deploy.home import RunDir
+from dynctl.deploy.state import ENDED
 from dynctl.deploy.status import ready_counts
 from dynctl.errors import NotReady, PeerLost, ProcessExited, SlurmRejected, UsageError
 from dynctl.protocol.deployment import DeploymentView
@@ -42,10 +44,12 @@ def running(name: str | None) -> RunDir:
     run = pick(name)
     seen, _ = ask(run)
     if not seen.controller_pid:
+        # The lock is a file of this machine, which may be another one than that of who asks.
+        again = "with the same recipe and hosts" if ENV_NAME in os.environ else str(run.lock)
         raise UsageError(
             f"'{seen.name}' has no controller to change it",
             where=str(run.path),
-            hint=f"{program()} up {run.lock} starts a new one",
+            hint=f"{program()} up {again} starts a new one",
         )
     return run
 
@@ -106,6 +110,10 @@ def until_settled(
             if not seen.changing:
                 return seen
             raise_failed(seen, run)
+        elif seen.phase in ENDED:
+            raise ProcessExited(
+                f"'{seen.name}' ended meanwhile: {seen.reason or seen.phase}", where=str(run.path)
+            )
         elif time.monotonic() - heard > SILENT_S:
             raise PeerLost(f"the controller of '{seen.name}' is gone", where=str(run.path), hint=silent)
         if time.monotonic() > ends:

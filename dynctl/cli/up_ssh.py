@@ -66,7 +66,7 @@ async def _up(checked: Checked, how: How) -> int:
             reached, missing = await _reach(checked, hosts)
         prose(f"{len(reached)} hosts reached: {', '.join(reached)}", style="dim")
         async with limit.during(name, "its hosts were being looked at"):
-            checked, sites = await _look(checked, reached, how)
+            checked, sites = await _look(checked, reached, missing, how)
         run_id = new_run_id(name, time.gmtime())
         lock = lock_text(checked.loaded, metadata.version("dynctl"))
         wanted = Wanted(run_id, lock, how.share_gpus, tuple(missing))
@@ -90,8 +90,12 @@ async def _reach(checked: Checked, hosts: SshHosts) -> tuple[dict[str, SshHost],
     return {name: one for name, one in found.items() if isinstance(one, SshHost)}, missing
 
 
-async def _look(checked: Checked, reached: Mapping[str, SshHost], how: How) -> tuple[Checked, list[HostSite]]:
-    """What each host is: interpreter, GPUs, address, ports in use."""
+async def _look(
+    checked: Checked, reached: Mapping[str, SshHost], missing: Sequence[SshError], how: How
+) -> tuple[Checked, list[HostSite]]:
+    """What each host is: interpreter, GPUs, address, ports in use. Raises what tells of all that are wrong,
+    those that are `missing` too.
+    """
     # Made of all files of dynctl, so only for hosts where its digest says where to look.
     unnamed = how.bootstrap or not all(host.python for host in checked.inventory.hosts)
     wheel = await asyncio.to_thread(own_wheel) if unnamed else None
@@ -101,7 +105,8 @@ async def _look(checked: Checked, reached: Mapping[str, SshHost], how: How) -> t
         if host.name in reached
     )
     looked = await asyncio.gather(*looks, return_exceptions=True)
-    raise_first(looked)
+    if any(isinstance(one, BaseException) for one in looked):
+        raise_first([*missing, *looked])
     seen = [one for one in looked if isinstance(one, tuple)]
     inventory = with_gpus(checked.inventory, {site.name: len(told.gpus) for site, told, _ in seen})
     inventory = with_addresses(inventory, {site.name: address for site, _, address in seen})
@@ -111,9 +116,12 @@ async def _look(checked: Checked, reached: Mapping[str, SshHost], how: How) -> t
 async def _look_at(
     host: Host, shell: SshHost, wheel: Wheel | None, how: How
 ) -> tuple[HostSite, HostFacts, str]:
-    told, python, address = await asyncio.gather(
-        probe(shell, HostQuestion(), python=host.python), _dynctl(host, shell, wheel, how), reached_at(shell)
-    )
+    dynctl = asyncio.ensure_future(_dynctl(host, shell, wheel, how))
+    facts = asyncio.ensure_future(probe(shell, HostQuestion(), python=host.python))
+    dialled = asyncio.ensure_future(reached_at(shell))
+    await asyncio.gather(dynctl, facts, dialled, return_exceptions=True)
+    # The verdict on dynctl there first: what else a Python that will not do says differs from time to time.
+    python, told, address = dynctl.result(), facts.result(), dialled.result()
     there = host.directory.replace("~", told.home, 1) if host.directory else f"{told.home}/.dynctl"
     taken, busy = frozenset(told.listening), busy_gpus(told)
     return HostSite(host.name, shell, python, there, taken, host.ssh, busy, shell.dialled), told, address

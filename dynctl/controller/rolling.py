@@ -149,11 +149,11 @@ def units_of(state: RunState) -> list[Unit]:
     return [Unit(tuple(sorted(seats, key=lambda s: s.follower))) for _, seats in ordered]
 
 
-def changing(state: RunState) -> str:
-    """What is not as it is to be yet, for people; "" when all is done."""
-    said = []
+def changing(state: RunState, lost: Collection[str] = ()) -> str:
+    """What is not as it is to be yet, for people, and on which `lost` nodes; "" when all is done."""
+    said: list[str] = []
     for unit in units_of(state):
-        head = unit.seats[0]
+        head, before = unit.seats[0], len(said)
         if unit.leaving:
             said.append(f"{head.id} leaves")
         elif unit.awaits:
@@ -167,6 +167,8 @@ def changing(state: RunState) -> str:
             said.append(f"{head.id} is to be replaced")
         elif unit.fresh or any(seat.rolled and seat.state != "ready" for seat in unit.seats):
             said.append(f"{head.id} is {head.state}")
+        if len(said) > before and head.node in lost:
+            said[-1] += f" (its node {head.node} does not answer)"
     return ", ".join(said)
 
 

@@ -58,6 +58,7 @@ from dynctl.launchers.fleet import Fleet, Seated
 from dynctl.protocol.day2 import NodeRoom, RoomReply
 from dynctl.protocol.deployment import DeploymentView, DownCall, DownReply
 from dynctl.protocol.planner import PLANNER_TOPIC
+from dynctl.topology.inventory import is_awaited
 from dynctl.transport.control import ControlServer, read_body
 from dynctl.transport.event_plane import Publisher
 from dynctl.transport.keys import Keys
@@ -238,7 +239,7 @@ class Controller:
             self._look_at(node)
 
     def _look_at(self, node: str) -> None:
-        if node == self._state.head:
+        if node == self._state.head or is_awaited(node):
             return
         plan = self._day2.plan
         ports = [p.ports["control"] for p in plan.processes if p.node == node and "control" in p.ports]
@@ -268,7 +269,9 @@ class Controller:
 
     def _view(self) -> DeploymentView:
         seen = view_of(self._state, str(self._parts.run.path), _believed)
-        why = "; ".join(filter(None, (seen.reason, self._parts.more.told())))
+        serving = {seat.node for seat in self._state.seats if seat.state == "ready"}
+        unseen = [f"node {n} does not answer, what serves there goes on" for n in self._lost if n in serving]
+        why = "; ".join(filter(None, (seen.reason, *unseen, self._parts.more.told())))
         return msgspec.structs.replace(seen, reason=why, at=time.time())
 
     def _poll(self) -> None:

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -20,6 +20,7 @@ from dynctl.controller.__main__ import leave_word, only_one, serve
 from dynctl.controller.service import run_dir_of
 from dynctl.controller.slurm_follow_jobs import Ways
 from dynctl.controller.slurm_follow_up import SlurmFollowUps
+from dynctl.deploy.amend import hosts_of, read_plan
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.slurm_inventory import Allocation, allocation
 from dynctl.deploy.slurm_up import plan_in_job
@@ -85,12 +86,19 @@ def begin(run: RunDir, environ: Mapping[str, str]) -> int:
         state = plan_in_job(run, given, environ, stager)
     follow_ups = load_follow_ups(run.path)
     site = replace(given.site, others={node: one.job.job_id for one in follow_ups for node in one.nodes})
-    fleet = SlurmFleet(client, site, RunRef(run.run_id, run.path))
     own = frozenset(host.name for host in given.inventory.hosts)
+    fleet = SlurmFleet(client, site, RunRef(run.run_id, run.path), strays(run, {*own, *site.others}))
     more = SlurmFollowUps(Ways(run, client, fleet, site, own, partial(stage_on, run=run)), follow_ups)
     run_loop(serve(run, incarnation, fleet, endings(state), more))
     after = load_state(run.state)
     return 1 if after is not None and after.phase == "failed" else 0
+
+
+def strays(run: RunDir, ours: Collection[str]) -> list[str]:
+    """Hosts that the run has known and that are not `ours` now: follow-up jobs that ended under a controller
+    that was killed. Raises CodecError, LaunchError.
+    """
+    return [host.name for host in hosts_of(run, read_plan(run)).hosts if host.name not in ours]
 
 
 def stage_on(site: JobSite, source: str, target: str, nodes: Sequence[str], *, run: RunDir) -> None:

@@ -337,7 +337,7 @@ class Supervisor:
                     self.state.retired[seat.id] = seat.incarnation
         self._hurry(now)
         said = self.state.changing
-        self.state.changing = "" if settled(self.state) else changing(self.state)
+        self.state.changing = "" if settled(self.state) else changing(self.state, self._lost_nodes)
         if said and not self.state.changing:
             self._out.append(Note("deployment.changed", {}))
 

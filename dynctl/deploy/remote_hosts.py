@@ -6,6 +6,7 @@ Without recipes and plans, which verbs on what runs do not need.
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -79,7 +80,11 @@ class HostSite:
         argv = (self.python, "-m", "dynctl.deploy.receive")
         env = {"DYNCTL_HOME": self.home}
         stdin = _coming(call) if isinstance(call, Awaitable) else msgspec.json.encode(call)
-        done = await self.shell.run(argv, stdin=stdin, timeout_s=timeout_s, env=env)
+        try:
+            done = await self.shell.run(argv, stdin=stdin, timeout_s=timeout_s, env=env)
+        finally:
+            if inspect.iscoroutine(stdin) and inspect.getcoroutinestate(stdin) == inspect.CORO_CREATED:
+                stdin.close()  # the host was lost before it was asked for
         lines = done.stdout.splitlines()
         try:
             told = msgspec.json.decode(lines[-1] if lines else b"", type=Answer)

@@ -118,11 +118,15 @@ def _wait_health(view: DeploymentView, waiter: Waiter, ends: float | None) -> No
 
 def _late(up: Up, view: DeploymentView | None) -> NotReady:
     found = diagnose(view, {}) if view is not None else None
-    reason = found.reason if found is not None else "its controller has not started"
-    if found is not None:
+    reason, kept = "its controller has not started", f"its logs: dynctl logs {up.name}"
+    if found is not None and view is not None:
+        nodes = {row.id: row.node for row in view.processes}
+        several = found.seat in nodes and len(set(nodes.values())) > 1
+        reason = f"{found.reason} (on {nodes[found.seat]})" if several else found.reason
         last = tail(up.run.logs / f"{found.seat}.engine.log", 1) or tail(up.run.logs / f"{found.seat}.log", 1)
         reason += "".join(f"\n  {line}" for line in ([found.error] if found.error else last))
-    kept = "it is left running" if up.adopted else f"its logs: dynctl logs {up.name}"
+        kept = "its job is cancelled: nothing is left of it" if view.phase == "pending" else kept
+    kept = "it is left running" if up.adopted else kept
     return NotReady(f"'{up.name}' was not ready in time: {reason}", where=str(up.run.path), hint=kept)
 
 

@@ -43,9 +43,9 @@ _SIGNALLED = 128
 
 
 class SlurmFleet:
-    """Steps of the job this process runs in."""
+    """Steps of the job this process runs in. `stray`: hosts of the run that are in no job of it now."""
 
-    def __init__(self, client: SlurmClient, site: JobSite, run: RunRef) -> None:
+    def __init__(self, client: SlurmClient, site: JobSite, run: RunRef, stray: Collection[str] = ()) -> None:
         self._client = client
         self._site = site
         self._run = run
@@ -53,7 +53,7 @@ class SlurmFleet:
         self._here = LocalFleet(self._launcher, run)
         self._news: list[NodeNews] = []
         self._knocking: dict[str, asyncio.Task[None]] = {}
-        self._given_back: dict[str, str] = {}
+        self._given_back = dict.fromkeys(stray, "it is in no job of the deployment any more")
         self._asking: asyncio.Task[list[str]] | None = None
         self._asked_at = 0.0
         self.returned: set[str] = set()

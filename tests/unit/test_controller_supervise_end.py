@@ -169,6 +169,15 @@ def test_a_restart_on_a_node_that_is_lost_waits_for_another_node() -> None:
     assert any(isinstance(one, Start) for one in bench.tell(Moved({"decode-0": "n3"})))
 
 
+def test_what_waits_for_a_node_that_does_not_answer_says_so() -> None:
+    bench = Bench(seat("decode-0"), seat("decode-1"))
+    bench.ready("decode-0", "decode-1")
+    bench.tell(NodeLost("n", "no answer"))
+    bench.seat("decode-1").asked = "leave"
+    bench.after(0.1)
+    assert bench.state.changing == "decode-1 leaves (its node n does not answer)"
+
+
 def test_the_way_down_does_not_wait_for_what_a_lost_node_has() -> None:
     bench = Bench(seat("frontend-0", "frontend"), seat("decode-0"), seat("decode-1"))
     bench.ready("frontend-0", "decode-0", "decode-1")

@@ -169,3 +169,14 @@ async def test_nothing_is_started_on_a_node_that_is_given_back_until_it_is_given
     fleet.join(["n5"], "9", ["n5"])
     assert await fleet.room() == {}
     assert [(news.node, news.reachable) for news in fleet.news()] == [("n5", True)]
+
+
+async def test_a_new_controller_starts_nothing_on_a_node_of_a_follow_up_job_that_ended_before_it(
+    tmp_path: Path,
+) -> None:
+    fleet = SlurmFleet(SlurmClient(), JobSite("7"), RunRef("r", tmp_path), ["n2"])
+    assert set(await fleet.room()) == {"n2"}
+    with pytest.raises(LaunchError, match="in no job of the deployment any more"):
+        await fleet.start(Launch("decode-0", 1, Command(("true",)), "n2"))
+    fleet.join(["n2"], "9", ())
+    assert await fleet.room() == {}
