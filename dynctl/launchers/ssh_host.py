@@ -122,7 +122,13 @@ class SshHost:
     async def _run(self, line: str, stdin: bytes | Awaitable[bytes], what: str) -> Finished:
         async with self._process(line, what, stdin=asyncssh.PIPE if stdin else asyncssh.DEVNULL) as process:
             data = stdin if isinstance(stdin, bytes) else await stdin
-            stdout, stderr = await process.communicate(data or None)
+            try:
+                stdout, stderr = await process.communicate(data or None)
+            except BrokenPipeError:
+                if not self.alive:
+                    raise
+                # It ended without reading: how, and what it said, is the answer.
+                stdout, stderr = await process.communicate()
             return Finished(_code(process, self.name, what), stdout, stderr)
 
     @asynccontextmanager

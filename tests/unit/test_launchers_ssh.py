@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import subprocess
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,7 +15,7 @@ from dynctl.cli.exits import EXIT_CODES
 from dynctl.launchers.shared import same_directory
 from dynctl.launchers.ssh import hop_of
 from dynctl.launchers.ssh_errors import command_error, first_line, python_error
-from dynctl.launchers.ssh_host import _line
+from dynctl.launchers.ssh_host import SshHost, _line
 from dynctl.topology.inventory import Ssh
 
 WORDS = st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])), max_size=5)
@@ -99,3 +100,38 @@ def test_every_failure_of_a_host_has_an_exit_code() -> None:
         found.extend(error.__subclasses__())
     assert len(found) > 8
     assert {error.kind for error in found} <= set(EXIT_CODES)
+
+
+class _Deaf:
+    """The process and the connection of a command that ends without reading its input."""
+
+    exit_status, exit_signal = 1, None
+
+    def __init__(self, closed: bool) -> None:
+        self.closed = closed
+
+    def is_closed(self) -> bool:
+        return self.closed
+
+    async def create_process(self, line: str, **options: Any) -> _Deaf:
+        return self
+
+    async def communicate(self, data: bytes | None = None) -> tuple[bytes, bytes]:
+        if data:
+            raise BrokenPipeError("Channel not open for sending")
+        return b"", b"broken"
+
+    def close(self) -> None:
+        pass
+
+
+async def test_a_command_that_does_not_read_its_input_is_no_lost_connection() -> None:
+    connection: Any = _Deaf(closed=False)
+    done = await SshHost("n1", connection).run(["it"], stdin=b"input", timeout_s=5.0)
+    assert (done.code, done.stderr) == (1, b"broken")
+
+
+async def test_input_that_a_closed_connection_does_not_take_is_a_lost_one() -> None:
+    connection: Any = _Deaf(closed=True)
+    with pytest.raises(errors.HostLost):
+        await SshHost("n1", connection).run(["it"], stdin=b"input", timeout_s=5.0)
