@@ -22,7 +22,7 @@ from dynctl.http.server import Exchange
 from dynctl.observability.metrics import Metrics
 from dynctl.protocol.specs import MigrationSpec
 from dynctl.protocol.sse import DATA, framed
-from dynctl.router.migration import CannotContinue, Kind, continuation, window_of
+from dynctl.router.migration import CannotContinue, Kind, continuation, whole_words, window_of
 from dynctl.router.reasoning import Marks
 from dynctl.router.retell import (
     Source,
@@ -277,6 +277,8 @@ class Migrations:
         whole = Made.plain(said, trims=kind == "chat")
         if said.finish and said.reasoning:
             whole = await self._finished(call, story)
+        else:
+            whole = replace(whole, kept=min(whole.kept, whole_words(request, said, dialect)))
         spoken = self._spoken(request, said, whole)
         rest = continuation(kind, request, said, spoken, dialect, self.tokens.encode)
         return rest, Taken(spoken, whole)

@@ -32,6 +32,8 @@ _GUIDED = (
 )
 _OTHER_PROMPT = ("echo", "prompt_logprobs", "prompt_embeds", "truncate_prompt_tokens", "suffix", "input_ids")
 
+_LONGEST_WORD = 64
+
 
 class CannotContinue(Exception):
     """The rest of this answer cannot be had from another worker; the message says why, for the client."""
@@ -42,7 +44,7 @@ def continuation(
 ) -> Json:
     """The request for the rest; {} when all that was asked for has been said. `spoken` is in tokens.
 
-    `request` values may be `msgspec.Raw`. Raises CannotContinue.
+    It goes on from the text's `whole_words`. `request` values may be `msgspec.Raw`. Raises CannotContinue.
     """
     if said.finish:
         _check_single(request, said)
@@ -52,10 +54,11 @@ def continuation(
     rest = budget(kind, request, spoken, dialect)
     if rest is None:
         return {}
+    text = said.text[: whole_words(request, said, dialect)]
     if kind == "chat":
-        rest.update(_chat(request, said, dialect))
+        rest.update(_chat(request, text, dialect))
     else:
-        rest["prompt"] = _prompt(request.get("prompt"), said, encode)
+        rest["prompt"] = _prompt(request.get("prompt"), said, text, encode)
     return {**request, **rest}
 
 
@@ -112,7 +115,7 @@ def budget(kind: Kind, request: Json, spoken: int, dialect: Continuation) -> Jso
     return rest
 
 
-def _chat(request: Json, said: Said, dialect: Continuation) -> Json:
+def _chat(request: Json, text: str, dialect: Continuation) -> Json:
     """The messages with what was said as the last one's beginning.
 
     White space at the end is left to be said again (and dropped where it meets what was said): templates trim
@@ -121,7 +124,7 @@ def _chat(request: Json, said: Said, dialect: Continuation) -> Json:
     goes_on = bool(plain(request.get("continue_final_message")))
     if plain(request.get("add_generation_prompt")) is False and not goes_on:
         raise CannotContinue("`add_generation_prompt` is false")
-    spoken = said.text.rstrip()
+    spoken = text.rstrip()
     if not spoken:
         return {}
     if dialect.chat is None:
@@ -136,7 +139,7 @@ def _chat(request: Json, said: Said, dialect: Continuation) -> Json:
     return {"messages": [*messages[:-1], last], **dialect.chat}
 
 
-def _prompt(given: Any, said: Said, encode: Encode) -> Any:
+def _prompt(given: Any, said: Said, text: str, encode: Encode) -> Any:
     """The prompt with what was said behind it: by the very token ids where all are known, else by text.
 
     A prompt of token ids takes the text's tokens: not always those that were said, but the same text.
@@ -149,11 +152,33 @@ def _prompt(given: Any, said: Said, encode: Encode) -> Any:
     if said.tokens is not None and ids:
         return [*ids, *said.tokens]
     if isinstance(prompt, str):
-        return prompt + said.text
-    tokens = encode(said.text) if numbers and prompt else None
+        return prompt + text
+    tokens = encode(text) if numbers and prompt else None
     if tokens is None:
         raise CannotContinue("the prompt is not one text, and the tokens said are not known")
     return [*prompt, *tokens]
+
+
+def whole_words(request: Mapping[str, Any], said: Said, dialect: Continuation) -> int:
+    """How many characters of the text to go on from, so that it ends with a whole word.
+
+    What an engine shows beside stop strings may end within a token, and from half a word a model goes on
+    otherwise. Only where the same word will be said again: at temperature 0. All of the text elsewhere, also
+    with log probabilities (they would be told twice) and within a word of more than 64 characters.
+    """
+    text = said.text
+    greedy = request.get("temperature") is not None and plain(request["temperature"]) == 0
+    # A completion's `logprobs` of 0 asks for those of the tokens said.
+    probabilities = plain(request.get("logprobs"))
+    if not (greedy and dialect.holds_back and holds_back(request)):
+        return len(text)
+    if said.finish or said.tokens or not (probabilities is None or probabilities is False):
+        return len(text)
+    whole = text.rstrip()
+    if whole == text:
+        whole = text[: len(text) - len((text.rsplit(maxsplit=1) or [""])[-1])].rstrip()
+    kept = len(whole)
+    return kept if len(text) - kept <= _LONGEST_WORD else len(text)
 
 
 def stops_of(request: Mapping[str, Any]) -> tuple[str, ...]:

@@ -136,6 +136,18 @@ async def test_an_engine_that_ends_in_good_order_hands_its_streams_on(
     check_mocked(got, whole)
 
 
+@pytest.mark.parametrize(("path", "body"), MOCKED)
+@pytest.mark.parametrize("after", [(9,), (10,), (11,), (6, 24)])
+async def test_text_held_back_for_stop_strings_does_not_break_the_word_it_ends_in(
+    path: str, body: dict[str, Any], after: tuple[int, ...]
+) -> None:
+    asked = {**body, "temperature": 0, "stop": ["zebraquux", "notthere"]}
+    async with mocked(aggregated=3) as (front, processes):
+        whole = await processes["aggregated"][0].post(path, asked)
+        got = await read_killing(front, path, asked, processes["aggregated"], after)
+    check_mocked(got, whole)
+
+
 async def test_all_streams_of_a_killed_worker_go_on_together() -> None:
     bodies = [
         {**MOCK_COMPLETION, "prompt": f"Story {number}: once upon a time. " * 8} for number in range(24)

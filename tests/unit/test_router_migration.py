@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynctl.engines.base import CONTINUES_MESSAGE, Continuation
+from dynctl.engines.base import CONTINUES_AND_HOLDS_BACK, CONTINUES_MESSAGE, Continuation
 from dynctl.protocol.sse import event_data, split_events
-from dynctl.router.migration import CannotContinue, continuation, stops_of, window_of
+from dynctl.router.migration import CannotContinue, continuation, stops_of, whole_words, window_of
 from dynctl.router.said import Said
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
@@ -211,3 +211,24 @@ def test_an_engine_holds_back_what_may_begin_its_longest_stop_string() -> None:
     assert window_of({"stop": ["abc", "d"]}) == 2
     assert window_of({"stop": ["abc"], "include_stop_str_in_output": True}) == 0
     assert window_of({}) == 0
+
+
+def test_beside_stop_strings_a_greedy_answer_goes_on_from_its_last_whole_word() -> None:
+    asked = {"temperature": 0, "stop": ["zebra"]}
+    for text, whole in (("ports gr", "ports"), ("ports\n\n", "ports"), ("gr", ""), ("a " + "x" * 70, None)):
+        kept = whole_words(asked, said(plain(text)), CONTINUES_AND_HOLDS_BACK)
+        assert text[:kept] == (text if whole is None else whole)
+    told = said(plain("ports gr"))
+    rest = continuation("completions", {**TEXT, **asked}, told, 1, CONTINUES_AND_HOLDS_BACK, nobody)
+    assert rest["prompt"] == "P:ports"
+    assert whole_words(asked, told, CONTINUES_MESSAGE) == len("ports gr")
+    others: tuple[dict[str, Any], ...] = (
+        {"stop": ["zebra"]},
+        {**asked, "temperature": 0.5},
+        {**asked, "logprobs": 1},
+        {**asked, "logprobs": 0},
+        {**asked, "include_stop_str_in_output": True},
+        {"temperature": 0},
+    )
+    for other in others:
+        assert whole_words(other, told, CONTINUES_AND_HOLDS_BACK) == len("ports gr")
