@@ -8,7 +8,7 @@ from pathlib import Path
 from dynctl import procfs
 from dynctl.deploy.ask import ask_controller, listens
 from dynctl.deploy.home import Home, RunDir, is_trial
-from dynctl.deploy.slurm_view import job_view
+from dynctl.deploy.slurm_view import follow_ups, job_view
 from dynctl.deploy.state import ENDED, RunState, load_state
 from dynctl.deploy.status import view_of
 from dynctl.deploy.stop import CONTROLLER
@@ -179,6 +179,13 @@ def _runs(place: Home, name: str) -> bool:
             return b'"ended":false' in run.remote.read_bytes()
         if run is None or state(run).phase in ENDED:
             return False
-        return view(run).phase not in ENDED or bool(launcher_of(run).owned(run.run_id))
+        return view(run).phase not in ENDED or _lives(run)
     except (CodecError, UsageError):
         return False
+
+
+def _lives(run: RunDir) -> bool:
+    """Whether anything of it does: workers in follow-up jobs may outlive its own job for a moment."""
+    launcher = launcher_of(run)
+    jobs = follow_ups(run, launcher) if isinstance(launcher, JobLauncher) else []
+    return any(one.owned(run.run_id) for one in (launcher, *jobs))

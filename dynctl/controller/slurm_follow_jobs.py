@@ -172,6 +172,10 @@ class FollowUpJobs:
         self._keep([one for one in self.known if one.job.name != follow_up.job.name])
         self._write_hosts(lack, ())
 
+    def tidy(self, lack: Lack) -> None:
+        """Nodes of jobs that have ended are no hosts once nothing is there any more. Raises DynctlError."""
+        self._write_hosts(lack, ())
+
     def _write_hosts(self, lack: Lack, more: Sequence[Host]) -> None:
         """The hosts from now on: those of the job, of follow-up jobs, those in use, and `more`."""
         known, names = self._inventory(lack.plan), {host.name for host in more}

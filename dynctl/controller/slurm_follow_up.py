@@ -137,6 +137,7 @@ class SlurmFollowUps:
                     await self._let_go(lack, "follow_up.ended", Release(follow_up, why, failed=True))
                     if follow_up.grows and cancelled:
                         self._give_up(lack, why)
+        await asyncio.to_thread(self._jobs.tidy, lack)
 
     def _tell_pending(self, seen: Sequence[Seen]) -> None:
         self._rows = {one.follow_up.job.name: one.row for one in seen}

@@ -16,18 +16,24 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
+import msgspec
+
 from dynctl.controller.__main__ import leave_word, only_one, serve
+from dynctl.controller.moving import nodes_of
 from dynctl.controller.service import run_dir_of
 from dynctl.controller.slurm_follow_jobs import Ways
 from dynctl.controller.slurm_follow_up import SlurmFollowUps
 from dynctl.deploy.amend import hosts_of, read_plan
+from dynctl.deploy.disk import disk
 from dynctl.deploy.home import RunDir
+from dynctl.deploy.run import INVENTORY
 from dynctl.deploy.slurm_inventory import Allocation, allocation
 from dynctl.deploy.slurm_up import plan_in_job
 from dynctl.deploy.state import ENDED, RunState, drain_of, load_state
 from dynctl.errors import DynctlError, LaunchError
 from dynctl.http.runtime import run as run_loop
 from dynctl.launchers.base import RunRef
+from dynctl.launchers.files import write_atomic
 from dynctl.launchers.slurm_client import SlurmClient
 from dynctl.launchers.slurm_fleet import SlurmFleet
 from dynctl.launchers.slurm_follow import load_follow_ups
@@ -87,18 +93,11 @@ def begin(run: RunDir, environ: Mapping[str, str]) -> int:
     follow_ups = load_follow_ups(run.path)
     site = replace(given.site, others={node: one.job.job_id for one in follow_ups for node in one.nodes})
     own = frozenset(host.name for host in given.inventory.hosts)
-    fleet = SlurmFleet(client, site, RunRef(run.run_id, run.path), strays(run, {*own, *site.others}))
+    fleet = SlurmFleet(client, site, RunRef(run.run_id, run.path), strays(run, own | site.others.keys()))
     more = SlurmFollowUps(Ways(run, client, fleet, site, own, partial(stage_on, run=run)), follow_ups)
     run_loop(serve(run, incarnation, fleet, endings(state), more))
     after = load_state(run.state)
     return 1 if after is not None and after.phase == "failed" else 0
-
-
-def strays(run: RunDir, ours: Collection[str]) -> list[str]:
-    """Hosts that the run has known and that are not `ours` now: follow-up jobs that ended under a controller
-    that was killed. Raises CodecError, LaunchError.
-    """
-    return [host.name for host in hosts_of(run, read_plan(run)).hosts if host.name not in ours]
 
 
 def stage_on(site: JobSite, source: str, target: str, nodes: Sequence[str], *, run: RunDir) -> None:
@@ -106,6 +105,19 @@ def stage_on(site: JobSite, source: str, target: str, nodes: Sequence[str], *, r
     logger.info("model.staging from=%s to=%s nodes=%s", source, target, " ".join(nodes))
     argv = [sys.executable, "-m", "dynctl.deploy.stage", "--from", source, "--to", target]
     run_on(site, nodes, argv, run.logs / "stage.log", STAGE_S)
+
+
+def strays(run: RunDir, ours: Collection[str]) -> set[str]:
+    """Hosts that the run has known and that are not `ours` now: follow-up jobs that ended under a controller
+    that was killed. They are no hosts any more but where something is still. Raises DynctlError.
+    """
+    plan = read_plan(run)
+    known, used = hosts_of(run, plan), nodes_of(plan)
+    left = tuple(host for host in known.hosts if host.name in ours or host.name in used)
+    if left != known.hosts:
+        with disk("the run directory cannot be written"):
+            write_atomic(run.path / INVENTORY, msgspec.json.encode(replace(known, hosts=left)))
+    return {host.name for host in known.hosts if host.name not in ours}
 
 
 def remember(run: RunDir, given: Allocation) -> None:

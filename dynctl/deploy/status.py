@@ -58,7 +58,7 @@ def view_of(state: RunState, run_dir: str, is_alive: IsAlive, *, everywhere: boo
         controller_pid=controller.pid if supervised else 0,
         wanted=dict(state.roles),
         processes=rows,
-        changing=state.changing,
+        changing="" if phase in ENDED else state.changing,
         locked=lock_words(state.locked) if state.locked else "",
         planner=state.planner if supervised else "",
         declined=state.declined,

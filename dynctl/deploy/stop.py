@@ -67,8 +67,9 @@ def stop_run(run: RunDir, stopper: Stopper, drain_s: float) -> int:
 
 
 def stop_job(run: RunDir, stopper: Stopper, launcher: JobLauncher, drain_s: float) -> int:
-    """End the job of a run, wherever it is in its life; 1 when there was one. Raises SlurmError, LaunchError.
+    """End the job of a run, wherever it is in its life; 1 when any job of it was left.
 
+    Raises SlurmError, LaunchError.
     Its controller is asked first, over the network, then by a signal; then Slurm ends the job.
     """
     _end_successor(run, launcher)
@@ -78,8 +79,7 @@ def stop_job(run: RunDir, stopper: Stopper, launcher: JobLauncher, drain_s: floa
         row = _found(stopper, launcher)
     if row is None or not (row.active or row.pending):
         _record(run)
-        _end_follow_ups(run, stopper, launcher)
-        return 0
+        return int(_end_follow_ups(run, stopper, launcher))
     state = readable_state(run.state)
     led = row.active and state is not None and bool(state.registry) and drain_s > 0
     if led and state is not None and not _let_controller(run, state, stopper, drain_s):
@@ -100,8 +100,8 @@ def stop_job(run: RunDir, stopper: Stopper, launcher: JobLauncher, drain_s: floa
     return 1
 
 
-def _end_follow_ups(run: RunDir, stopper: Stopper, launcher: JobLauncher) -> None:
-    """Cancel the jobs that gave it nodes in the place of lost ones, and see them ended. Raises SlurmError.
+def _end_follow_ups(run: RunDir, stopper: Stopper, launcher: JobLauncher) -> bool:
+    """Cancel the jobs that gave it more nodes, and see them ended; whether there were any. Raises SlurmError.
 
     Its controller has done so already, if it could.
     """
@@ -111,7 +111,7 @@ def _end_follow_ups(run: RunDir, stopper: Stopper, launcher: JobLauncher) -> Non
         rows = [launcher.table.row(one.job, fresh=True) for one in load_follow_ups(run.path)]
         left = [row for row in rows if row is not None and (row.active or row.pending)]
         if not left:
-            return
+            return bool(asked)
         for row in left:
             if row.id not in asked:
                 launcher.table.client.cancel(row.id)

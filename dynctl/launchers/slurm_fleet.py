@@ -142,13 +142,13 @@ class SlurmFleet:
 
     def part(self, job_id: str, lost: Collection[str], busy: Collection[str], why: str) -> None:
         """A follow-up job has ended: its `busy` nodes are lost, those that are not `lost` already. Nothing is
-        to be started on the others.
+        to be started on any of its nodes.
         """
         left = [node for node, owner in self._site.others.items() if owner == job_id]
         self._site = replace(
             self._site, others={node: job for node, job in self._site.others.items() if job != job_id}
         )
-        self._given_back.update((node, why) for node in left if node not in busy)
+        self._given_back.update(dict.fromkeys(left, why))
         self._news += [NodeNews(node, False, why) for node in left if node in busy and node not in lost]
 
     async def signal(self, seated: Seated, signum: int) -> bool:

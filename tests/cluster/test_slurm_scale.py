@@ -214,3 +214,19 @@ def test_the_planner_grows_beyond_the_job_within_its_budget(login: Login) -> Non
         eventually(lambda: len(set(workers(login).values())) == 2, "a second replica on another node", 60)
         assert len(login.status()["job"]["follow_ups"]) == 1
         assert "planner.scaled" in login.run("events", login.name).stdout
+
+
+def test_a_new_controller_places_nothing_on_a_node_whose_job_ended_before_it(login: Login) -> None:
+    with gpu_engines(login):
+        own = {job.id for job in login.cluster.squeue()}
+        login.run("scale", "aggregated=2", "--name", login.name)
+        lost = workers(login)["aggregated-1"]
+        (more,) = {job.id for job in login.cluster.squeue()} - own
+        login.cluster.scancel(more)
+        there = {"", lost}
+        eventually(lambda: workers(login).get("aggregated-1", "") not in there, "ready elsewhere", 90)
+        kill_controller(login)
+        done = login.run("scale", "aggregated=3", "--name", login.name)
+        assert "done, ready 3/3" in done.stderr
+        assert len(set(workers(login).values())) == 3
+        assert "node configuration is not available" not in login.run("events", login.name).stdout

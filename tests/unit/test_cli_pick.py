@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from dynctl.cli.pick import ENV_NAME, ENV_RUN_ID, Elsewhere, home, pick, running_names, view
+from dynctl.cli.pick import ENV_NAME, ENV_RUN_ID, Elsewhere, _tables, home, pick, running_names, view
 from dynctl.deploy.home import Home, RunDir, is_trial, trial_name
 from dynctl.deploy.remote_note import Remote, RemoteHost, save_remote
 from dynctl.deploy.state import ControllerRecord, RunState, encode_state
 from dynctl.errors import UsageError
 from dynctl.launchers.base import ENV_PROCESS, ENV_RUN
+from dynctl.launchers.slurm_client import JobRow, SlurmClient
+from dynctl.launchers.slurm_follow import FollowUp, save_follow_ups
+from dynctl.launchers.slurm_job import JobRecord
 from dynctl.topology.inventory import Ssh
 
 RUN_ID = f"young-{os.getpid()}"
@@ -116,3 +119,19 @@ def test_of_a_deployment_that_is_forgotten_nothing_is_left(run: RunDir) -> None:
     place.forget("young")
     assert (place.names(), list(place.runs.iterdir())) == ([], [])
     place.forget("young")
+
+
+def test_a_run_whose_own_job_ended_runs_while_one_that_gave_it_nodes_does(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, more = (JobRecord(job_id=n, name=f"young.{n}", submitted_at=0.0) for n in ("7", "8"))
+    own.save(run.path)
+    save_follow_ups(run.path, [FollowUp(job=more, wanted=1, nodes=("n2",))])
+    ended = JobRow(id="7", name=own.name, state="FAILED")
+    rows = [ended, JobRow(id="8", name=more.name, state="RUNNING")]
+    monkeypatch.setattr(SlurmClient, "jobs", lambda self, names: rows)
+    assert running_names() == ["young"]
+    assert pick(None) == run
+    rows[1:] = []
+    _tables.clear()
+    assert running_names() == []

@@ -177,6 +177,12 @@ def test_a_job_that_was_ended_from_outside_says_how(tmp_path: Path, word: str, t
     assert not seen.processes[0].pid
 
 
+def test_nothing_goes_on_changing_once_the_job_has_ended(tmp_path: Path) -> None:
+    grows = state(changing="decode-1 awaits a node")
+    assert job_view(grows, RunDir(tmp_path), launcher(tmp_path, row("RUNNING"))).changing != ""
+    assert job_view(grows, RunDir(tmp_path), launcher(tmp_path, row("CANCELLED"))).changing == ""
+
+
 def test_a_job_that_failed_before_it_was_ready_says_why(tmp_path: Path) -> None:
     LastWords(id="controller", incarnation=1, kind="placement", message="no room").save(tmp_path)
     before = state(phase="starting", ready_once=False, controller=ControllerRecord())
