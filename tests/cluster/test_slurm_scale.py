@@ -80,7 +80,8 @@ def test_one_that_waits_says_why_and_is_cancelled_when_it_is_wanted_no_more(logi
             assert (waits["state"], bool(waits["reason"])) == ("PENDING", True)
             shown = login.run("ps", login.name).stderr
             assert f"for 1 node more, job {waits['id']} is pending in partition gpu: " in shown
-            assert f"estimated start {waits['start'][:10]}" in shown
+            start = f"estimated start {waits['start'][:10]}"  # the controller looks every few seconds
+            eventually(lambda: start in login.run("ps", login.name).stderr, "the same start in ps", 60)
             (row,) = [row for row in login.ps() if row["instance"] == "aggregated-1"]
             assert (row["state"], row["node"], row["ready"]) == ("waiting", "node+1", False)
             login.run("scale", "aggregated=1", "--name", login.name)
