@@ -35,7 +35,7 @@ def check_wheel(path: str) -> None:
     want = {f"dynctl/_data/{p.relative_to(ROOT)}" for p in ROOT.glob("recipes/*.yaml")}
     want |= {f"dynctl/_data/{p.relative_to(ROOT)}" for p in ROOT.glob("slurm/*.sbatch")}
     want |= {f"dynctl/_data/{p.relative_to(ROOT)}" for p in ROOT.glob("dashboards/*.json")}
-    want.add("dynctl/native/_relay.abi3.so")
+    want.add("dynctl/native/_compiled.abi3.so")
     if not want or want - names:
         raise SystemExit(f"missing from {path}: {sorted(want - names)}")
     sys.stdout.write(f"{path}: {len(want)} recipes, scripts, dashboards and modules\n")

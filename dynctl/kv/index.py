@@ -14,9 +14,9 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import islice
 
+from dynctl.kv.walk import places_of, python_walk, walk
 from dynctl.protocol.kv_events import KvEvent, Removed, Stored, Tier
 
 SlotKey = tuple[str, int]
@@ -24,7 +24,6 @@ SlotKey = tuple[str, int]
 
 DEFAULT_LIMIT = 8_000_000
 EVICTED_AT_ONCE = 1024
-_STRIDE = 64
 _OWN_TIER: tuple[Tier, ...] = ("G1",)
 
 
@@ -150,49 +149,20 @@ class Index:
         return [slots[key].number if key in slots else -1 for key in keys]
 
     def _walk(self, hashes: Sequence[int], alive: int, tiers: Sequence[Tier]) -> list[int]:
-        """Depths by slot number, of the slots in `alive`; one entry more is for whoever has no slot.
-
-        Blocks stored together share a mask object, so that most of a prompt is passed over by identity.
-        """
+        """Depths by slot number, of the slots in `alive`; one entry more is for whoever has no slot."""
         found = [0] * (len(self._by_number) + 1)
-        lookup = self._lookup(tiers)
-        last: int | None = -1
-        start, total = 0, len(hashes)
-        while start < total and alive:
-            masks = list(map(lookup, hashes[start : start + _STRIDE]))
-            if masks[-1] is not last or masks.count(last) != len(masks):
-                for depth, mask in enumerate(masks, start):
-                    if mask is last:
-                        continue
-                    last = mask
-                    still = alive & mask if mask else 0
-                    if still != alive:
-                        for number in places_of(alive ^ still):
-                            found[number] = depth
-                        alive = still
-            start += _STRIDE
-        for number in places_of(alive):
-            found[number] = total
+        row = hashes if isinstance(hashes, list) else list(hashes)
+        there = [masks for tier in tiers if (masks := self._masks.get(tier)) is not None]
+        if len(there) == 1:
+            walk(there[0], row, alive, found)
+        else:
+            python_walk(_anywhere(there), row, alive, found)
         return found
 
     @property
     def tiered(self) -> bool:
         """Whether blocks are, or were, held in other tiers than G1."""
         return len(self._masks) > 1
-
-    def _lookup(self, tiers: Sequence[Tier]) -> Callable[[int], int | None]:
-        """Who holds a hash in any of `tiers`."""
-        gets = [self._masks[tier].get for tier in tiers if tier in self._masks]
-        if len(gets) == 1:
-            return gets[0]
-
-        def anywhere(h: int) -> int:
-            mask = 0
-            for get in gets:
-                mask |= get(h, 0)
-            return mask
-
-        return anywhere
 
     def _bits(self, keys: Iterable[SlotKey]) -> int:
         bits = 0
@@ -235,17 +205,6 @@ class Index:
         return slot
 
 
-@lru_cache(maxsize=1024)
-def places_of(mask: int) -> tuple[int, ...]:
-    """The numbers of the bits that are set, from low to high: the same sets come again and again."""
-    places = []
-    while mask:
-        low = mask & -mask
-        mask ^= low
-        places.append(low.bit_length() - 1)
-    return tuple(places)
-
-
 def _clear(masks: dict[int, int], h: int, bit: int) -> None:
     """Take `bit` out of the mask of `h`; a hash that nobody holds is dropped."""
     mask = masks[h] & ~bit
@@ -253,3 +212,16 @@ def _clear(masks: dict[int, int], h: int, bit: int) -> None:
         masks[h] = mask
     else:
         del masks[h]
+
+
+def _anywhere(tiers: Sequence[dict[int, int]]) -> Callable[[int], int]:
+    """Who holds a hash in any of several tiers."""
+    gets = [masks.get for masks in tiers]
+
+    def anywhere(h: int) -> int:
+        mask = 0
+        for get in gets:
+            mask |= get(h, 0)
+        return mask
+
+    return anywhere

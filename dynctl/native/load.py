@@ -1,4 +1,4 @@
-"""The compiled steps of the relay, where they were compiled and can be loaded; else why not.
+"""The compiled steps of the hot path, where they were compiled and can be loaded; else why not.
 
 Each has its like in Python, which does the same. Whoever needs one asks `compiled` at that moment. They are
 compiled when dynctl is installed with a C compiler and Python's headers at hand (`hatch_build.py`); a module
@@ -10,16 +10,17 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final, Protocol, cast
 
 OFF: Final = "DYNCTL_COMPILED"
 """Environment variable: "0" = Python only."""
-SOURCE: Final = Path(__file__).parent / "relay.c"
-MODULE: Final = "_relay.abi3.so"
+FOLDER: Final = Path(__file__).parent
+"""Where the C sources are, and beside them:"""
+MODULE: Final = "_compiled.abi3.so"
 FAILED: Final = "_failed.txt"
-"""Beside it: the module, or why it could not be compiled."""
+"""The module, or why it could not be compiled."""
 
 Feed = Callable[[bytes], object]
 
@@ -58,6 +59,16 @@ class Tap(Protocol):
     def readable(self) -> None: ...
 
 
+class WordTable(Protocol):
+    """See `frontend.prompt.words.PythonTable`."""
+
+    def __len__(self) -> int: ...
+
+    def learn(self, word: str, tokens: bytes) -> None: ...
+
+    def join(self, text: str) -> bytes | None: ...
+
+
 class Compiled(Protocol):
     """The compiled module."""
 
@@ -69,26 +80,46 @@ class Compiled(Protocol):
 
     Lane: Callable[..., object]
 
+    def WordTable(self, marks: tuple[bytes, ...], foreign: bool) -> WordTable: ...
 
-def digest(source: bytes) -> str:
-    """What tells a compiled module which source it was made of."""
-    return hashlib.sha256(source).hexdigest()[:16]
+    def walk(
+        self,
+        masks: dict[int, int],
+        hashes: list[int],
+        alive: int,
+        found: list[int],
+        shrinking: bool,
+        places_of: Callable[[int], tuple[int, ...]],
+    ) -> int: ...
+
+
+def sources(folder: Path) -> list[Path]:
+    """The C sources in a folder, headers among them, in order."""
+    return sorted(folder.glob("*.[ch]"))
+
+
+def digest(sources: Iterable[Path]) -> str:
+    """What tells a compiled module which sources it was made of."""
+    together = hashlib.sha256()
+    for source in sources:
+        together.update(hashlib.sha256(source.read_bytes()).digest())
+    return together.hexdigest()[:16]
 
 
 def _load() -> tuple[Compiled | None, str]:
     if os.environ.get(OFF) == "0":
         return None, f"{OFF}=0"
     try:
-        module = importlib.import_module("dynctl.native._relay")
+        module = importlib.import_module("dynctl.native._compiled")
     except ModuleNotFoundError:
-        failed = SOURCE.with_name(FAILED)
+        failed = FOLDER / FAILED
         why = failed.read_text("utf-8").strip() if failed.is_file() else "it was not compiled"
         return None, why
     except ImportError as error:
         return None, f"it cannot be loaded: {error}"
     found = cast(Compiled, module)
-    if digest(SOURCE.read_bytes()) != found.SOURCE:
-        return None, "compiled from another relay.c: install dynctl again"
+    if digest(sources(FOLDER)) != found.SOURCE:
+        return None, "compiled from other sources: install dynctl again"
     return found, ""
 
 

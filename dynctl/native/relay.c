@@ -7,9 +7,8 @@
  * tests/contract/test_native_relay.py runs the same cases against both. Sockets are non-blocking: the lock is kept.
  * Descriptors are asked of their socket each time: one that was closed is never another connection's.
  */
-#define PY_SSIZE_T_CLEAN
-#define Py_LIMITED_API 0x030B0000
-#include <Python.h>
+#include "native.h"
+
 #include <structmember.h>
 
 #include <errno.h>
@@ -18,10 +17,6 @@
 #include <string.h>
 #include <sys/socket.h>
 #include <time.h>
-
-#ifndef DYNCTL_SOURCE
-#define DYNCTL_SOURCE "" /* digest of this file, which dynctl/native/load.py compares */
-#endif
 
 enum { READ_BYTES = 64 * 1024, SIZE_DIGITS = 7 };
 static const char EVENT[] = "data: ";
@@ -138,7 +133,7 @@ static PyMethodDef Writer_methods[] = {{"write", Writer_write, METH_O, NULL}, {N
 static PyType_Slot Writer_slots[] = {{Py_tp_init, Writer_init},         {Py_tp_clear, Writer_clear},
                                      {Py_tp_traverse, Writer_traverse}, {Py_tp_dealloc, Writer_dealloc},
                                      {Py_tp_methods, Writer_methods},   {0, NULL}};
-static PyType_Spec Writer_spec = {"dynctl.native._relay.Writer", sizeof(Writer), 0,
+static PyType_Spec Writer_spec = {"dynctl.native._compiled.Writer", sizeof(Writer), 0,
                                   Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, Writer_slots};
 
 /* ---------------------------------------------------------------- Tap(fileno, taker) */
@@ -297,7 +292,7 @@ static PyType_Slot Tap_slots[] = {{Py_tp_init, Tap_init},         {Py_tp_clear, 
                                   {Py_tp_traverse, Tap_traverse}, {Py_tp_dealloc, Tap_dealloc},
                                   {Py_tp_methods, Tap_methods},   {Py_tp_members, Tap_members},
                                   {0, NULL}};
-static PyType_Spec Tap_spec = {"dynctl.native._relay.Tap", sizeof(Tap), 0,
+static PyType_Spec Tap_spec = {"dynctl.native._compiled.Tap", sizeof(Tap), 0,
                                Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, Tap_slots};
 
 /* ---------------------------------------------------------------- Lane(exchange, itl, unusual, fold, full, usual) */
@@ -457,10 +452,10 @@ static PyType_Slot Lane_slots[] = {{Py_tp_init, Lane_init},         {Py_tp_clear
                                    {Py_tp_traverse, Lane_traverse}, {Py_tp_dealloc, Lane_dealloc},
                                    {Py_tp_methods, Lane_methods},   {Py_tp_members, Lane_members},
                                    {0, NULL}};
-static PyType_Spec Lane_spec = {"dynctl.native._relay.Lane", sizeof(Lane), 0,
+static PyType_Spec Lane_spec = {"dynctl.native._compiled.Lane", sizeof(Lane), 0,
                                 Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, Lane_slots};
 
-/* ---------------------------------------------------------------- the module */
+/* ---------------------------------------------------------------- for the module */
 
 static int name(PyObject **where, const char *text)
 {
@@ -468,32 +463,15 @@ static int name(PyObject **where, const char *text)
     return *where == NULL ? -1 : 0;
 }
 
-static int add_type(PyObject *module, const char *title, PyType_Spec *spec)
+int add_relay(PyObject *module)
 {
-    PyObject *type = PyType_FromSpec(spec);
-    if (type == NULL)
-        return -1;
-    int added = PyModule_AddObjectRef(module, title, type);
-    Py_DECREF(type);
-    return added;
-}
-
-static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_relay", NULL, -1, NULL, NULL, NULL, NULL, NULL};
-
-PyMODINIT_FUNC PyInit__relay(void)
-{
-    PyObject *module = PyModule_Create(&definition);
-    if (module == NULL)
-        return NULL;
-    if (name(&n_write, "write") < 0 || name(&n_counts, "counts") < 0 || name(&n_bounds, "bounds") < 0 ||
-        name(&n_total, "total") < 0 || name(&n_append, "append") < 0 ||
-        name(&n_body_received, "body_received") < 0 || name(&n_between_chunks, "between_chunks") < 0 ||
-        name(&n_reading_ended, "reading_ended") < 0 || name(&n_reading_failed, "reading_failed") < 0 ||
-        name(&n_taking_failed, "taking_failed") < 0 || add_type(module, "Writer", &Writer_spec) < 0 ||
-        add_type(module, "Tap", &Tap_spec) < 0 || add_type(module, "Lane", &Lane_spec) < 0 ||
-        PyModule_AddStringConstant(module, "SOURCE", DYNCTL_SOURCE) < 0) {
-        Py_DECREF(module);
-        return NULL;
-    }
-    return module;
+    return name(&n_write, "write") < 0 || name(&n_counts, "counts") < 0 || name(&n_bounds, "bounds") < 0 ||
+                   name(&n_total, "total") < 0 || name(&n_append, "append") < 0 ||
+                   name(&n_body_received, "body_received") < 0 ||
+                   name(&n_between_chunks, "between_chunks") < 0 || name(&n_reading_ended, "reading_ended") < 0 ||
+                   name(&n_reading_failed, "reading_failed") < 0 ||
+                   name(&n_taking_failed, "taking_failed") < 0 || add_type(module, "Writer", &Writer_spec) < 0 ||
+                   add_type(module, "Tap", &Tap_spec) < 0 || add_type(module, "Lane", &Lane_spec) < 0
+               ? -1
+               : 0;
 }

@@ -16,9 +16,7 @@ from itertools import repeat
 
 import msgspec
 
-from dynctl.kv.index import places_of
-
-_STRIDE = 32
+from dynctl.kv.walk import walk
 
 
 # gc=False: numbers only, so it can be part of no cycle.
@@ -64,32 +62,13 @@ class SharedBlocks:
         heapq.heappush(self._free, place)
 
     def depths(self, hashes: Sequence[int]) -> list[int]:
-        """How many of `hashes`, from the start, are held, by place.
-
-        The places that hold block i shrink as i grows, so where both ends of a stride have the same places
-        all between them have too; only the other strides are walked.
-        """
+        """How many of `hashes`, from the start, are held, by place."""
         found = [0] * len(self._needs)
-        get, total = self._masks.get, len(hashes)
-        held = get(hashes[0], 0) if hashes else 0
-        last: int | None = held
-        depth, end = 1, 0
-        while held and depth < total:
-            until = min(depth + _STRIDE, total)
-            if get(hashes[until - 1], 0) != held:
-                for i, mask in enumerate(map(get, hashes[depth:until]), depth):
-                    if mask is last:
-                        continue
-                    last = mask
-                    still = held & mask if mask else 0
-                    if still != held:
-                        for place in places_of(held ^ still):
-                            found[place] = i
-                        held, end = still, i
-            depth = until
-        for place in places_of(held):
-            found[place] = depth
-        if not held and hashes:
+        if not hashes:
+            return found
+        row = hashes if isinstance(hashes, list) else list(hashes)
+        end = walk(self._masks, row, self._masks.get(row[0], 0), found, shrinking=True)
+        if end < len(row):
             tail = self._tails.get(hashes[end])
             if tail is not None:
                 found[tail.place] = end + tail.common(hashes, end)

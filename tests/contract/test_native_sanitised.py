@@ -21,6 +21,8 @@ SUITES = (
     "tests/contract/test_http_direct.py",
     "tests/contract/test_http_relay.py",
     "tests/unit/test_frontend_stream.py",
+    "tests/unit/test_frontend_words.py",
+    "tests/unit/test_kv_walk.py",
 )
 DEADLINE_S = 240.0
 
@@ -38,7 +40,7 @@ def test_no_memory_is_misused(tmp_path: Path) -> None:
         left_out = shutil.ignore_patterns("__pycache__", "*.so")
         shutil.copytree(ROOT / name, tmp_path / name, ignore=left_out)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    assert build(load.SOURCE, tmp_path / "dynctl" / "native" / load.MODULE, SANITISED) == ""
+    assert build(load.FOLDER, tmp_path / "dynctl" / "native" / load.MODULE, SANITISED) == ""
     env = {
         **os.environ,
         "PYTHONPATH": str(tmp_path),

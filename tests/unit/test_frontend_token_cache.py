@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ from dynctl.frontend.prompt.patterns import keeps_apart
 from dynctl.frontend.prompt.token_cache import Frame, TokenCache
 from dynctl.frontend.prompt.words import Words
 from dynctl.kv.hashing import pack_tokens, root_hash, sequence_hashes
+from dynctl.native import load
 from tests.make_tiny_tokenizer import CORPUS
 from tests.tokenizers_zoo import CL100K, CUT_AT_WORDS, DEEPSEEK, MARKS, O200K, ZOO, made
 
@@ -76,12 +78,17 @@ def test_texts_put_together_from_known_words_have_the_tokens_of_the_whole(
     make: Make, texts: list[str], most: int
 ) -> None:
     tokenizer = made(make)
-    space = cuts_of(tokenizer.to_str().encode()).space
-    assert (space is not None) == (make.__name__ in CUT_AT_WORDS)
-    if space is not None:
-        words = Words(lambda texts: [ids(tokenizer, text) for text in texts], space, most)
-        for _ in range(2):
-            assert words.tokens(texts) == [pack_tokens(ids(tokenizer, text)) for text in texts]
+    cuts = cuts_of(tokenizer.to_str().encode())
+    assert bool(cuts.before) == (make.__name__ in CUT_AT_WORDS)
+    if cuts.before:
+        for compiled in (load.compiled, None):
+            with patch.object(load, "compiled", compiled):
+                words = Words(lambda texts: [ids(tokenizer, text) for text in texts], cuts, most)
+                for _ in range(2):
+                    wanted = [pack_tokens(ids(tokenizer, text)) for text in texts]
+                    joined = words.join(texts)
+                    assert [one or two for one, two in zip(joined, wanted, strict=True)] == wanted
+                    assert words.tokens(texts) == wanted
 
 
 def test_known_words_are_not_put_together_at_a_space_that_is_no_place_to_cut() -> None:
@@ -92,10 +99,12 @@ def test_known_words_are_not_put_together_at_a_space_that_is_no_place_to_cut() -
         found = [re.findall(r"\s*\S+|\s+", text) for text in texts]
         return [[numbers.setdefault(one, len(numbers)) for one in words] for words in found]
 
-    words = Words(tokenise, re.compile(r" (?<=\S )"))
+    words = Words(tokenise, Cuts(before=r"\S"))
     for text in ("the end ", "the end\n", "a b\t", "the end  a b", "the end\n b", "the  end a", " end  b "):
         for _ in range(2):
-            assert words.tokens([text]) == [pack_tokens(tokenise([text])[0])], repr(text)
+            wanted = pack_tokens(tokenise([text])[0])
+            assert words.join([text]) in ([wanted], [None]), repr(text)
+            assert words.tokens([text]) == [wanted], repr(text)
 
 
 @pytest.mark.parametrize("make", ZOO, ids=lambda make: make.__name__)

@@ -31,7 +31,8 @@ _UNTOUCHED = ("Digits", "Punctuation")
 _BYTE_SPACE = "Ġ"  # how byte-level tokenizers write a space
 _BYTES_BELOW_80 = r"\x00-\x7f\u0100-\u0121"  # and the rest of ASCII
 _ENDS_IN_SPACE = re.compile(r"\S\s")
-_ASCII, _ANY = "[!-~]", r"\S"
+ASCII, ANY = "[!-~]", r"\S"
+"""The characters after which a space may be a place."""
 
 
 class AddedToken(msgspec.Struct):
@@ -64,18 +65,20 @@ class Layout(msgspec.Struct):
 
 
 class Cuts:
-    """The places of one tokenizer. `pattern` finds one; None = a text is never cut.
+    """The places of one tokenizer: before `marks`, of at least two characters each, and before a space that
+    follows one of the characters `before` (`ASCII`, `ANY`; "" = none).
 
-    Pieces have at least `least_chars` - 1 characters; at least 2. `before`: the characters after which a
-    space is a place, `space` finds such spaces; None = none is.
+    Pieces have at least `least_chars` - 1 characters; at least 2.
     """
 
-    def __init__(
-        self, pattern: re.Pattern[str] | None, least_chars: int = CHUNK_CHARS, before: str = ""
-    ) -> None:
-        self._pattern = pattern
+    def __init__(self, marks: Sequence[str] = (), least_chars: int = CHUNK_CHARS, before: str = "") -> None:
+        parts = [f"({any_of(marks)})"] if marks else []
+        if before:
+            parts.append(f"{before} ")
+        self._pattern = re.compile("|".join(parts)) if parts else None
         self._least_chars = least_chars
-        self.space = re.compile(f" (?<={before} )") if before else None
+        self.marks = tuple(marks)
+        self.before = before
 
     def next(self, text: str, start: int) -> int:
         """The end of the piece that begins at `start`: a place far enough on, or the text's end.
@@ -96,16 +99,12 @@ def cuts_of(tokenizer_json: bytes, least_chars: int = CHUNK_CHARS) -> Cuts:
     try:
         layout = msgspec.json.decode(tokenizer_json, type=Layout)
     except (msgspec.MsgspecError, RecursionError):
-        return Cuts(None)
+        return Cuts()
     if layout.model.dropout:
-        return Cuts(None)
+        return Cuts()
     openers = _openers(layout.added_tokens)
-    marked = _any_of(sorted(t.content for t in layout.added_tokens if t.content[:1] in openers))
-    parts = [f"({marked})"] if marked else []
-    before = _before_space(layout)
-    if before:
-        parts.append(f"{before} ")
-    return Cuts(re.compile("|".join(parts)) if parts else None, least_chars, before)
+    marks = sorted(t.content for t in layout.added_tokens if t.content[:1] in openers and len(t.content) > 1)
+    return Cuts(marks, least_chars, _before_space(layout))
 
 
 def _openers(tokens: Sequence[AddedToken]) -> frozenset[str]:
@@ -116,14 +115,14 @@ def _openers(tokens: Sequence[AddedToken]) -> frozenset[str]:
     return frozenset(c for c in first - inside - unfit if not (c.isalnum() or c.isspace() or c == "_"))
 
 
-def _any_of(words: Iterable[str]) -> str:
+def any_of(words: Iterable[str]) -> str:
     """A pattern that finds where one of `words` begins, in a time that does not grow with their number."""
     tails: dict[str, list[str]] = {}
     for word in words:
         if not word:
             return ""
         tails.setdefault(word[0], []).append(word[1:])
-    branches = [re.escape(head) + _any_of(rest) for head, rest in tails.items()]
+    branches = [re.escape(head) + any_of(rest) for head, rest in tails.items()]
     return branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})" if branches else ""
 
 
@@ -137,7 +136,7 @@ def _before_space(layout: Layout) -> str:
         return ""
     space, separates = found
     if separates:
-        return _ANY
+        return ANY
     model = layout.model
     if model.type != "BPE" or model.continuing_subword_prefix or model.end_of_word_suffix:
         return ""
@@ -202,7 +201,7 @@ def _by_vocabulary(vocabulary: Iterable[str], space: str) -> str:
         return ""
     mark = re.escape(space)
     joined = "\n".join(entry for entry in entries if space in entry[1:])
-    if re.search(f"{_ASCII}{mark}", joined):
+    if re.search(f"{ASCII}{mark}", joined):
         return ""
     others = f"[^\\n{_BYTES_BELOW_80}]{mark}" if space == _BYTE_SPACE else f"[^\\s{mark}]{mark}"
-    return _ASCII if re.search(others, joined) else _ANY
+    return ASCII if re.search(others, joined) else ANY

@@ -244,7 +244,7 @@ class Preprocessor:
         frame = self._frame(job)
         started = time.perf_counter()
         begun = cache.begin(text)
-        uncached = begun.uncached_chars
+        uncached = sum(map(len, begun.left))
         if job.images:
             far = long or len(text) > THREAD_CHARS
             found = (
@@ -325,9 +325,10 @@ class Preprocessor:
         return _frame(max(0, job.block_size), job.root, ends)
 
     def _complete(self, cache: TokenCache, begun: Begun, frame: Frame, context: int) -> Tokenised:
-        if context and begun.uncached_chars > _SUSPECT_CHARS * context:
+        left = begun.left if context else []
+        if sum(map(len, left)) > _SUSPECT_CHARS * context:
             assert self._tokenizer is not None
-            _refuse_far_too_long(self._tokenizer, "".join(begun.pieces), context)
+            _refuse_far_too_long(self._tokenizer, "".join(left), context)
         return cache.complete(begun, frame)
 
     async def _load(self) -> None:

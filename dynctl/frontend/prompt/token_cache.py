@@ -23,6 +23,8 @@ _NODE_BYTES = 600
 _HASH_BYTES = 40
 _USUAL_BLOCK = 16
 _FIRST = 0
+_AT_ONCE_CHARS = 128 * 1024
+"""Known words are put together at once in a text of up to so many characters: that takes 2 ms at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +62,18 @@ class _Node:
 
 # gc=False: nodes refer to nothing but bytes and numbers, so it can be part of no cycle.
 class Begun(msgspec.Struct, frozen=True, gc=False):
-    """A text as far as it is known (`nodes`), and the rest of it in pieces."""
+    """A text as far as it is known (`nodes`), and the rest in pieces; `made`: the tokens of those that known
+    words make up.
+    """
 
     nodes: list[_Node]
     pieces: list[str]
+    made: list[bytes | None]
 
     @property
-    def uncached_chars(self) -> int:
-        """How much is left to tokenise."""
-        return sum(map(len, self.pieces))
+    def left(self) -> list[str]:
+        """What is left to tokenise."""
+        return [piece for piece, tokens in zip(self.pieces, self.made, strict=True) if tokens is None]
 
 
 class TokenCache:
@@ -76,7 +81,7 @@ class TokenCache:
 
     def __init__(self, tokenise: Tokenise, cuts: Cuts, capacity_bytes: int) -> None:
         self._tokenise = tokenise
-        self._words = Words(tokenise, cuts.space) if cuts.space is not None else None
+        self._words = Words(tokenise, cuts) if cuts.before else None
         self._cuts = cuts
         self._capacity_bytes = capacity_bytes
         self._nodes: OrderedDict[tuple[int, str], _Node] = OrderedDict()
@@ -105,16 +110,16 @@ class TokenCache:
                 keys.append((parent, piece))
                 parent = node.number
         self._touch(keys)
-        return Begun(nodes, pieces)
+        if self._words is not None and sum(map(len, pieces)) <= _AT_ONCE_CHARS:
+            return Begun(nodes, pieces, self._words.join(pieces))
+        return Begun(nodes, pieces, [None] * len(pieces))
 
     def complete(self, begun: Begun, frame: Frame) -> Tokenised:
         """Count and hash the text: what is not known of it is tokenised, and known from now on."""
         nodes = begun.nodes
         cached = sum(len(node.tokens) for node in nodes) // TOKEN_BYTES
         if begun.pieces:
-            made = self._tokens(begun.pieces)
-            parent = nodes[-1].number if nodes else _FIRST
-            nodes = nodes + self._keep(parent, begun.pieces, made, frame.block_size or _USUAL_BLOCK)
+            nodes = nodes + self._new_nodes(begun, frame.block_size or _USUAL_BLOCK)
         size = len(frame.before) + sum(len(node.tokens) for node in nodes) + len(frame.after)
         return Tokenised(size // TOKEN_BYTES, cached, _hashes(nodes, frame) if frame.block_size else [])
 
@@ -122,9 +127,14 @@ class TokenCache:
         """The tokens of the text, packed; what is not known of it is tokenised, and known from now on."""
         nodes = begun.nodes
         if begun.pieces:
-            parent = nodes[-1].number if nodes else _FIRST
-            nodes = nodes + self._keep(parent, begun.pieces, self._tokens(begun.pieces), _USUAL_BLOCK)
+            nodes = nodes + self._new_nodes(begun, _USUAL_BLOCK)
         return b"".join([node.tokens for node in nodes])
+
+    def _new_nodes(self, begun: Begun, block_size: int) -> list[_Node]:
+        left = begun.left
+        rest = iter(self._tokens(left) if left else ())
+        made = [next(rest) if tokens is None else tokens for tokens in begun.made]
+        return self._keep(begun.nodes[-1].number if begun.nodes else _FIRST, begun.pieces, made, block_size)
 
     def _tokens(self, pieces: list[str]) -> list[bytes]:
         if self._words is not None:
