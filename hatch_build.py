@@ -1,4 +1,4 @@
-"""Compiles the steps of the hot path when dynctl is installed. Without a compiler dynctl is the same, in Python.
+"""Compiles the steps of the hot path when dynctl is installed. Without a compiler Python does the same.
 
 A failure is no error of the installation: it is shown, and kept beside the source, where `dynctl version`
 finds it. The wheel is one for any machine all the same: where its module does not load, it is passed over.

@@ -1,4 +1,4 @@
-"""A compiled module that is missing, does not load or is another source's: Python takes over, and says why."""
+"""A compiled module that is missing, does not load or is of other sources: Python takes over, and says why."""
 
 from __future__ import annotations
 
