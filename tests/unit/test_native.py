@@ -1,4 +1,4 @@
-"""A compiled module that is missing, does not load or is of other sources: Python takes over, and says why."""
+"""A compiled module that does not load, is missing or of other sources: Python takes over, and says why."""
 
 from __future__ import annotations
 
