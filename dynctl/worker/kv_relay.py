@@ -31,7 +31,7 @@ of their hosts all workers tell at the same moments, as far as these clocks agre
 
 
 def until_told(now_s: float) -> float:
-    """Seconds from a wall clock's `now_s` to the next moment at which batches go out: over 0, `GATHER_S` at most."""
+    """Seconds from a wall clock's `now_s` to when batches go out next: more than 0, at most `GATHER_S`."""
     return GATHER_S - now_s % GATHER_S
 
 

@@ -3,9 +3,9 @@
     python -m tests.perf.stand_in --frontend MODE PORT BATCHES BLOCKS ENGINE_URL...
 
 The process becomes `python -m dynctl.frontend`; what stands in for the rest is a process beside it that ends
-with it. Every sidecar holds `HELD` blocks, and of the beginnings that prompts share its part; together they
-tell, all at once, `BATCHES` times a second of blocks that came and went, `BLOCKS` each way a second: as many as the load's
-prompts and answers fill.
+with it. Every sidecar holds `HELD` blocks, and of the beginnings that prompts share its part; together, and
+all at once, they send `BATCHES` messages a second of blocks that came and went, `BLOCKS` each way a second:
+as many as the load's prompts and answers fill.
 """
 
 from __future__ import annotations
