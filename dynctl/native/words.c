@@ -31,7 +31,7 @@ typedef struct {
     Mark *sorted;                       /* in the order of their bytes; none begins with another */
     size_t sorted_count;
     unsigned char begins[1 << 16 >> 3]; /* a bit for each pair of bytes that a mark begins with */
-    int foreign;                        /* a word may end after any character but white space; 0: in ASCII [!-~] */
+    int foreign;                        /* a word may end after any character but blanks; 0: in ASCII [!-~] */
     char *bytes;
     size_t size, room;
     Place *places;
@@ -222,7 +222,8 @@ static bool marked(const WordTable *self, const char *bytes, Py_ssize_t left)
     return false;
 }
 
-/* Whether the character that ends before `end` is white space as Python has it; it is not ASCII. */
+/* Whether the character that ends before `end` is white space as Python has it, or U+2581, which tokenizers write for
+ * a space; it is not ASCII. */
 static bool wide_space(const unsigned char *end, Py_ssize_t before)
 {
     if (before >= 2 && end[-2] == 0xc2)
@@ -231,7 +232,8 @@ static bool wide_space(const unsigned char *end, Py_ssize_t before)
         return false;
     unsigned character = (unsigned)end[-3] << 16 | (unsigned)end[-2] << 8 | end[-1];
     return character == 0xe19a80 || (character >= 0xe28080 && character <= 0xe2808a) || character == 0xe280a8 ||
-           character == 0xe280a9 || character == 0xe280af || character == 0xe2819f || character == 0xe38080;
+           character == 0xe280a9 || character == 0xe280af || character == 0xe2819f || character == 0xe29681 ||
+           character == 0xe38080;
 }
 
 /* Whether a word that begins at `start` ends before the byte at `end`. */
@@ -277,7 +279,7 @@ static PyObject *WordTable_join(PyObject *object, PyObject *text)
         Entry head;
         memcpy(&head, entry, sizeof head);
         memory = make_room(&made, &made_room, made_size, head.tokens_size) == 0;
-        if (memory) {
+        if (memory && head.tokens_size > 0) {
             memcpy(made + made_size, entry + sizeof head + head.word_size, head.tokens_size);
             made_size += head.tokens_size;
         }

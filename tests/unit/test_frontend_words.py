@@ -17,7 +17,7 @@ from dynctl.native.load import WordTable
 CUTS = Cuts(("<|im_end|>", "<|im_start|>", "[TOOL]", "«ü»"), before=ASCII)
 ANYWHERE = Cuts(("<|", "é<"), before=ANY)
 NESTED = Cuts(("<b", "<aé", "<a", "<aéb", "|b", "<мя"), before=ANY)
-ODD = "ab <|é\n\t\x00\x1b\x1c\x7f\u0085\u00a0\u1680\u2003\u2028\u202f\u205f\u3000мя🙂"
+ODD = "ab <|é\n\t\x00\x1b\x1c\x7f\u0085\u00a0\u1680\u2003\u2028\u202f\u205f\u3000▁мя🙂"
 
 
 def compiled(cuts: Cuts) -> WordTable:
@@ -77,6 +77,15 @@ def test_a_word_learnt_twice_stays_as_it_was(make: Make) -> None:
     table.learn("a", b"1")
     table.learn("a", b"2")
     assert table.join("a") == b"1"
+
+
+@EACH
+def test_a_word_of_no_tokens_adds_none(make: Make) -> None:
+    table = make(Cuts(before=ANY))
+    table.learn("a", b"")
+    table.learn(" b", b"2")
+    assert table.join("a") == b""
+    assert table.join("a b b") == b"22"
 
 
 @EACH

@@ -28,11 +28,11 @@ CHUNK_CHARS = 512
 """The least length of a piece: short ones cost more to look up than they save."""
 _NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase")
 _UNTOUCHED = ("Digits", "Punctuation")
-_BYTE_SPACE = "Ġ"  # how byte-level tokenizers write a space
-_BYTES_BELOW_80 = r"\x00-\x7f\u0100-\u0121"  # and the rest of ASCII
+_BYTE_SPACE, _WORD_SPACE = "Ġ", "▁"  # how byte-level tokenizers write a space, and how the others do
+_BYTE_BLANKS = r"\u0109-\u010d\u011c-\u0120"  # and how byte-level ones write the white space of ASCII
 _ENDS_IN_SPACE = re.compile(r"\S\s")
-ASCII, ANY = "[!-~]", r"\S"
-"""The characters after which a space may be a place."""
+ASCII, ANY = "[!-~]", rf"[^\s{_WORD_SPACE}]"
+"""The characters after which a space may be a place: no `▁`, which the space may become and merge with."""
 
 
 class AddedToken(msgspec.Struct):
@@ -203,5 +203,7 @@ def _by_vocabulary(vocabulary: Iterable[str], space: str) -> str:
     joined = "\n".join(entry for entry in entries if space in entry[1:])
     if re.search(f"{ASCII}{mark}", joined):
         return ""
-    others = f"[^\\n{_BYTES_BELOW_80}]{mark}" if space == _BYTE_SPACE else f"[^\\s{mark}]{mark}"
+    if space not in (" ", _BYTE_SPACE, _WORD_SPACE):
+        return ASCII
+    others = f"[^\\n{_BYTE_BLANKS}]{mark}" if space == _BYTE_SPACE else f"[^\\s{mark}]{mark}"
     return ASCII if re.search(others, joined) else ANY
