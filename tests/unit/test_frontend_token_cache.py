@@ -149,6 +149,17 @@ def test_prose_is_cut_between_words_where_that_can_be_shown_to_be_safe(make: Mak
     assert tokens_in_pieces(tokenizer, cuts, prose) == ids(tokenizer, prose)
 
 
+@settings(max_examples=200, deadline=None)
+@given(text=st.text("ab <|é", max_size=60), least=st.integers(2, 5), window=st.integers(1, 9))
+def test_a_place_is_found_wherever_a_window_ends(text: str, least: int, window: int) -> None:
+    text, cuts = text + "the end", Cuts(("<|", "éb"), least, ANY)
+    whole = cuts.next(text, 0)
+    with patch("dynctl.frontend.prompt.cuts._WINDOW_CHARS", window):
+        assert cuts.next(text, 0) == whole
+    places = [found.start() for found in re.finditer(r"<\||éb|(?<=\S) ", text)]
+    assert whole == next((place for place in places if least - 1 <= place), len(text))
+
+
 @pytest.mark.parametrize("make", ZOO[:-1], ids=lambda make: make.__name__)
 def test_chats_are_cut_at_special_tokens(make: Make) -> None:
     cuts = cuts_of(made(make).to_str().encode(), 8)
