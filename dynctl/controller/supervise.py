@@ -34,6 +34,7 @@ from dynctl.controller.rolling import Drop, Halt, Open, Part, changing, moves, s
 from dynctl.controller.verdict import URGENCY, Failure, describe_exit, gives_up, reason_of, signature
 from dynctl.controller.way_down import WayDown
 from dynctl.deploy.state import RunState, SeatRecord, stop_margin_of
+from dynctl.errors import NodeSilent
 from dynctl.topology.inventory import is_awaited
 
 HURRY_S = 2.0
@@ -169,7 +170,7 @@ class Supervisor:
         if seat is None:
             return
         self._note("process.unstartable", seat, message=event.message)
-        failure = Failure(event.message, (), told=True, permanent=event.permanent, kind="launch")
+        failure = Failure(event.message, (), told=True, permanent=event.permanent, kind=event.kind)
         self._failed(seat, failure, now, retry=seat.ever_ready and not event.permanent)
 
     # Living
@@ -249,7 +250,17 @@ class Supervisor:
         failure = describe_exit(event.code, event.words, event.lines, verdict)
         self._note("process.exited", seat, code=event.code, message=failure.message)
         self._out.append(Kill(seat.id, seat.incarnation))
+        if seat.node in self._lost_nodes and seat.was_ready and self._stopping is None:
+            self._gone_with_its_node(seat, failure, now)
+            return
         self._failed(seat, failure, now, retry=False)
+
+    def _gone_with_its_node(self, seat: SeatRecord, failure: Failure, now: float) -> None:
+        """It is to start where there is room, or when its node is back: that is no failure of its own."""
+        seat.pid = seat.start_ticks = seat.pgid = seat.engine_pid = 0
+        seat.state = "stopped" if seat.state == "stopping" else "backoff"
+        seat.last_exit, seat.last_kind, seat.last_error = failure.message, failure.kind, []
+        self._watch[seat.id].deadline = now
 
     def _failed(self, seat: SeatRecord, failure: Failure, now: float, *, retry: bool) -> None:
         """A seat has no process any more: back off, or give up."""
@@ -312,8 +323,8 @@ class Supervisor:
     def _unseen(self, seat: SeatRecord, why: str, now: float) -> None:
         """It has not become ready, on a node that nobody can ask about it."""
         served = self.state.ready_once
-        message = f"node {seat.node} cannot be reached ({why})"
-        failure = Failure(message, (), told=True, permanent=not served, kind="launch")
+        told = NodeSilent(why, where=seat.node)
+        failure = Failure(str(told), (), told=True, permanent=not served, kind=told.kind)
         self._failed(seat, failure, now, retry=served)
 
     # One by one, while it serves
@@ -413,11 +424,12 @@ class Supervisor:
         else:
             state.phase = "degraded" if state.ready_once else "starting"
             worst = min(waiting, key=lambda s: URGENCY.get(s.state, 9))
-            why = self._lost_nodes.get(worst.node)
-            lost = f"node {worst.node} cannot be reached ({why}): " if why is not None else ""
-            state.reason = lost + reason_of(worst)
+            why, state.reason = self._lost_nodes.get(worst.node), reason_of(worst)
+            if why is not None and why not in state.reason:
+                state.reason = f"{worst.node}: {why}: {state.reason}"
         if state.phase != before:
-            self._out.append(Note(f"deployment.{state.phase}", {"reason": state.reason}))
+            told = {"url": state.url} if state.phase == "ready" else {"reason": state.reason}
+            self._out.append(Note(f"deployment.{state.phase}", dict[str, Any](told)))
 
     def _current(self, seat_id: str, incarnation: int) -> SeatRecord | None:
         """The seat, if this incarnation of it is the current one."""

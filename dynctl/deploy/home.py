@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import calendar
 import fcntl
 import logging
 import os
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 _TRIAL = re.compile(r"profile-[0-9a-f]{8}-.+")
 _NEXT = re.compile(r"recipe\.next\.[0-9a-f]+\.yaml")
+_MADE = re.compile(r"-(\d{8}-\d{6})-[0-9a-f]{4}$")
+_MADE_FORMAT = "%Y%m%d-%H%M%S"
 LOCK_S = 10.0
 """For another command on the same name to get out of the way."""
 LEAST_FREE_BYTES = 8 * 1024 * 1024
@@ -299,7 +302,13 @@ def next_name() -> str:
 
 def new_run_id(name: str, now: time.struct_time) -> str:
     """An id that sorts by time and is not used twice: name, UTC time, four random digits."""
-    return f"{name}-{time.strftime('%Y%m%d-%H%M%S', now)}-{secrets.token_hex(2)}"
+    return f"{name}-{time.strftime(_MADE_FORMAT, now)}-{secrets.token_hex(2)}"
+
+
+def made_at(run_id: str) -> float:
+    """When an id of `new_run_id` was made, as Unix time; 0 for one that does not tell."""
+    found = _MADE.search(run_id)
+    return float(calendar.timegm(time.strptime(found[1], _MADE_FORMAT))) if found else 0.0
 
 
 def _flock(fd: int, what: str, deadline_s: float) -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
 import msgspec
 
 from dynctl.command import Command
+from dynctl.deploy.ask import ask_controller
 from dynctl.deploy.claim import may_adopt, new_controller, same_recipe
 from dynctl.deploy.gpus import FILE as GPUS_FILE
 from dynctl.deploy.gpus import claim_of, locked, require_free
@@ -19,18 +21,26 @@ from dynctl.deploy.home import LOCK_S, Home, RunDir, make_private
 from dynctl.deploy.state import ENDED, load_state, readable_state, save_state
 from dynctl.deploy.status import lock_words
 from dynctl.deploy.stop import CONTROLLER, Stopper, stop_run
-from dynctl.errors import DynctlError, LaunchError, UsageError
+from dynctl.errors import DynctlError, LaunchError, TransportError, UsageError
 from dynctl.launchers.base import Launch, Launcher, RunRef
 from dynctl.launchers.local import LocalLauncher
+from dynctl.protocol.agent import LookCall, LookReply
+
+_ANSWER_S = 3.0
+_KILLED_S = 5.0
+_POLL_S = 0.02
 
 
 class Spawn(msgspec.Struct, frozen=True, kw_only=True):
-    """A process to be started in a run directory, unless it runs there already."""
+    """A process to be started in a run directory, unless it runs there already. An agent has an `endpoint`,
+    at which it must answer, too: one that hangs is ended and started anew.
+    """
 
     process_id: str
     incarnation: int
     argv: list[str]
     env: dict[str, str]
+    endpoint: str = ""
 
 
 class Look(msgspec.Struct, frozen=True, kw_only=True, tag="look"):
@@ -130,7 +140,12 @@ def _claim(call: Claim, home: Home, launcher: Launcher) -> Answer:
             run = RunDir(home.runs / call.run_id)
             make_private(run.path)
             if any(one.process_id == CONTROLLER for one in launcher.owned(call.run_id)):
-                return Answer(run_dir=str(run.path))  # somebody else was quicker
+                _spawn(
+                    [one for one in call.spawn if one.process_id != CONTROLLER],
+                    launcher,
+                    RunRef(call.run_id, run.path),
+                )
+                return Answer(run_dir=str(run.path))
             state = load_state(run.state)
             if state is None:
                 raise LaunchError("the run has no state", where=str(run.state))
@@ -172,14 +187,37 @@ def _sweep(call: Sweep, home: Home, launcher: Launcher) -> Answer:
 
 
 def _spawn(asked: list[Spawn], launcher: Launcher, run: RunRef) -> None:
-    """Start what does not run; a controller is never there when this is called."""
+    """Start what does not run, or hangs; a controller is never there when one is asked for."""
     owned = {one.process_id for one in launcher.owned(run.run_id)}
     for one in asked:
         if one.process_id in owned and one.process_id != CONTROLLER:
-            continue
+            if not one.endpoint or _answers(one.endpoint, RunDir(run.run_dir)):
+                continue
+            _end(one.process_id, launcher, run)
         command = Command(tuple(one.argv), one.env, str(run.run_dir))
         handle = launcher.start(Launch(one.process_id, one.incarnation, command), run)
         launcher.release(handle)
+
+
+def _answers(endpoint: str, run: RunDir) -> bool:
+    """Whether the agent there does."""
+    call = LookCall(procs=[])
+    try:
+        ask_controller(run, endpoint, "agent.look", call, LookReply, deadline_s=_ANSWER_S)
+    except TransportError:
+        return False
+    return True
+
+
+def _end(process_id: str, launcher: Launcher, run: RunRef) -> None:
+    """Kill an agent that hangs, and its keeper; what it has started lives on. Raises LaunchError."""
+    ends = time.monotonic() + _KILLED_S
+    while left := [one for one in launcher.owned(run.run_id) if one.process_id == process_id]:
+        if time.monotonic() > ends:
+            hint = "it hangs in the kernel; only a reboot ends it"
+            raise LaunchError(f"{process_id} (pid {left[0].handle.pid}) could not be killed", hint=hint)
+        launcher.kill(left)
+        time.sleep(_POLL_S)
 
 
 def main() -> int:
