@@ -15,7 +15,7 @@ import msgspec
 from dynctl.cli.elsewhere import command_there, run_async
 from dynctl.cli.limit import Limit
 from dynctl.cli.pick import home
-from dynctl.cli.render import counted, prose
+from dynctl.cli.render import counted, program, prose
 from dynctl.cli.up_ssh_again import Change, alone, change_there, require_head
 from dynctl.deploy.home import new_run_id
 from dynctl.deploy.remote import Started, Wanted, given_up, is_ip, start, with_addresses
@@ -203,4 +203,7 @@ async def _attend(
     if code not in (0, 130) and not started.adopted:
         failed = await sweep(sites, plan.run_id, 0.0)
         note(given_up(remote, failed), "")
+        if failed:
+            ends = f"{program()} down {plan.name} ends them once it can be reached"
+            prose(f"processes may be left on {', '.join(sorted(failed))}: {ends}", style="warning")
     return code

@@ -52,6 +52,8 @@ class Times:
     """Beyond the process's own time-out, which should come first and knows more."""
     renew_s: float = 20.0
     """For a process whose lease ran out, or that a new controller has found, to register again."""
+    unseen_s: float = 30.0
+    """For a node that falls silent before all was ready for the first time to answer again."""
     kill_s: float = 10.0
     failed_drain_s: float = 1.0
     """For what runs already when the deployment fails to start: nobody has used it yet."""
@@ -80,6 +82,7 @@ class Supervisor:
         self._watch: dict[str, _Watch] = defaultdict(_Watch)
         self._stopping: WayDown | None = None
         self._lost_nodes: dict[str, str] = {}
+        self._lost_at: dict[str, float] = {}
         self._out: list[Instruction] = []
         self._handlers: dict[type, Callable[[Any, float], None]] = {
             Begin: self._begin,
@@ -208,6 +211,7 @@ class Supervisor:
         Whether it does its lease tells; parts of a replica that have none are believed lost.
         """
         self._lost_nodes[event.node] = event.why
+        self._lost_at.setdefault(event.node, now)
         self._out.append(Note("node.lost", {"node": event.node, "message": event.why}))
         for seat in self.state.seats:
             if seat.node != event.node:
@@ -221,6 +225,7 @@ class Supervisor:
     def _node_back(self, event: NodeBack, now: float) -> None:
         """Who lives there is to register again; who has ended is told of by the node."""
         self._lost_nodes.pop(event.node, None)
+        self._lost_at.pop(event.node, None)
         self._out.append(Note("node.back", {"node": event.node}))
         for seat in self.state.seats:
             if seat.node == event.node and seat.state == "lost":
@@ -299,12 +304,15 @@ class Supervisor:
         for seat in self.state.seats:
             if seat.state not in ("backoff", "starting", "lost"):
                 continue
-            watch = self._watch[seat.id]
-            if now < watch.deadline:
-                continue
             if self._stopping is not None:
                 continue
-            why = self._lost_nodes.get(seat.node)
+            watch, why = self._watch[seat.id], self._lost_nodes.get(seat.node)
+            if why is not None and not self.state.ready_once:
+                if now >= self._lost_at[seat.node] + self._times.unseen_s:
+                    self._unseen(seat, why, now)
+                continue
+            if now < watch.deadline:
+                continue
             if why is not None:
                 if seat.state == "starting" and not seat.was_ready:
                     self._unseen(seat, why, now)
@@ -323,6 +331,7 @@ class Supervisor:
     def _unseen(self, seat: SeatRecord, why: str, now: float) -> None:
         """It has not become ready, on a node that nobody can ask about it."""
         served = self.state.ready_once
+        seat.was_ready = seat.was_ready and served
         told = NodeSilent(why, where=seat.node)
         failure = Failure(str(told), (), told=True, permanent=not served, kind=told.kind)
         self._failed(seat, failure, now, retry=served)

@@ -26,6 +26,9 @@ _TRIAL = re.compile(r"profile-[0-9a-f]{8}-.+")
 _NEXT = re.compile(r"recipe\.next\.[0-9a-f]+\.yaml")
 _MADE = re.compile(r"-(\d{8}-\d{6})-[0-9a-f]{4}$")
 _MADE_FORMAT = "%Y%m%d-%H%M%S"
+_ENDED = "ended"
+_ENDED_KEPT_S = 86_400.0
+"""No call that was on its way when a run was ended comes later."""
 LOCK_S = 10.0
 """For another command on the same name to get out of the way."""
 LEAST_FREE_BYTES = 8 * 1024 * 1024
@@ -230,6 +233,21 @@ class Home:
                     folder.mkdir(mode=0o700, exist_ok=True)
             _create(there, files)
         return RunDir(there, run_id)
+
+    def mark_ended(self, run_id: str) -> None:
+        """Nothing of this run is to be started here any more. Raises LaunchError."""
+        with disk("the end of the run cannot be noted"):
+            folder = self.root / _ENDED
+            folder.mkdir(mode=0o700, exist_ok=True)
+            old = time.time() - _ENDED_KEPT_S
+            for path in folder.iterdir():
+                if path.stat().st_mtime < old:
+                    path.unlink(missing_ok=True)
+            (folder / run_id).touch(mode=0o600)
+
+    def is_marked_ended(self, run_id: str) -> bool:
+        """Whether `mark_ended` was called for it."""
+        return (self.root / _ENDED / run_id).exists()
 
     def point(self, name: str, run: RunDir) -> None:
         """Let the name mean this run from now on. Raises LaunchError."""

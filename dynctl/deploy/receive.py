@@ -7,6 +7,7 @@ One call as JSON on standard input, one `Answer` as the last line of standard ou
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 
@@ -26,6 +27,8 @@ from dynctl.launchers.base import Launch, Launcher, RunRef
 from dynctl.launchers.local import LocalLauncher
 from dynctl.protocol.agent import LookCall, LookReply
 
+CALLED_S = 60
+"""For the call to come: the caller waits no longer for its answer. Then this process ends (SIGALRM)."""
 _ANSWER_S = 3.0
 _KILLED_S = 5.0
 _POLL_S = 0.02
@@ -136,6 +139,7 @@ def _look(call: Look, home: Home, launcher: Launcher) -> Answer:
 def _claim(call: Claim, home: Home, launcher: Launcher) -> Answer:
     home.prepare()
     with home.locked(call.name, deadline_s=LOCK_S), locked(home):
+        _require_living(call.run_id, home)
         if call.adopt:
             run = RunDir(home.runs / call.run_id)
             make_private(run.path)
@@ -163,6 +167,7 @@ def _claim(call: Claim, home: Home, launcher: Launcher) -> Answer:
 def _join(call: Join, home: Home, launcher: Launcher) -> Answer:
     home.prepare()
     with locked(home):  # until its agent lives, by which the claim counts
+        _require_living(call.run_id, home)
         there = home.create_node(call.run_id, call.node, _with_gpus(call, home))
         _spawn(call.spawn, launcher, RunRef(call.run_id, there.path))
     return Answer(run_dir=str(there.path))
@@ -183,7 +188,16 @@ def _sweep(call: Sweep, home: Home, launcher: Launcher) -> Answer:
         raise UsageError(
             f"'{state.name}' is locked by {lock_words(state.locked)}", hint="dynctl unlock, or --force"
         )
+    home.prepare()
+    with locked(home):  # what is being started is found below, and what comes later is refused
+        home.mark_ended(call.run_id)
     return Answer(ended=stop_run(run, Stopper(launcher), call.drain_s))
+
+
+def _require_living(run_id: str, home: Home) -> None:
+    """A call may be late, behind a link that was cut, and its run ended since. Raises UsageError."""
+    if home.is_marked_ended(run_id):
+        raise UsageError("the run has been ended meanwhile", where=run_id)
 
 
 def _spawn(asked: list[Spawn], launcher: Launcher, run: RunRef) -> None:
@@ -221,9 +235,11 @@ def _end(process_id: str, launcher: Launcher, run: RunRef) -> None:
 
 
 def main() -> int:
-    """Answer the call on standard input."""
+    """Answer the call on standard input; whoever is behind a link that was cut never sends one."""
+    signal.alarm(CALLED_S)
     try:
         call = msgspec.json.decode(sys.stdin.buffer.read(), type=Call)
+        signal.alarm(0)
         told = answer(call, Home.find(os.environ), LocalLauncher())
     except DynctlError as error:
         told = Answer(error=error.kind, message=error.message, where=error.where, hint=error.hint)

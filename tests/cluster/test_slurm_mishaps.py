@@ -1,4 +1,4 @@
-"""What happens to a deployment with follow-up jobs on a real Slurm: jobs cancelled, keepers killed, dead nodes."""
+"""Mishaps of deployments with follow-up jobs on a real Slurm: cancelled jobs, killed keepers, dead nodes."""
 
 from __future__ import annotations
 

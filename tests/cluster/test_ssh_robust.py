@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from dynctl.deploy.receive import CALLED_S
 from tests.cluster.cluster import Cluster
 from tests.cluster.commands import eventually
 from tests.cluster.hosts import MACHINE
@@ -102,7 +103,8 @@ def test_a_host_that_drops_while_it_is_being_started_is_one_message_with_a_remed
     assert error.startswith("error: n3: "), said
     assert error.count("n3") <= 2, "told once, and in the remedy"
     assert error.endswith(")"), "what to do"
-    laptop.dynctl("down", laptop.name, check=False)
+    # What waits there for its call is told of the cut by nobody.
+    eventually(lambda: not runs(laptop, "n3", "dynctl.deploy.receive"), "nothing is left", CALLED_S + 15.0)
 
 
 def runs(laptop: Laptop, host: str, what: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from dynctl.controller.moves import (
     Begin,
     Finish,
@@ -147,13 +149,17 @@ def test_a_part_without_a_lease_is_lost_with_its_node_and_back_with_it() -> None
     assert [one.state for one in bench.state.seats] == ["ready", "ready"]
 
 
-def test_a_start_on_a_node_that_is_lost_before_it_was_ready_fails_in_the_end() -> None:
-    bench = Bench()
-    bench.ready("frontend-0")
+@pytest.mark.parametrize("was", ["starting", "ready"])
+def test_a_start_on_a_node_that_is_lost_before_all_was_ready_fails_long_before_an_engine_is_late(
+    was: str,
+) -> None:
+    bench = Bench(seat("frontend-0", "frontend"), seat("decode-0"), seat("decode-1"))
+    bench.ready("frontend-0", *(["decode-0"] if was == "ready" else []))
     bench.seat().node = "n2"
     bench.tell(NodeLost("n2", "no answer"))
-    assert bench.after(100.0) == []
-    bench.after(31.0)
+    bench.tell(Gone("decode-0", 1))
+    assert bench.after(29.0) == [], "it may be back"
+    bench.after(2.0)
     assert bench.seat().state in ("failed", "stopped")
     assert bench.state.reason == "decode-0 gave up: n2: no answer", "once, and where"
     assert bench.seat().last_kind == NodeSilent.kind
