@@ -29,10 +29,10 @@ def rooms(lost: Mapping[str, Unseen]) -> dict[str, NodeRoom]:
 
 
 def shown(lost: Mapping[str, Unseen], state: RunState, hosts: Collection[str], now: float) -> dict[str, str]:
-    """What is said of those that matter, by node: of the deployment's `hosts`, or where something serves."""
-    serving = {seat.node for seat in state.seats if seat.state == "ready"}
+    """What is said of those that matter, by node: the deployment's `hosts`, and where it has processes."""
+    used = {seat.node for seat in state.seats}
     return {
         node: f"{one.why or 'it does not answer'} ({now - one.since:.0f} s)"
         for node, one in lost.items()
-        if node in serving or node in hosts
+        if node in used or node in hosts
     }

@@ -188,9 +188,13 @@ def _sweep(call: Sweep, home: Home, launcher: Launcher) -> Answer:
         raise UsageError(
             f"'{state.name}' is locked by {lock_words(state.locked)}", hint="dynctl unlock, or --force"
         )
-    home.prepare()
-    with locked(home):  # what is being started is found below, and what comes later is refused
-        home.mark_ended(call.run_id)
+    try:
+        home.prepare()
+        with locked(home):  # what is being started is found below, and what comes later is refused
+            home.mark_ended(call.run_id)
+    except (LaunchError, UsageError) as error:
+        # Where nothing can be written nothing can be started; what runs is to be ended all the same.
+        sys.stderr.write(f"{error}\n")
     return Answer(ended=stop_run(run, Stopper(launcher), call.drain_s))
 
 

@@ -144,7 +144,9 @@ def diagnose(view: DeploymentView, health: Mapping[str, str]) -> Diagnosis:
         rows = [r for r in unready if (r.role == "frontend") == wanted]
         if rows:
             worst = min(rows, key=lambda r: _ORDER.get(r.state, 9))
-            return Diagnosis(layer, _sentence(worst), worst.id, first_error(worst.last_error))
+            what = view.unseen.get(worst.node)
+            told = _sentence(worst) + (f" ({worst.node}: {what})" if what else "")
+            return Diagnosis(layer, told, worst.id, first_error(worst.last_error))
     for seat, reason in health.items():
         if reason:
             return Diagnosis("health", reason, seat)

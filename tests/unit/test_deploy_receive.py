@@ -63,3 +63,12 @@ def test_a_call_that_comes_after_its_run_was_ended_starts_nothing(tmp_path: Path
             answer(call, home, launcher)
     assert launcher.owned(run_id) == []
     assert home.run_of("late") is None
+
+
+def test_what_runs_is_ended_also_where_nothing_can_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "home").write_text("")
+    swept = answer(Sweep(run_id=RUN_ID, drain_s=0.0), Home(tmp_path / "home"), LocalLauncher())
+    assert swept.ended == 0
+    assert "cannot be used" in capsys.readouterr().err

@@ -144,3 +144,10 @@ def test_a_node_that_does_not_answer_is_told_though_all_serves() -> None:
     )
     assert found.ready, "whoever waits for ready need not wait for that"
     assert not diagnose(seen, {"frontend-0": "no worker"}).ready, "what does not serve comes first"
+
+
+def test_what_is_lost_with_its_node_is_told_with_that() -> None:
+    seen = view(seat("frontend-0"), seat("decode-0", state="lost"), phase="degraded")
+    seen = msgspec.structs.replace(seen, unseen={"n": "its agent does not answer (4 s)"})
+    found = diagnose(seen, {})
+    assert (found.layer, found.reason) == ("worker", "decode-0 is lost (n: its agent does not answer (4 s))")
