@@ -225,6 +225,8 @@ async def test_a_job_that_was_cancelled_is_told_before_what_ended_with_it(tmp_pa
     assert [one.seat for one in await ends(fleet, other)] == ["decode-1"]
     (news,) = fleet.news()
     assert (news.node, news.reachable, news.why) == ("n5", False, "job 8, which gave it, has ended")
+    await asyncio.sleep(0.1)
+    assert fleet.ended([]) == [], "each end is told once"
     await fleet.close()
 
 
