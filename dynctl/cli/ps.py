@@ -36,7 +36,8 @@ def ps(name: options.Name = None, as_json: options.Json = False) -> None:
         return
     data(table(HEADERS, rows(seen, seen.at or time.time()), state_column=4))
     prose(", ".join(filter(None, (f"{seen.name}: {seen.phase}", f"ready {ready_counts(seen)}", seen.url))))
-    for told in (seen.reason, *unseen_lines(seen), f"declined: {seen.declined}" if seen.declined else ""):
+    unseen = [line for line in unseen_lines(seen) if line.partition(" (")[0] not in seen.reason]
+    for told in (seen.reason, *unseen, f"declined: {seen.declined}" if seen.declined else ""):
         if told:
             prose(told, style="warning")
 

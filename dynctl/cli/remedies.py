@@ -29,7 +29,8 @@ def new_controller(run: RunDir) -> str:
 
 def remedy(run: RunDir, seen: DeploymentView, found: Diagnosis) -> str:
     """What to do about it; "" when there is nothing that is always right. Raises CodecError, UsageError."""
-    if found.layer == "node":
+    silent = {row.id for row in seen.processes if row.node in seen.unseen}
+    if found.layer == "node" or (found.layer in ("worker", "frontend") and found.seat in silent):
         return f"{program()} up {_SAME} starts its agent anew" if by_ssh(run) else ""
     if found.layer != "controller" or seen.phase in ENDED or seen.phase == "starting":
         return ""

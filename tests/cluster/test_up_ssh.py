@@ -151,6 +151,10 @@ def test_without_its_controller_traffic_goes_on_and_up_starts_another(laptop: La
         with under_load(told["url"], 2) as load:
             eventually(lambda: load.outcomes["whole"] > 3, "traffic goes on", 30.0)
             before = {row["id"]: row["pid"] for row in laptop.ps()}
+            helps = laptop.dynctl("status", laptop.name).stdout
+            assert (
+                "up with the same recipe and inventory, from where it was started, starts a new one" in helps
+            )
             said = laptop.dynctl(*laptop.up_args()).stderr
             assert "a new controller takes over what lives" in said
         assert set(load.outcomes) == {"whole"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from dynctl.cli import changes, remedies
@@ -13,6 +14,7 @@ from dynctl.deploy.status import Diagnosis, diagnose
 from dynctl.errors import UsageError
 from dynctl.launchers.slurm_job import JobLauncher
 from tests.unit.test_cli_changes import view
+from tests.unit.test_cli_views import process
 from tests.unit.test_slurm_job import launcher, row, state
 
 DEAD = diagnose(view("degraded"), {})
@@ -43,6 +45,14 @@ def test_on_another_machine_up_is_called_where_it_was_started(
     assert str(run.path) not in told, "it is a path of the head"
     node = Diagnosis("node", "n3: its agent does not answer (4 s)")
     assert "starts its agent anew" in remedies.remedy(run, view("ready", pid=5), node)
+    lost = msgspec.structs.replace(
+        view("degraded", pid=5),
+        processes=[process("decode-0", "lost"), process("frontend-0")],
+        unseen={"n": "its agent does not answer (4 s)"},
+    )
+    assert "starts its agent anew" in remedies.remedy(run, lost, diagnose(lost, {}))
+    ill = msgspec.structs.replace(lost, unseen={})
+    assert remedies.remedy(run, ill, diagnose(ill, {})) == "", "that is something else"
 
 
 def test_a_verb_that_needs_the_controller_tells_the_same(
