@@ -100,7 +100,10 @@ def _left(seen: DeploymentView, state: RunState, run: RunDir, launcher: JobLaunc
     """With what lives on in jobs that have given it nodes: each ends by itself when it has seen the end."""
     jobs: dict[str, str] = {}
     for one in load_follow_ups(run.path):
-        row = launcher.table.row(one.job)
+        try:
+            row = launcher.table.row(one.job)
+        except SlurmError:
+            return seen  # Slurm does not answer any more: nothing is known of them
         jobs |= dict.fromkeys(one.nodes, row.id) if row is not None and row.active else {}
     pids = {seat.id: seat.pid for seat in state.seats if seat.pid and seat.node in jobs}
     if not pids:
