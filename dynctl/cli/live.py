@@ -154,13 +154,13 @@ def attend(run: RunDir) -> int:
 
 def follow(run: RunDir, controller: ProcessHandle, stopper: Stopper) -> int:
     """As `attend`, with the controller's handle known."""
-    name, last = run.run_id, None
+    name, last = state(run).name, None
     try:
         with screen() as shown:
             for seen in changes(run, controller, Waiter(stopper, shown.show)):
                 if seen is not None:
                     shown.show(seen)
-                    name, last = seen.name, seen
+                    last = seen
     except KeyboardInterrupt:
         prose(f"\nleft {name} running; {ways_back(name)}")
         return 0
