@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
 from dynctl.cli.pick import launcher_of, state
+from dynctl.cli.remedies import new_controller
 from dynctl.cli.render import STATE_STYLES, age, program, prose
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.status import ready_counts
@@ -168,7 +169,7 @@ def follow(run: RunDir, controller: ProcessHandle, stopper: Stopper) -> int:
         raise LaunchError(
             f"the controller of '{name}' is gone; traffic goes on",
             where=str(run.path),
-            hint="dynctl up with the same recipe starts a new one",
+            hint=new_controller(run),
         )
     prose(f"{name} has ended: {last.phase if last is not None else 'stopped'}")
     return 0
