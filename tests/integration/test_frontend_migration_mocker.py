@@ -153,13 +153,13 @@ async def test_all_streams_of_a_killed_worker_go_on_together() -> None:
         {**MOCK_COMPLETION, "prompt": f"Story {number}: once upon a time. " * 8, "max_tokens": 150}
         for number in range(24)
     ]
-    begun: set[int] = set()
+    begun = [asyncio.Event() for _ in bodies]
 
     async def read(front: Front, number: int) -> toy.Answer:
         payload = b""
         streamed = {**bodies[number], "stream": True, "stream_options": {"include_usage": True}}
         async for piece in front.pieces("/v1/completions", streamed):
-            begun.add(number)
+            begun[number].set()
             payload += piece
         return toy.read(payload)
 
@@ -168,8 +168,7 @@ async def test_all_streams_of_a_killed_worker_go_on_together() -> None:
         whole = await asyncio.gather(*(group[0].post("/v1/completions", body) for body in bodies))
         asking = [asyncio.create_task(read(front, number)) for number in range(len(bodies))]
         async with asyncio.timeout(DEADLINE_S):
-            while len(begun) < len(bodies):
-                await asyncio.sleep(0.01)
+            await asyncio.gather(*(one.wait() for one in begun))
         process = await busy(group[1:])
         process.process.send_signal(signal.SIGKILL)
         for got, wanted in zip(await asyncio.gather(*asking), whole, strict=True):
