@@ -29,7 +29,8 @@ from dynctl.protocol.agent import LookCall, LookReply
 
 CALLED_S = 60
 """For the call to come: the caller waits no longer for its answer. Then this process ends (SIGALRM)."""
-_ANSWER_S = 3.0
+_ANSWER_S = 5.0
+"""More than an agent needs that is just being started."""
 _KILLED_S = 5.0
 _POLL_S = 0.02
 
