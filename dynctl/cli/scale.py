@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dynctl.cli import options
-from dynctl.cli.changes import Force, NoWait, Timeout, running, see_through, tell_lost
+from dynctl.cli.changes import Force, NoWait, Timeout, require_answers, running, see_through, tell_lost
 from dynctl.cli.render import json_data, prose
 from dynctl.cli.up import site
 from dynctl.deploy.amend import apply, rescaled
@@ -54,6 +54,7 @@ def scale(
         else:
             prose(f"{amended.old.name}: nothing to do")
         return 0
+    require_answers(amended, found.removed, "removed")
     for sign, seats in (("+", found.added), ("-", found.removed)):
         for seat in seats:
             prose(f"{sign} {seat}")
