@@ -210,9 +210,13 @@ class Offers:
 
 
 def budgets(profile: Profile) -> list[int]:
-    """Tokens a step of a replica may compute, what is tried of them: up to the profile's limit."""
+    """Tokens a step of a replica may compute, what is tried of them: up to the profile's limit, and what was
+    measured with that limit is known of no other.
+    """
     ranks = profile.subject.layout.data if profile.subject else 1
     most = _budget(profile)
+    if profile.source == "measured":
+        return [most]
     return [size * ranks for size in _BATCHED if size * ranks <= most] or [most]
 
 

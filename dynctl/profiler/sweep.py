@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from dynctl.errors import DynctlError, NotReady, ProcessExited, ProfileError
+from dynctl.perfmodel.choice import Option
 from dynctl.perfmodel.layout import Layout
 from dynctl.perfmodel.profile import Profile
 from dynctl.perfmodel.traffic import Traffic, traffic
@@ -132,8 +133,11 @@ class Sweep:
 
     def _basis(self, layout: Layout) -> str:
         stage = self._stage
-        made = candidate(stage.asked.loaded, alone(layout), "candidate", "")
+        made = candidate(stage.asked.loaded, self._alone(layout), "candidate", "")
         return key_of(depends_on(made, layout, stage.version, stage.hardware))
+
+    def _alone(self, layout: Layout) -> Option:
+        return alone(layout, self._estimates[layout].limits)
 
     async def _failed(self, one: _One, error: DynctlError) -> Failure:
         self.fits.pop(one.layout, None)
@@ -252,7 +256,7 @@ class Sweep:
         word = "".join(c if c.isalnum() else "-" for c in one.label.lower())
         async with stage.slots.take(one.layout.gpus) as hosts:
             begun_s = time.monotonic()
-            async with stage.standing(alone(one.layout), word, hosts) as standing:
+            async with stage.standing(self._alone(one.layout), word, hosts) as standing:
                 one.start_s = time.monotonic() - begun_s
                 yield standing
 
