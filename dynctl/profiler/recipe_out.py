@@ -59,6 +59,7 @@ def section_of(recipe: Recipe, pool: Pool) -> RoleSection:
     before, layout = _section_before(recipe, pool), pool.layout
     limits = limit_args(get(recipe.backend), pool) if pool.sequences else {}
     spelt = {normal_name(name): name for name in (*recipe.engine.args, *before.args)}
+    told = {spelt.get(normal_name(name), name): value for name, value in limits.items()}
     return before.model_copy(
         update={
             "replicas": pool.replicas,
@@ -66,10 +67,7 @@ def section_of(recipe: Recipe, pool: Pool) -> RoleSection:
             "pipeline_parallel": layout.pipeline,
             "data_parallel": layout.data,
             "expert_parallel": layout.expert,
-            "args": {
-                **before.args,
-                **{spelt.get(normal_name(name), name): value for name, value in limits.items()},
-            },
+            "args": {**before.args, **told},
         }
     )
 

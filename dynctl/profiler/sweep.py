@@ -28,7 +28,7 @@ from dynctl.profiler.outcome import DecodePoint, LayoutRun, PrefillPoint, Refusa
 from dynctl.profiler.probe import Point, Unserved, deadline_s, lines_of, measured
 from dynctl.profiler.search import DecodeProbe, PrefillProbe, Probe
 from dynctl.profiler.service import ask_of
-from dynctl.profiler.stage import Stage, kv_tokens
+from dynctl.profiler.stage import Spoilt, Stage, kv_tokens
 from dynctl.profiler.starts import Standing
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,10 @@ class Room(msgspec.Struct, frozen=True, kw_only=True):
 
 class _Over(Exception):
     """No more of this layout, for this reason."""
+
+
+class _Unserving(_Over, Spoilt):
+    """It runs, but answers nothing."""
 
 
 @dataclass(slots=True)
@@ -236,7 +240,7 @@ class Sweep:
                 if point is None:
                     await self._look_again(dying)
                     if asking.exception() is not None and not (one.prefill or one.decode):
-                        raise _Over(f"it serves nothing: {reason}")
+                        raise _Unserving(f"it serves nothing: {reason}")
                 return point, reason
             raise _Over(OUT_OF_TIME)
         finally:
