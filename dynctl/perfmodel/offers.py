@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 from dynctl.perfmodel.choice import Demand, Option, Pool, Prediction, Refused, Sla
 from dynctl.perfmodel.layout import Layout
@@ -14,6 +16,8 @@ from dynctl.perfmodel.queueing import NO_WAIT, Routing, Wait
 from dynctl.perfmodel.traffic import Traffic, traffic
 from dynctl.protocol.instances import Role
 
+T = TypeVar("T")
+
 _BATCHED = (1024, 2048, 4096, 8192, 16384, 32768)
 """Tokens a step of one rank may compute: what is tried."""
 _FIRST_STEPS = 1.5
@@ -22,6 +26,8 @@ _FULL_LOAD = 0.95
 """How busy readers may be when nothing is asked of the time to first token."""
 _FULL_LINK = 0.9
 _CLOSE = 1e-3
+_SAME = 0.99
+"""Of budgets whose rates come so near to the highest the one with the earliest first tokens is taken."""
 _SEQUENCES = 256
 
 
@@ -91,7 +97,7 @@ class Offers:
             ]
             rates = [highest(lambda rate, one=one: self.reads(one, rate, 1, 0.0), 1.0) for one in tried]  # type: ignore[misc]
             if max(rates):
-                found[layout] = tried[rates.index(max(rates))]
+                found[layout] = self._quickest(tried, rates, lambda one, rate: one.reading(rate, 1))
         return found
 
     @cached_property
@@ -114,8 +120,24 @@ class Offers:
             ]
             rates = [highest(lambda rate, one=one: self.does_both(one, rate, 1), 1.0) for one in tried]  # type: ignore[misc]
             if max(rates):
-                found[layout] = tried[rates.index(max(rates))]
+                found[layout] = self._quickest(tried, rates, self._first_of_both)
         return found
+
+    def _quickest(
+        self, tried: Sequence[T], rates: Sequence[float], reading: Callable[[T, float], Reading | None]
+    ) -> T:
+        """Of those with about the highest rate."""
+        rate = _SAME * max(rates)
+
+        def ttft_s(one: T) -> float:
+            found = reading(one, rate)
+            return found.ttft_s(self.ask.sla.percentile) if found else math.inf
+
+        return min((one for one, its in zip(tried, rates, strict=True) if its >= rate), key=ttft_s)
+
+    def _first_of_both(self, one: Aggregated, rate: float) -> Reading | None:
+        found = one.both(rate, 1, self.ask.sla.percentile)
+        return found[0] if found else None
 
     def in_time(self, reading: Reading | None) -> bool:
         """Whether enough of the first tokens come in time."""

@@ -306,11 +306,12 @@ def seated(case: Seated) -> Iterator[tuple[Option, Ask, int]]:
     limits = msgspec.structs.replace(SMALL.limits, kv_tokens=kv_tokens)
     profile = msgspec.structs.replace(SMALL, limits=limits)
     costs = {Layout(): profile}
-    for roles in (("aggregated",), ("prefill", "decode")):
+    both: tuple[tuple[Role, ...], ...] = (("aggregated",), ("prefill", "decode"))
+    for roles in both:
         ask = Ask(
             sla=sla,
             demand=Demand(rate=1.0, lengths=lengths),
-            profiles=dict.fromkeys(roles, costs),  # type: ignore[arg-type]
+            profiles=dict.fromkeys(roles, costs),
             gpus=workers,
             most=True,
         )
@@ -336,8 +337,8 @@ def limited(option: Option, seats: int) -> Option:
 def times_of(option: Option, ask: Ask, requests: int = 12_000) -> tuple[float, float]:
     """(TTFT, ITL) at the percentile of a simulation."""
     layout = option.pools[0].layout
-    profiles = {one.role: ask.profiles[one.role][layout] for one in option.pools}
-    out = simulate(option, dict(profiles), ask.demand, requests, seed=1)
+    profiles: dict[str, Profile] = {one.role: ask.profiles[one.role][layout] for one in option.pools}
+    out = simulate(option, profiles, ask.demand, requests, seed=1)
     share = ask.sla.percentile
     return at_share([one.ttft_s for one in out], share), at_share([one.itl_s for one in out], share)
 

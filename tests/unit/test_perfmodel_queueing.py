@@ -97,6 +97,26 @@ def test_workers_that_cannot_keep_up_are_told_of() -> None:
     assert in_flight(100.0, 2, lambda count: count * 0.01, 0.95) is None
 
 
+@pytest.mark.parametrize(("places", "load"), [(1, 0.5), (6, 0.7), (20, 0.9)])
+def test_a_wait_for_a_place_is_erlangs(places: int, load: float) -> None:
+    """Each of those in flight takes as long whoever else is there: M/M/c."""
+    found = in_flight(load * places / 2.0, places, lambda count: 2.0, 0.95)
+    assert found is not None
+    assert found.full == pytest.approx(erlang_c(places, load))
+    rate = 3.0
+    wait = found.wait(rate)
+    assert wait.delayed * wait.scale_s == pytest.approx(erlang_c(places, load) * load / (1 - load) / rate)
+
+
+def test_places_that_are_never_taken_are_not_waited_for() -> None:
+    few, many = (in_flight(10.0, most, lambda count: 1.0, 0.95) for most in (200, 100_000))
+    assert few is not None
+    assert many is not None
+    assert many.full == 0.0
+    assert many.wait(1.0).tail(0.0) == 0.0
+    assert (many.mean, many.at) == (pytest.approx(few.mean), few.at)
+
+
 def test_nobody_waits_where_nobody_comes() -> None:
     found = waits(service([1.0, 2.0]), 3, 0.0)
     assert found is not None
