@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise, product
+from itertools import pairwise
 from statistics import fmean
 
 from dynctl.planner.config import Predictor
@@ -20,8 +20,6 @@ _LAGS = 2
 _FITTED = 60
 """Of a longer past only so many values are fitted: the load of last week says little of its slope now."""
 _NOISES = (0.1, 1.0, 10.0)
-_DRIFTS = (0.1, 1.0)
-"""How much a trend changes from one interval to the next, beside the level."""
 _LASTS = {0.8: 1.0, 1.0: 1.25}
 """What is left of a trend after each interval, and how many times less it must have missed to be believed."""
 _WARM = 3
@@ -59,10 +57,10 @@ def moving_average(series: Sequence[float], steps: int) -> list[float]:
 
 def kalman(series: Sequence[float], steps: int) -> list[float]:
     """A level and a trend that wander (local linear trend), by the Kalman filter. How much of what is seen is
-    noise, how fast a trend turns, and whether it goes on or fades (Gardner and McKenzie), is told by the
-    past: of some guesses the one whose forecasts of the next value would have been best.
+    noise, and whether a trend goes on or fades (Gardner and McKenzie), is told by the past: of some guesses
+    the one whose forecasts of the next value would have been best.
     """
-    tried = [(*_filtered(series, *guess), guess[-1]) for guess in product(_NOISES, _DRIFTS, _LASTS)]
+    tried = [(*_filtered(series, noise, lasts), lasts) for noise in _NOISES for lasts in _LASTS]
     _, level, trend, lasts = min(tried, key=lambda one: one[0] * _LASTS[one[3]])
     made = []
     for _ in range(steps):
@@ -72,17 +70,16 @@ def kalman(series: Sequence[float], steps: int) -> list[float]:
     return made
 
 
-def _filtered(
-    series: Sequence[float], noise: float, drift: float, lasts: float
-) -> tuple[float, float, float]:
+def _filtered(series: Sequence[float], noise: float, lasts: float) -> tuple[float, float, float]:
     """(Mean square of what its forecasts of the next value missed of late, level, trend).
 
-    State x = [level, trend], F = [[1, lasts], [0, lasts]], H = [1, 0]; Q = diag(1, drift), R = noise,
-    relative to a series of the order of 10: they are scaled by its mean square, so that the unit does not
-    matter. P0 is wide.
+    State x = [level, trend], F = [[1, lasts], [0, lasts]], H = [1, 0]; Q = diag(1, 1), R = noise, relative
+    to a series of the order of 10: they are scaled by its mean square, so that the unit does not matter. P0
+    is wide.
     """
     unit = max(fmean(value * value for value in series), 1e-12) / 100.0
-    q_level, q_trend, noise = 1.0 * unit, drift * unit, noise * unit
+    q_level = q_trend = unit
+    noise *= unit
     level, trend = series[0], 0.0
     p00, p01, p11 = 1000.0 * unit, 0.0, 1000.0 * unit
     misses = []
