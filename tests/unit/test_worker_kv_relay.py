@@ -9,7 +9,7 @@ import pytest
 
 from dynctl.errors import CodecError
 from dynctl.protocol.kv_events import Cleared, EngineKvBatch, EngineStored, KvBatch, KvSync, Shown, Stored
-from dynctl.worker.kv_relay import GATHER_S, KvRelay, RankRelay
+from dynctl.worker.kv_relay import GATHER_S, KvRelay, RankRelay, until_told
 
 
 def stored(name: int) -> EngineKvBatch:
@@ -236,3 +236,11 @@ def test_images_are_told_of_once_and_again_to_readers_that_missed_it() -> None:
     assert reply.snapshot is not None
     assert reply.shown == [image]
     assert rank.sync(1).batches[0].shown == [image]
+
+
+@pytest.mark.parametrize("now_s", [0.0, 0.05, 0.2, 1_800_000_000.0, 1_800_000_000.199, 1_800_000_123.456])
+def test_all_workers_tell_at_the_same_moments_by_their_clocks(now_s: float) -> None:
+    wait_s = until_told(now_s)
+    assert 0 < wait_s <= GATHER_S
+    moment = (now_s + wait_s) / GATHER_S
+    assert moment == pytest.approx(round(moment), abs=1e-4)
