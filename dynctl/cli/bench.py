@@ -80,13 +80,13 @@ def bench(  # noqa: PLR0913 - one parameter for each option of the verb
     access = Access(model=model, api_key=asked.api_key(key_file), tokenizer=tokenizer, insecure=insecure)
     target = find_target(where, access)
     measured, interrupted = measure_shown(load, target)
-    found = as_object(load, target, measured)
+    found = as_object(target, measured)
     if as_json:
         json_data(found)
     else:
         tell(load, target, measured)
     if csv is not None:
-        save(csv, csv_text(measured.records, load))
+        save(csv, csv_text(measured.records, measured.load))
     if out is not None:
         save(out, msgspec.json.format(msgspec.json.encode(found), indent=1).decode() + "\n")
     if interrupted:
@@ -133,14 +133,14 @@ async def _measure(load: Load, target: Target, shown: Progress) -> tuple[Measure
         loop.remove_signal_handler(signal.SIGINT)
 
 
-def as_object(load: Load, target: Target, measured: Measured) -> dict[str, Any]:
+def as_object(target: Target, measured: Measured) -> dict[str, Any]:
     """A measurement for scripts: times in seconds."""
     return {
         "target": target.label,
         "url": target.endpoint.url,
         "model": target.endpoint.model,
         "gpus": target.gpus,
-        "load": load_object(load),
+        "load": load_object(measured.load),
         "valid": measured.result.valid,
         **msgspec.to_builtins(measured.result),
     }

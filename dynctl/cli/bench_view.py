@@ -48,11 +48,11 @@ class Progress:
         failed = sum(bool(record.error) for record in watch.records)
         text += f", {failed} failed" if failed else ""
         if self._drawn is not None:
-            share = part_done(self._load, done, passed_s)
+            share = part_done(self._load, done - watch.more, passed_s)
             self._drawn.update(self._row, completed=share * 100, told=text)
         elif time.monotonic() - self._told_s > _LINE_EVERY_S:
             self._told_s = time.monotonic()
-            left_s = time_left_s(self._load, done, passed_s)
+            left_s = time_left_s(self._load, done - watch.more, passed_s)
             prose(f"{self._name}: {text}" + ("" if left_s is None else f", {age(left_s)} left"))
 
     def _draw(self) -> None:
@@ -75,7 +75,7 @@ class Progress:
 def part_done(load: Load, done: int, passed_s: float) -> float:
     """Which part of a load is behind, 0..1: of its requests or its time, whichever is further."""
     total = load.total * load.turns
-    by_count = done / total if total else 0.0
+    by_count = max(0.0, done / total) if total else 0.0
     by_time = passed_s / load.duration_s if load.duration_s else 0.0
     return min(1.0, max(by_count, by_time))
 

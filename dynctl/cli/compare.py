@@ -59,7 +59,7 @@ def compare(  # noqa: PLR0913 - one parameter for each option of the verb
     both = measured_both((a, b), load, access, up_options(timeout, target, inventory))
     sides = [side_of(where, one) for where, one in both]
     found = compared(load, sides[0], sides[1])
-    told = as_objects(load, both, found)
+    told = as_objects(both, found)
     if as_json:
         json_data(told)
     else:
@@ -104,9 +104,9 @@ def side_of(target: Target, measured: Measured) -> Side:
     return Side(label=target.label, units=count, unit=unit, result=measured.result)
 
 
-def as_objects(load: Load, both: list[tuple[Target, Measured]], found: Comparison) -> dict[str, Any]:
+def as_objects(both: list[tuple[Target, Measured]], found: Comparison) -> dict[str, Any]:
     """The comparison for scripts: times in seconds."""
-    sides = [as_object(load, target, measured) for target, measured in both]
+    sides = [as_object(target, measured) for target, measured in both]
     return {"a": sides[0], "b": sides[1], **msgspec.to_builtins(found)}
 
 

@@ -34,17 +34,23 @@ Forget = Annotated[
 ]
 
 
+Remove = Annotated[
+    bool, typer.Option("--remove", help="Its run directories too, on all its hosts: no logs, no status.")
+]
+
+
 def down(
     name: options.Name = None,
     timeout: Timeout = None,
     force: Force = False,
     forget: Forget = False,
+    remove: Remove = False,
     as_json: options.Json = False,
 ) -> None:
     """Drain and end a deployment.
 
     Frontends stop accepting and finish what they have, then workers do, then whatever is left is killed. Its
-    run directory stays: logs, status and events work on.
+    run directory stays, unless --remove is said: logs, status and events work on.
     """
     run = pick(name)
     if forget:
@@ -60,6 +66,8 @@ def down(
     with home().locked(called, deadline_s=LOCK_S):
         ended = stop_run(run, Stopper(launcher_of(run)), drain_s)
     note(run, who, "done")
+    if remove:
+        home().forget(called)
     if as_json:
         json_data({"name": called, "run_dir": str(run.path), "processes_ended": ended})
     elif ended:

@@ -13,7 +13,7 @@ import msgspec
 from dynctl.cli.exits import EXIT_CODES
 from dynctl.cli.pick import ENV_NAME, ENV_RUN_ID
 from dynctl.cli.render import prose
-from dynctl.deploy.home import RunDir
+from dynctl.deploy.home import Home, RunDir
 from dynctl.deploy.remote_hosts import HostSite, sweep
 from dynctl.deploy.remote_note import Remote, RemoteHost, read_remote, save_keys, save_remote
 from dynctl.errors import DynctlError, LaunchError, SshError, UsageError
@@ -26,7 +26,7 @@ from dynctl.topology.inventory import Host
 T = TypeVar("T")
 
 _DRAIN_S = 5.0
-FORGET = "--forget"
+FORGET, REMOVE = "--forget", "--remove"
 
 
 def run_async(work: Coroutine[Any, Any, T]) -> T:
@@ -63,12 +63,13 @@ def command_there(remote: Remote, verb: str, args: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class How:
-    """`force`: also when it is locked; `forget`: the name is to be free whatever cannot be reached; `ended`:
-    the head has ended all that its controller reached.
+    """`force`: also when it is locked; `forget`: the name is to be free whatever cannot be reached; `remove`:
+    nothing of it is to be kept; `ended`: the head has ended all that its controller reached.
     """
 
     force: bool
     forget: bool
+    remove: bool
     ended: bool
 
 
@@ -83,7 +84,7 @@ async def _down(
     `others` are being dialled meanwhile.
     """
     code, head = 0, host_of(remote.head)
-    there = [word for word in args if word != FORGET]
+    there = [word for word in args if word not in (FORGET, REMOVE)]
     try:
         code = await forward(await hosts.connect(head), command_there(remote, "down", there))
         ended = not code
@@ -92,7 +93,9 @@ async def _down(
         ended = False
     reached = await hosts.connect_all([head]) | await others
     try:
-        return await _sweep(run, remote, reached, code, How("--force" in args, FORGET in args, ended))
+        return await _sweep(
+            run, remote, reached, code, How("--force" in args, FORGET in args, REMOVE in args, ended)
+        )
     except UsageError as locked:
         if not code:
             raise
@@ -116,7 +119,14 @@ async def _sweep(
         else:
             failed[host.name] = there
     if sites:
-        failed |= await sweep(sites, remote.run_id, _DRAIN_S, force=how.force, at_once=how.ended)
+        failed |= await sweep(
+            sites,
+            remote.run_id,
+            _DRAIN_S,
+            force=how.force,
+            at_once=how.ended,
+            forget=remote.name if how.remove else "",
+        )
     over = how.forget or not failed
     if over:
         save_keys(run, "")
@@ -131,6 +141,8 @@ async def _sweep(
         return 0
     if failed:
         raise _left_behind(remote, failed)
+    if how.remove:
+        Home.holding(run.path).forget(remote.name)
     if code:
         prose(f"{remote.name} is down: what its head could not end was ended from here", style="good")
     return 0

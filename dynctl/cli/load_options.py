@@ -138,7 +138,8 @@ Warmup = Annotated[
     typer.Option(
         "--warmup",
         metavar="N",
-        help="First requests, sent but not counted (default: --concurrency, or a tenth of --requests).",
+        help="First requests, sent but not counted (default: --concurrency; with --rate a tenth of "
+        "--requests, and until the load has lasted twice as long as a request).",
         show_default=False,
     ),
 ]
@@ -259,6 +260,7 @@ def load_of(given: Given) -> Load:
             requests=requests,
             duration_s=given.duration,
             warmup=_warmup(given, arrivals, requests),
+            settle=given.warmup is None and isinstance(arrivals, Open),
             shared_tokens=given.shared,
             prefixes=given.prefixes,
             turns=given.turns,

@@ -66,11 +66,13 @@ def measured_choice(asked: Asked, folder: Path, how: How) -> Found:
             stage = stage_of(asked, folder, how, (run, journal, shown))
             if journal.left:
                 prose(f"ending {len(journal.left)} deployments that an earlier run has left", style="warning")
-            found, lingering = run_loop(_interruptible(stage, how.budget_s)), stage.lingering
+            found = run_loop(_interruptible(stage, how.budget_s))
     finally:
         journal.close()
-    for name in lingering:
+    for name in stage.lingering:
         prose(f"{name} may be left running: dynctl down {name.split(':')[0]} ends it", style="warning")
+    for name in stage.kept:
+        prose(f"of {name} the logs are kept: dynctl logs {name}; dynctl down {name} --remove removes them")
     if found is None:
         prose("interrupted: what was started is ended, --resume goes on from here")
         raise KeyboardInterrupt

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dynctl.cli.render import paint, table
 from dynctl.perfmodel.choice import Choice, Option, Refused, Variation
 from dynctl.profiler.outcome import NOTHING_MEASURED
-from dynctl.profiler.phrases import milliseconds, sla_text
+from dynctl.profiler.phrases import demand_text, milliseconds, sla_text
 
 _NAMES = {"isl": "prompts", "osl": "answers", "rate": "rate"}
 
@@ -18,12 +18,8 @@ def choice_text(choice: Choice, name: str, doubt: str = "") -> str:
 
 
 def _head(choice: Choice, name: str) -> Iterator[str]:
-    demand = choice.demand
-    cached = f", {demand.hit_rate:.0%} cached" if demand.hit_rate else ""
     yield f"{paint(name, 'bold')}  {sla_text(choice.sla)}"
-    yield (
-        f"{demand.rate:.3g} requests/s of {demand.isl:.0f} prompt and {demand.osl:.0f} answer tokens{cached}"
-    )
+    yield demand_text(choice.demand)
 
 
 def _verdict(choice: Choice, doubt: str) -> Iterator[str]:

@@ -172,7 +172,12 @@ def as_object(choice: Choice) -> dict[str, Any]:
     demand: Demand = choice.demand
     return {
         "sla": msgspec.to_builtins(choice.sla),
-        "demand": {"rate": demand.rate, "isl": demand.isl, "osl": demand.osl, "hit_rate": demand.hit_rate},
+        "demand": {
+            "rate": demand.rate or None,
+            "isl": demand.isl,
+            "osl": demand.osl,
+            "hit_rate": demand.hit_rate,
+        },
         "chosen": option_object(choice.chosen) if choice.chosen else None,
         "why": choice.why,
         "options": [option_object(option) for option in choice.options],

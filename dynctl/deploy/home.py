@@ -183,11 +183,22 @@ class Home:
 
         Raises LaunchError.
         """
+        run = self.run_of(name)
+        self.forget_run(name, run.run_id if run else "")
+        with disk("the note cannot be removed"):
+            if (self.notes / name).is_dir():
+                shutil.rmtree(self.notes / name)
+
+    def forget_run(self, name: str, run_id: str) -> None:
+        """Remove a run of that name which has ended, and what nodes have of it here; the name, if it means
+        that run. Raises LaunchError.
+        """
         with self.locked(name, deadline_s=LOCK_S), disk("the run directory cannot be removed"):
-            run, link = self.run_of(name), self.deployments / name
-            link.unlink(missing_ok=True)
-            for folder in (run.path if run else None, self.notes / name):
-                if folder is not None and folder.is_dir():
+            link, run = self.deployments / name, self.run_of(name)
+            if run is None or run.run_id == run_id:
+                link.unlink(missing_ok=True)
+            for folder in (self.runs / run_id, self.root / "nodes" / run_id) if run_id else ():
+                if folder.is_dir():
                     shutil.rmtree(folder)
 
     def note_of(self, name: str) -> RunDir | None:

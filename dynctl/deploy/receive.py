@@ -85,13 +85,14 @@ class Join(msgspec.Struct, frozen=True, kw_only=True, tag="join"):
 
 
 class Sweep(msgspec.Struct, frozen=True, kw_only=True, tag="sweep"):
-    """End all processes of a run on this host; not of a locked one, unless by `force`. Answer: `ended`, how
-    many there were.
+    """End all processes of a run on this host; not of a locked one, unless by `force`. With its name in
+    `forget` its directories here are removed, too. Answer: `ended`, how many there were.
     """
 
     run_id: str
     drain_s: float
     force: bool = False
+    forget: str = ""
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -196,7 +197,10 @@ def _sweep(call: Sweep, home: Home, launcher: Launcher) -> Answer:
     except (LaunchError, UsageError) as error:
         # Where nothing can be written nothing can be started; what runs is to be ended all the same.
         sys.stderr.write(f"{error}\n")
-    return Answer(ended=stop_run(run, Stopper(launcher), call.drain_s))
+    ended = stop_run(run, Stopper(launcher), call.drain_s)
+    if call.forget:
+        home.forget_run(call.forget, call.run_id)
+    return Answer(ended=ended)
 
 
 def _require_living(run_id: str, home: Home) -> None:

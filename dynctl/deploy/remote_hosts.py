@@ -124,10 +124,17 @@ def raise_first(answers: Iterable[object]) -> None:
 
 
 async def sweep(
-    sites: Sequence[HostSite], run_id: str, drain_s: float, *, force: bool = True, at_once: bool = False
+    sites: Sequence[HostSite],
+    run_id: str,
+    drain_s: float,
+    *,
+    force: bool = True,
+    at_once: bool = False,
+    forget: str = "",
 ) -> dict[str, DynctlError]:
     """End what there is of a run: on the head by its controller if it has one, then on all other hosts.
-    `at_once`: on all together, when the head has ended it already.
+    `at_once`: on all together, when the head has ended it already. With its name in `forget` its directories
+    there are removed, too.
 
     Gives back why it could not be done, by host: these may have processes left. Raises UsageError for a run
     that is locked, unless by `force`.
@@ -137,7 +144,7 @@ async def sweep(
 
     async def one(site: HostSite) -> None:
         try:
-            await site.ask(Sweep(run_id=run_id, drain_s=drain_s, force=force), limit_s)
+            await site.ask(Sweep(run_id=run_id, drain_s=drain_s, force=force, forget=forget), limit_s)
         except UsageError:
             raise
         except DynctlError as error:

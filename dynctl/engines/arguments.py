@@ -28,7 +28,7 @@ def both_spellings(owned: Mapping[str, str]) -> dict[str, str]:
 
 def normalised(args: Mapping[str, ArgValue], style: Style = "-") -> dict[str, ArgValue]:
     """The map by normal names, sorted; of two spellings of a name the later one counts."""
-    return dict(sorted((normal_name(name, style), value) for name, value in args.items()))
+    return dict(sorted({normal_name(name, style): value for name, value in args.items()}.items()))
 
 
 def flags(args: Mapping[str, ArgValue], style: Style = "-") -> list[str]:

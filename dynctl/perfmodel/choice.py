@@ -24,6 +24,7 @@ class Sla(msgspec.Struct, frozen=True, kw_only=True):
 
 class Demand(msgspec.Struct, frozen=True, kw_only=True):
     """Requests that come as a Poisson process. `lengths`: a sample of (prompt, answer), at least one.
+    `rate`: 0 in a choice for the highest rate, where none keeps the SLA.
 
     `hit_rate`: share of prompt tokens found in a worker's cache.
     """

@@ -13,12 +13,23 @@ from functools import cached_property, lru_cache
 from statistics import NormalDist
 
 from dynctl.perfmodel.profile import Profile
-from dynctl.perfmodel.queueing import Routing, Service, Wait, crossing, in_flight, waits
+from dynctl.perfmodel.queueing import (
+    NO_WAIT,
+    InFlight,
+    Routing,
+    Service,
+    Wait,
+    crossing,
+    in_flight,
+    waits,
+)
 from dynctl.perfmodel.traffic import Traffic
 
 _MOST_SEQUENCES = 1024
 _KV_SHARE = 0.99
 """At so many moments the KV of all that are in flight has to fit."""
+_SEATED = 0.999
+"""At so many moments whoever comes finds a seat, as far as the KV has room."""
 _POOLED_SEATS = 2048
 """So many seats are looked at together; with more, chance evens out no further that matters."""
 
@@ -27,16 +38,23 @@ _POOLED_SEATS = 2048
 class Reading:
     """Prompts waiting at workers: the wait in the queue, and what comes on top of it by length of the prompt.
 
-    `points`: (seconds from its turn to its first token, share of the requests).
+    `points`: (seconds from its turn to its first token, share of the requests). `seat`: the wait for a place
+    in the batch of who writes the answer.
     """
 
     wait: Wait
     points: tuple[tuple[float, float], ...]
     load: float
+    seat: Wait = NO_WAIT
 
     def late(self, time_s: float) -> float:
-        """Share of the requests whose first token comes later than that."""
-        return sum(share * self.wait.tail(time_s - own) for own, share in self.points)
+        """Share of the requests whose first token comes later than that; waiting for both counts as the
+        longer wait: few wait for a seat, or the service level is not kept.
+        """
+        return sum(
+            share * min(1.0, self.wait.tail(time_s - own) + self.seat.tail(time_s - own))
+            for own, share in self.points
+        )
 
     def ttft_s(self, share: float) -> float:
         """The time in which that share of them has its first token."""
@@ -47,14 +65,14 @@ class Reading:
 class Talking:
     """Answers being written. `mean`: sequences in a worker's batch; `step_s`: of its steps, on average.
 
-    `full`: share of the requests that find no seat.
+    `seat`: the wait for a place in a batch.
     """
 
     itl_s: float
     mean: float
     step_s: float
     load: float
-    full: float = 0.0
+    seat: Wait = NO_WAIT
 
 
 class Prefill:
@@ -87,8 +105,11 @@ class Prefill:
         """The longest of the prompts' times on an idle worker."""
         return max(work + steps * self._fixed for work, _, steps, _ in self._parts)
 
-    def reading(self, rate: float, replicas: int, after_s: float = 0.0) -> Reading | None:
-        """What waits there; `after_s` is what comes after the prefill. None when they cannot keep up.
+    def reading(
+        self, rate: float, replicas: int, after_s: float = 0.0, seat: Wait = NO_WAIT
+    ) -> Reading | None:
+        """What waits there; `after_s` and the wait for a `seat` come after the prefill. None when they cannot
+        keep up.
 
         While others wait, a step's fixed cost is shared, and the step ends late by what it reads of those
         behind: half a step on average, or what waits if that is less.
@@ -110,7 +131,7 @@ class Prefill:
             (work + steps * self._fixed + behind + after_s + self._moved_s(new, prompt), share)
             for (work, new, steps, share), (prompt, _) in zip(self._parts, self.mix.prompts, strict=True)
         )
-        return Reading(wait, points, load)
+        return Reading(wait, points, load, seat)
 
     def _moved_s(self, new: float, prompt: float) -> float:
         return 0.0
@@ -130,7 +151,8 @@ class Disaggregated(Prefill):
 
 
 class Decode:
-    """Workers that write answers. `seats`: sequences a replica may hold; 0 = not even one within the limits.
+    """Workers that write answers. `seats`: sequences in a replica's batch with which the gap is within the
+    ITL, 0 = not even one; `most`: those it has room for, by KV and limits.
 
     `reading_s`: seconds of prompts that the same worker has to read for each answer, 0 when others do.
     """
@@ -139,9 +161,9 @@ class Decode:
         self.profile = profile
         self.mix = mix
         self._reading_s = reading_s
-        self._most = min(room(profile, mix), profile.limits.sequences if profile.limits else _MOST_SEQUENCES)
-        self._most = min(self._most, _MOST_SEQUENCES)
-        self.seats = self._most
+        limit = profile.limits.sequences if profile.limits else _MOST_SEQUENCES
+        self.most = min(room(profile, mix), limit, _MOST_SEQUENCES)
+        self.seats = self.most
         if itl_s is not None:
             self.seats = self._largest(itl_s)
 
@@ -149,7 +171,7 @@ class Decode:
     def steps(self) -> list[float]:
         """steps[k]: seconds of a step with k in the batch; steps[0] is as of one."""
         context = self.mix.context
-        return [self.profile.decode_s(max(1, count), context) for count in range(max(1, self._most) + 1)]
+        return [self.profile.decode_s(max(1, count), context) for count in range(max(1, self.most) + 1)]
 
     def gap_s(self, count: int) -> float:
         """Time between tokens with `count` in the batch: its step, and what it reads of others' prompts.
@@ -160,30 +182,46 @@ class Decode:
 
     def _largest(self, itl_s: float) -> int:
         """Most sequences with which the gap is within `itl_s`; the gap grows with them."""
-        low, high = 0, self._most
+        low, high = 0, self.most
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self.gap_s(middle) <= itl_s else (low, middle - 1)
         return low
 
+    def limit(self, seats: int) -> None:
+        """No more than that in a batch."""
+        self.seats, self.most = min(self.seats, seats), min(self.most, seats)
+
     def talking(self, rate: float, replicas: int, share: float) -> Talking | None:
-        """At that rate; None when `share` of the gaps would not find a seat, or there are not enough."""
-        if not self.seats:
-            return None
-        reading = rate / replicas * self._reading_s
-        if reading >= 1.0:
-            return None
-        pooled = min(replicas, max(1, _POOLED_SEATS // self.seats))
-        steps = [
-            self.steps[-(-count // pooled)] / (1.0 - reading) for count in range(self.seats * pooled + 1)
-        ]
-        found = in_flight(rate * pooled / replicas * self.mix.answer, steps, share)
-        if found is None or found.at >= len(steps) - 1:
+        """At that rate; None when `share` of the gaps would be longer than the ITL, or nothing keeps up."""
+        pooled = min(replicas, max(1, _POOLED_SEATS // max(1, self.seats)))
+        found = self._in_flight(rate / replicas, pooled, share)
+        if found is None or found.at >= self.seats * pooled:
             return None
         crowded = min(self.seats, -(-(found.at + 1) // pooled))
         batch = found.mean / pooled
         mean = max(1, min(self.seats, round(batch)))
-        return Talking(self.gap_s(crowded), batch, self.steps[mean], batch / self.seats, found.full)
+        seat = found.wait(rate * pooled / replicas)
+        return Talking(self.gap_s(crowded), batch, self.steps[mean], batch / self.seats, seat)
+
+    def allowed(self, rate: float, replicas: int) -> int:
+        """Sequences that a replica is to be allowed at once: those within the ITL, and beyond these as many
+        as chance brings to one in a thousand moments at most, should requests come to it at random. A batch
+        above the ITL for a moment costs a request little, waiting until an answer ends much.
+        """
+        found = self._in_flight(rate / replicas, 1, _SEATED)
+        return self.most if found is None else min(self.most, max(self.seats, found.at + 1))
+
+    def _in_flight(self, each: float, pooled: int, share: float) -> InFlight | None:
+        """Of so many replicas together, each with its part of the rate; None when they cannot keep up."""
+        reading = each * self._reading_s
+        if not self.seats or reading >= 1.0:
+            return None
+        steps, slower = self.steps, 1.0 / (1.0 - reading)
+        offered = each * pooled * self.mix.answer
+        return in_flight(
+            offered, self.most * pooled, lambda count: steps[-(-count // pooled)] * slower, share
+        )
 
 
 class Aggregated:
@@ -204,7 +242,7 @@ class Aggregated:
         self._routing = routing
         self._profile = profile
         self.decode = Decode(profile, mix, itl_s, self._work)
-        self.decode.seats = min(self.decode.seats, batched // 2)
+        self.decode.limit(batched // 2)
 
     def both(self, rate: float, replicas: int, share: float) -> tuple[Reading, Talking] | None:
         """Prompts and answers at that rate; None when the workers cannot keep up or lack seats.
@@ -228,7 +266,7 @@ class Aggregated:
             (work * self._ranks + math.ceil(new / budget) * step + behind, part)
             for work, new, part in self._parts
         )
-        return Reading(wait, points, load), talking
+        return Reading(wait, points, load, talking.seat), talking
 
 
 def ranks_of(profile: Profile) -> int:

@@ -157,45 +157,58 @@ def crossing(tail: Callable[[float], float], share: float, step: float) -> float
     return high
 
 
+NO_WAIT = Wait(0.0, 1.0, 1.0)
+
+
 @dataclass(frozen=True, slots=True)
 class InFlight:
     """How many are being worked on at once: `mean`; `at` that many or fewer for the share asked for.
 
-    `full`: share of the arrivals that find no place.
+    `full`: share of the arrivals that find no place; `load`: arrivals by what all places together can do.
     """
 
     mean: float
     at: int
     full: float
+    load: float
+
+    def wait(self, rate: float) -> Wait:
+        """For a place, of arrivals that come `rate` a second: whoever finds none waits as at that many
+        servers (M/M/c), exponentially.
+        """
+        return Wait(self.full, 1.0, self.load / ((1.0 - self.load) * rate)) if self.full else NO_WAIT
 
 
-def in_flight(offered: float, step_s: Sequence[float], share: float) -> InFlight | None:
-    """What is in flight at workers that take what comes, up to len(step_s) - 1 at once; more waits its turn.
+def in_flight(offered: float, most: int, step_s: Callable[[int], float], share: float) -> InFlight | None:
+    """What is in flight at workers that take what comes, up to `most` at once; more waits its turn.
 
-    `offered`: arrivals a second times tokens of each. step_s[k] (k >= 1): seconds in which each of k in
-    flight gets its next token. States k have weight prod offered * step_s[j] / j. The gaps between tokens are
-    seen by arrivals: k - 1 others with those weights. None when they cannot keep up.
+    `offered`: arrivals a second times tokens of each. step_s(k), k from 1 to `most`: seconds in which each of
+    k in flight gets its next token. States k have weight prod offered * step_s(j) / j. The gaps between
+    tokens are seen by arrivals: k - 1 others with those weights. None when they cannot keep up.
     """
-    most = len(step_s) - 1
-    ratio = offered * step_s[most] / most
-    if ratio >= 1.0:
+    load = offered * step_s(most) / most
+    if load >= 1.0:
         return None
     weights = [1.0]
     weight = total = 1.0
     for count in range(1, most + 1):
-        weight *= offered * step_s[count] / count
+        growth = offered * step_s(count) / count
+        weight *= growth
         if weight > _HUGE:
             weights = [one / weight for one in weights]
             total, weight = total / weight, 1.0
         weights.append(weight)
         total += weight
-    beyond = weight * ratio / (1.0 - ratio)
+        if growth < 1.0 and weight < total * _SMALL:
+            break  # so many are never there, and more even less
+    last = weight if len(weights) == most + 1 else 0.0
+    beyond = last * load / (1.0 - load)
     total += beyond
-    mean = sum(count * one for count, one in enumerate(weights)) + beyond * (most + 1.0 / (1.0 - ratio))
+    mean = sum(count * one for count, one in enumerate(weights)) + beyond * (most + 1.0 / (1.0 - load))
     reached, at = 0.0, most + 1
     for count, one in enumerate(weights):
         reached += one
         if reached >= share * total:
             at = count
             break
-    return InFlight(mean / total, at, (weights[-1] + beyond) / total)
+    return InFlight(mean / total, at, (last + beyond) / total, load)

@@ -13,6 +13,7 @@ from dataclasses import replace
 from dynctl.perfmodel.choice import Choice, Option, Variation
 from dynctl.perfmodel.layout import Layout
 from dynctl.perfmodel.offers import Ask, Offers, fewest
+from dynctl.perfmodel.queueing import Wait
 from dynctl.perfmodel.unmet import nearest, why_not
 
 _SHOWN = 5
@@ -30,7 +31,7 @@ def choose(ask: Ask) -> Choice:
     if not shown:
         return Choice(
             sla=ask.sla,
-            demand=ask.demand,
+            demand=ask.demand.scaled(rate=0.0) if ask.most else ask.demand,
             chosen=None,
             options=nearest(offers),
             refused=ask.refused,
@@ -62,11 +63,8 @@ def keeps(ask: Ask, option: Option) -> bool:
         return first.layout in offers.both and offers.rate_of_both(first.layout, first.replicas) >= rate
     if first.layout not in offers.readers or second.layout not in offers.writers:
         return False
-    after = offers.after_s(offers.writers[second.layout])
-    return (
-        offers.writing_rate(second.layout, second.replicas) >= rate
-        and offers.reading_rate(first.layout, first.replicas, after) >= rate
-    )
+    pools = (first.layout, first.replicas), (second.layout, second.replicas)
+    return offers.rate_of_split(*pools) >= rate
 
 
 def _ranked(offers: Offers) -> list[Option]:
@@ -108,17 +106,21 @@ def _least(offers: Offers, gpus: int) -> Iterator[Option]:
             gpus // second.gpus,
         )
         left = gpus - written * second.gpus
-        for first in offers.readers if written else ():
-            read = _readers(offers, first, second, left)
+        talking = offers.writes(writer, rate, written) if written else None
+        for first in offers.readers if talking else ():
+            assert talking is not None
+            read = _readers(offers, (first, second), talking.seat, left)
             if read:
                 yield offers.split((first, read), (second, written), rate)
 
 
-def _readers(offers: Offers, first: Layout, second: Layout, gpus: int) -> int:
-    """The fewest replicas of `first` that read in time for `second`, within so many GPUs; 0 = none."""
-    reader, after = offers.readers[first], offers.after_s(offers.writers[second])
+def _readers(offers: Offers, layouts: tuple[Layout, Layout], seat: Wait, gpus: int) -> int:
+    """The fewest replicas of the first layout that read in time for the second, where answers wait so for a
+    `seat`, within so many GPUs; 0 = none.
+    """
+    reader, after = offers.readers[layouts[0]], offers.after_s(offers.writers[layouts[1]])
     rate = offers.ask.demand.rate
-    return fewest(lambda n: offers.reads(reader, rate, n, after), gpus // first.gpus)
+    return fewest(lambda n: offers.reads(reader, rate, n, after, seat), gpus // layouts[0].gpus)
 
 
 def _most(offers: Offers) -> Iterator[Option]:
@@ -160,13 +162,17 @@ def _best_counts(
         return None
     crossing = fewest(lambda read: reading(read) >= writing(read), most) or most
     tried = [read for read in (crossing - 1, crossing) if read >= 1]
-    rates = [min(reading(read), writing(read)) for read in tried]
+    rates = [
+        offers.rate_of_split((first, read), (second, (gpus - read * first.gpus) // second.gpus))
+        for read in tried
+    ]
     rate = max(rates)
     if rate <= 0.0 or rate < best / 2.0:
         return None
     read = tried[rates.index(rate)]
     written = fewest(
-        lambda n: offers.writing_rate(second, n) >= rate * _AT_MOST, (gpus - read * first.gpus) // second.gpus
+        lambda n: offers.rate_of_split((first, read), (second, n)) >= rate * _AT_MOST,
+        (gpus - read * first.gpus) // second.gpus,
     )
     return read, written, rate
 

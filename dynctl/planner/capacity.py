@@ -138,15 +138,15 @@ class Costs:
 
         def fine(rate: float, replicas: int) -> bool:
             found = one.both(rate, replicas, self.sla.percentile)
-            return found is not None and self._in_time(found[0], hopeless=hopeless, full=found[1].full)
+            return found is not None and self._in_time(found[0], hopeless=hopeless)
 
         return fine
 
-    def _in_time(self, reading: Reading, *, hopeless: bool, full: float = 0.0) -> bool:
-        """Whether enough first tokens come in time; `full`: share of requests that find no seat."""
+    def _in_time(self, reading: Reading, *, hopeless: bool) -> bool:
+        """Whether enough first tokens come in time."""
         if hopeless or self.sla.ttft_s is None:
             return reading.load <= _FULL
-        return reading.late(self.sla.ttft_s) + full <= 1.0 - self.sla.percentile
+        return reading.late(self.sla.ttft_s) <= 1.0 - self.sla.percentile
 
     def _hopeless(self, idle: Reading | None) -> bool:
         """Whether too many first tokens are late with nobody before them."""

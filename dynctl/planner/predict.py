@@ -73,12 +73,13 @@ def kalman(series: Sequence[float], steps: int) -> list[float]:
 def _filtered(series: Sequence[float], noise: float, lasts: float) -> tuple[float, float, float]:
     """(Mean square of what its forecasts of the next value missed of late, level, trend).
 
-    State x = [level, trend], F = [[1, lasts], [0, lasts]], H = [1, 0]; Q = diag(1, 0.1), R = noise, relative
+    State x = [level, trend], F = [[1, lasts], [0, lasts]], H = [1, 0]; Q = diag(1, 1), R = noise, relative
     to a series of the order of 10: they are scaled by its mean square, so that the unit does not matter. P0
     is wide.
     """
     unit = max(fmean(value * value for value in series), 1e-12) / 100.0
-    q_level, q_trend, noise = 1.0 * unit, 0.1 * unit, noise * unit
+    q_level = q_trend = unit
+    noise *= unit
     level, trend = series[0], 0.0
     p00, p01, p11 = 1000.0 * unit, 0.0, 1000.0 * unit
     misses = []

@@ -8,17 +8,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dynctl.engines.catalog import get
 from dynctl.perfmodel.choice import Option, Pool, Prediction
 from dynctl.perfmodel.layout import Layout
-from dynctl.profiler.recipe_out import limit_args, section_before
+from dynctl.perfmodel.profile import Limits
+from dynctl.profiler.recipe_out import section_of
 from dynctl.recipe.load import LoadedRecipe
-from dynctl.recipe.schema import ApiKey, Recipe, Roles, RoleSection
+from dynctl.recipe.schema import ApiKey, Roles, RoleSection
 
 
-def alone(layout: Layout) -> Option:
-    """One replica of a layout that does both: what a layout is measured as."""
-    pool = Pool(role="aggregated", layout=layout, replicas=1, sequences=0, batched_tokens=0, load=0.0)
+def alone(layout: Layout, limits: Limits | None = None) -> Option:
+    """One replica of a layout that does both: what a layout is measured as, with these batch limits."""
+    pool = Pool(
+        role="aggregated",
+        layout=layout,
+        replicas=1,
+        sequences=limits.sequences if limits else 0,
+        batched_tokens=limits.batched_tokens if limits else 0,
+        load=0.0,
+    )
     nothing = Prediction(
         ttft_s=0.0, itl_s=0.0, capacity=0.0, tokens_per_s_per_gpu=0.0, tokens_per_s_per_user=0.0
     )
@@ -30,11 +37,13 @@ def candidate(
 ) -> LoadedRecipe:
     """The recipe that starts `option` under a name of its own, on any free port, for who has the `key`.
 
-    Limits of 0 in a pool are left as the recipe has them. `hosts`: those it may run on, () = as the recipe
-    says.
+    All else is as in the recipe that is written for the option (`recipe_out`), but that no planner changes
+    it. `hosts`: those it may run on, () = as the recipe says.
     """
     recipe = loaded.recipe
-    roles = {pool.role: _section(recipe, pool, hosts) for pool in option.pools}
+    roles = {pool.role: section_of(recipe, pool) for pool in option.pools}
+    if hosts:
+        roles = {role: one.model_copy(update={"hosts": list(hosts)}) for role, one in roles.items()}
     digest = "sha256:" + hashlib.sha256(key.encode()).hexdigest()
     # Who has the key may ask from elsewhere: a load by SSH comes from this machine.
     host = "0.0.0.0" if recipe.target != "local" else recipe.frontend.host
@@ -42,27 +51,8 @@ def candidate(
     frontend = recipe.frontend.model_copy(
         update={"host": host, "port": 0, "replicas": 1, "hosts": [], "api_key": keys}
     )
-    made = recipe.model_copy(
-        update={"name": name, "description": "", "roles": Roles(**roles), "frontend": frontend}
-    )
-    return replace(loaded, recipe=made)
-
-
-def _section(recipe: Recipe, pool: Pool, hosts: Sequence[str]) -> RoleSection:
-    engine, before = get(recipe.backend), section_before(recipe, pool)
-    limits = limit_args(engine, pool) if pool.sequences else {}
-    told = {engine.cached_argument: True} if engine.cached_argument else {}
-    return before.model_copy(
-        update={
-            "replicas": pool.replicas,
-            "tensor_parallel": pool.layout.tensor,
-            "pipeline_parallel": pool.layout.pipeline,
-            "data_parallel": pool.layout.data,
-            "expert_parallel": pool.layout.expert,
-            "args": {**before.args, **limits, **told},
-            **({"hosts": list(hosts)} if hosts else {}),
-        }
-    )
+    changed = {"name": name, "description": "", "roles": Roles(**roles), "frontend": frontend}
+    return replace(loaded, recipe=recipe.model_copy(update={**changed, "planner": None}))
 
 
 def depends_on(made: LoadedRecipe, layout: Layout, version: str, hardware: str) -> dict[str, Any]:

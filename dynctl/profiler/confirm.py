@@ -272,7 +272,10 @@ def _predicted_ttft_s(
     reader, writer = offers.readers.get(first.layout), offers.writers.get(last.layout)
     if reader is None or writer is None:
         return None
-    reading = reader.reading(found.rate, first.replicas, offers.after_s(writer))
+    talking = offers.writes(writer, found.rate, last.replicas)
+    if talking is None:
+        return None
+    reading = reader.reading(found.rate, first.replicas, offers.after_s(writer), talking.seat)
     return reading.ttft_s(ask.sla.percentile) if reading else None
 
 

@@ -96,7 +96,7 @@ async def _end_left(stage: Stage) -> None:
     left = stage.journal.left
     end_marked({entry.run for entry in left} - {stage.run})
     for entry in left:
-        await stage.end(entry.name)
+        await stage.end(entry.name, well=True)
     if stage.lingering:
         raise LaunchError(f"of an earlier run lives on: {'; '.join(stage.lingering)}")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dynctl.perfmodel.choice import Sla
+from dynctl.perfmodel.choice import Demand, Sla
 
 
 def milliseconds(seconds: float) -> str:
@@ -17,6 +17,13 @@ def sla_text(sla: Sla) -> str:
     asked = [("TTFT", sla.ttft_s), ("ITL", sla.itl_s)]
     limits = [f"{name} ≤ {milliseconds(value)}" for name, value in asked if value is not None]
     return f"p{sla.percentile * 100:g} {', '.join(limits)}"
+
+
+def demand_text(demand: Demand) -> str:
+    """12.5 requests/s of 4000 prompt and 500 answer tokens, 20% of the prompts cached."""
+    rate = f"{demand.rate:.3g} requests/s" if demand.rate else "requests at any rate"
+    cached = f", {demand.hit_rate:.0%} of the prompts cached" if demand.hit_rate else ""
+    return f"{rate} of {demand.isl:.0f} prompt and {demand.osl:.0f} answer tokens{cached}"
 
 
 def figure(value: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from dynctl.engines.arguments import normal_name
 from dynctl.engines.base import Engine
 from dynctl.engines.catalog import get
 from dynctl.errors import ProfileError
@@ -12,13 +13,6 @@ from dynctl.perfmodel.choice import Option, Pool
 from dynctl.profiler.rewrite import plain_values, rewritten
 from dynctl.recipe.load import LoadedRecipe
 from dynctl.recipe.schema import Recipe, RoleSection
-
-_SIZES = (
-    ("tensor_parallel", "tensor"),
-    ("pipeline_parallel", "pipeline"),
-    ("data_parallel", "data"),
-    ("expert_parallel", "expert"),
-)
 
 
 def recipe_text(loaded: LoadedRecipe, option: Option, head: str) -> str:
@@ -51,13 +45,31 @@ def _planner(before: dict[str, Any], option: Option) -> dict[str, Any]:
 
 
 def _role(recipe: Recipe, pool: Pool) -> dict[str, Any]:
-    engine = get(recipe.backend)
-    before = section_before(recipe, pool)
-    made: dict[str, Any] = {"replicas": pool.replicas}
-    made |= {field: size for field, name in _SIZES if (size := getattr(pool.layout, name)) > 1}
-    made["args"] = {**before.args, **limit_args(engine, pool)}
-    made |= {name: value for name in ("env", "hosts") if (value := getattr(before, name))}
-    return made
+    section = section_of(recipe, pool)
+    return {
+        "replicas": section.replicas,
+        **section.model_dump(mode="json", by_alias=True, exclude_defaults=True),
+    }
+
+
+def section_of(recipe: Recipe, pool: Pool) -> RoleSection:
+    """The section that starts a pool, be it tried or written: what the recipe says of the role, with the
+    pool's sizes and batch limits (0: those of the recipe).
+    """
+    before, layout = _section_before(recipe, pool), pool.layout
+    limits = limit_args(get(recipe.backend), pool) if pool.sequences else {}
+    spelt = {normal_name(name): name for name in (*recipe.engine.args, *before.args)}
+    told = {spelt.get(normal_name(name), name): value for name, value in limits.items()}
+    return before.model_copy(
+        update={
+            "replicas": pool.replicas,
+            "tensor_parallel": layout.tensor,
+            "pipeline_parallel": layout.pipeline,
+            "data_parallel": layout.data,
+            "expert_parallel": layout.expert,
+            "args": {**before.args, **told},
+        }
+    )
 
 
 def limit_args(engine: Engine, pool: Pool) -> dict[str, int]:
@@ -67,7 +79,7 @@ def limit_args(engine: Engine, pool: Pool) -> dict[str, int]:
     return {name: max(1, -(-value // ranks)) for name, value in found.items() if name}
 
 
-def section_before(recipe: Recipe, pool: Pool) -> RoleSection:
+def _section_before(recipe: Recipe, pool: Pool) -> RoleSection:
     """What the recipe says of the role; of the nearest one when it has it not."""
     present: dict[str, RoleSection] = {role: one for role, one in recipe.roles.present().items()}
     nearest = {"aggregated": ("decode", "prefill"), "prefill": ("aggregated",), "decode": ("aggregated",)}

@@ -16,6 +16,7 @@ from dynctl.perfmodel.choice import Demand
 from dynctl.perfmodel.fit import Row, decode_row, prefill_row, refitted, scaled
 from dynctl.perfmodel.layout import Layout
 from dynctl.perfmodel.offers import Ask
+from dynctl.perfmodel.pools import ranks_of
 from dynctl.perfmodel.profile import Profile
 from dynctl.perfmodel.split import best
 from dynctl.perfmodel.traffic import Traffic
@@ -166,7 +167,7 @@ def fitted(
     estimate: Profile, prefill: Sequence[PrefillPoint], decode: Sequence[DecodePoint], spread: float
 ) -> Profile:
     """The estimate of a layout brought to what was measured of it. `spread`: how far it may be off."""
-    budget = estimate.limits.batched_tokens if estimate.limits else 0
+    budget = estimate.limits.batched_tokens // ranks_of(estimate) if estimate.limits else 0
     reading: list[Row] = [
         prefill_row(p.isl, p.seconds, -(-round(p.isl) // budget) if budget else 1) for p in prefill
     ]

@@ -33,6 +33,10 @@ _BLOCKS = re.compile(rb"^\w*model_total_kv_blocks(?:\{.*\})? ([0-9.e+]+)$", re.M
 _SIZE = re.compile(rb"^\w*model_kv_cache_block_size(?:\{.*\})? ([0-9.e+]+)$", re.MULTILINE)
 
 
+class Spoilt(Exception):
+    """A deployment did not do what it was started for: its logs are to be kept."""
+
+
 class Shown(Protocol):
     """Somebody who watches. A row is a layout, or a split that is confirmed."""
 
@@ -95,7 +99,8 @@ class Slots:
 class Stage:
     """One run. `ends_s`: when its time is over, by `time.monotonic`; `api_key`: of all it starts; `basis`:
     what costs depend on beside the layout (hardware, version of the engine). `spread`: how far estimates may
-    be off. `probes`, `reused`, `gpu_s` count.
+    be off. `probes`, `reused`, `gpu_s` count. `lingering`: deployments that may live on, and why; `kept`:
+    those whose logs are kept.
     """
 
     asked: Asked
@@ -115,6 +120,7 @@ class Stage:
     reused: int = 0
     gpu_s: float = 0.0
     lingering: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
 
     @property
     def left_s(self) -> float:
@@ -146,7 +152,7 @@ class Stage:
         try:
             limit_s = min(made.recipe.engine.start_timeout, max(1.0, self.left_s))
             yield await self.starts.up(path, name, limit_s)
-        except LaunchError:
+        except (LaunchError, Spoilt):
             well = False
             raise
         finally:
@@ -159,12 +165,12 @@ class Stage:
 
         Of those that did what they were started for nothing is kept; the logs of others are.
         """
-        trouble = await self.starts.down(name)
+        trouble = await self.starts.down(name, remove=well)
         if trouble:
             self.lingering.append(f"{name}: {trouble}")
             return
-        if well:
-            self.starts.forget(name)
+        if not well:
+            self.kept.append(name)
         with contextlib.suppress(ProfileError):  # the disk is full: said already, or will be at once
             self.journal.add("ended", name)
 

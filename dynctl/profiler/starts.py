@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import os
 import signal
 import sys
@@ -19,13 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from dynctl import errors, procfs
-from dynctl.deploy.home import Home
 from dynctl.deploy.state import readable_state
 from dynctl.errors import DynctlError, LaunchError, ProcessExited
 from dynctl.launchers.base import ENV_RUN
 from dynctl.recipe.override import VARIABLE
-
-logger = logging.getLogger(__name__)
 
 MARK = "DYNCTL_PROFILE"
 _LET_GO_S = 20.0
@@ -68,19 +64,15 @@ class Starts:
         told = json.loads(out.splitlines()[-1])
         return Standing(name, str(told["url"]), Path(str(told.get("run_dir", ""))))
 
-    async def down(self, name: str) -> str:
-        """End it now, whatever state it is in; why it may live on, "" = it does not."""
-        code, out, err = await self._dynctl(["down", name, "--timeout", "0", "--json"], _DOWN_S)
+    async def down(self, name: str, *, remove: bool) -> str:
+        """End it now, whatever state it is in, and `remove` what is kept of it, here and on its hosts; why it
+        may live on, "" = it does not.
+        """
+        words = ["down", name, "--timeout", "0", "--json", *(["--remove"] if remove else [])]
+        code, out, err = await self._dynctl(words, _DOWN_S)
         if code in (0, _NO_SUCH):
             return ""
         return str(_failure(out, err, code))
-
-    def forget(self, name: str) -> None:
-        """Remove what this machine keeps of a deployment that has ended."""
-        try:
-            Home.find(self.environ).forget(name)
-        except DynctlError as error:
-            logger.warning("candidate.kept name=%s error=%s", name, error)
 
     async def died(self, standing: Standing) -> LaunchError:
         """Wait until an engine of it dies, and tell with which last lines."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from dynctl.errors import DynctlError, NotReady, ProcessExited, ProfileError
+from dynctl.perfmodel.choice import Option
 from dynctl.perfmodel.layout import Layout
 from dynctl.perfmodel.profile import Profile
 from dynctl.perfmodel.traffic import Traffic, traffic
@@ -27,7 +28,7 @@ from dynctl.profiler.outcome import DecodePoint, LayoutRun, PrefillPoint, Refusa
 from dynctl.profiler.probe import Point, Unserved, deadline_s, lines_of, measured
 from dynctl.profiler.search import DecodeProbe, PrefillProbe, Probe
 from dynctl.profiler.service import ask_of
-from dynctl.profiler.stage import Stage, kv_tokens
+from dynctl.profiler.stage import Spoilt, Stage, kv_tokens
 from dynctl.profiler.starts import Standing
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,10 @@ class Room(msgspec.Struct, frozen=True, kw_only=True):
 
 class _Over(Exception):
     """No more of this layout, for this reason."""
+
+
+class _Unserving(_Over, Spoilt):
+    """It runs, but answers nothing."""
 
 
 @dataclass(slots=True)
@@ -132,8 +137,11 @@ class Sweep:
 
     def _basis(self, layout: Layout) -> str:
         stage = self._stage
-        made = candidate(stage.asked.loaded, alone(layout), "candidate", "")
+        made = candidate(stage.asked.loaded, self._alone(layout), "candidate", "")
         return key_of(depends_on(made, layout, stage.version, stage.hardware))
+
+    def _alone(self, layout: Layout) -> Option:
+        return alone(layout, self._estimates[layout].limits)
 
     async def _failed(self, one: _One, error: DynctlError) -> Failure:
         self.fits.pop(one.layout, None)
@@ -232,7 +240,7 @@ class Sweep:
                 if point is None:
                     await self._look_again(dying)
                     if asking.exception() is not None and not (one.prefill or one.decode):
-                        raise _Over(f"it serves nothing: {reason}")
+                        raise _Unserving(f"it serves nothing: {reason}")
                 return point, reason
             raise _Over(OUT_OF_TIME)
         finally:
@@ -252,7 +260,7 @@ class Sweep:
         word = "".join(c if c.isalnum() else "-" for c in one.label.lower())
         async with stage.slots.take(one.layout.gpus) as hosts:
             begun_s = time.monotonic()
-            async with stage.standing(alone(one.layout), word, hosts) as standing:
+            async with stage.standing(self._alone(one.layout), word, hosts) as standing:
                 one.start_s = time.monotonic() - begun_s
                 yield standing
 

@@ -117,6 +117,9 @@ def test_by_ssh_layouts_are_measured_at_once_on_hosts_of_their_own(laptop: Lapto
     where = ("--target", "ssh", "--inventory", laptop.inventory, "--out", out)
     seen = measured(laptop.cluster, MACHINE, laptop.home, (recipe, *where), hosts_of_engines)
     check(out, seen)
+    folders = [laptop.there / name for name in ("runs", "nodes", "deployments")]
+    kept = [one.name for folder in folders if folder.is_dir() for one in folder.iterdir()]
+    assert not [name for name in kept if "profile-" in name], "what ended well is kept on no host"
 
 
 def test_on_slurm_layouts_are_measured_at_once_in_jobs_with_gpus_of_their_own(

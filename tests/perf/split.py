@@ -1,6 +1,6 @@
 """How right the predictions of a split are: TTFT beside a simulation, the chosen split beside brute force.
 
-python -m tests.perf.split [waits|service|choice]
+python -m tests.perf.split [waits|service|choice|seats]
 """
 
 from __future__ import annotations
@@ -10,14 +10,25 @@ import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 from statistics import NormalDist, fmean
+
+import msgspec
 
 from dynctl.perfmodel.choice import Demand, Option, Pool, Prediction, Sla
 from dynctl.perfmodel.layout import Layout
 from dynctl.perfmodel.offers import Ask, Offers
 from dynctl.perfmodel.pools import Disaggregated
-from dynctl.perfmodel.profile import DecodeGrid, Limits, PrefillCurve, Profile, Subject, Transfer
+from dynctl.perfmodel.profile import (
+    DEFAULT,
+    DecodeGrid,
+    Limits,
+    PrefillCurve,
+    Profile,
+    Subject,
+    Transfer,
+)
 from dynctl.perfmodel.queueing import Routing, crossing, service, waits
 from dynctl.perfmodel.split import choose
 from dynctl.perfmodel.traffic import traffic
@@ -257,7 +268,82 @@ def kept(option: Option, profile: Profile, ask: Ask, seed: int) -> bool:
     )
 
 
-TABLES = {"waits": wait_table, "service": service_table, "choice": choice_table}
+SMALL = msgspec.structs.replace(DEFAULT, limits=Limits(kv_tokens=600_000, sequences=256, batched_tokens=8192))
+"""Steps of about 6 ms, 8 % longer with each 16 more in the batch: an ITL leaves few seats."""
+EVEN, UNEVEN = ((1000, 200),), mixed(500, 2000, 150)
+SEATS = (
+    ("1000/200, 0.3 s / 6.4 ms, 3 workers", EVEN, Sla(ttft_s=0.3, itl_s=0.0064), 3, 600_000),
+    ("1000/200, 0.3 s / 7 ms, 2 workers", EVEN, Sla(ttft_s=0.3, itl_s=0.007), 2, 600_000),
+    ("mixed 2000/150, 0.5 s / 8 ms, 3 workers", UNEVEN, Sla(ttft_s=0.5, itl_s=0.008), 3, 600_000),
+    ("1000/200, 0.3 s / 9 ms, 3 workers, KV for 10", EVEN, Sla(ttft_s=0.3, itl_s=0.009), 3, 12_000),
+    ("mixed 2000/150, 1 s / 12 ms, 2 workers, little KV", UNEVEN, Sla(ttft_s=1.0, itl_s=0.012), 2, 40_000),
+)
+Seated = tuple[str, tuple[tuple[int, int], ...], Sla, int, int]
+
+
+def seats_table() -> Iterator[str]:
+    """TTFT and ITL at p95 near the highest rate within the SLA, when as many may be in a batch as the ITL
+    allows and as many as are written.
+    """
+    heads = "prompts / answers, SLA (p95)", "split", "seats", "TTFT, predicted", "simulated"
+    yield f"| {' | '.join(heads)} | ITL, predicted | simulated |"
+    yield "|---|---|---|---|---|---|---|"
+    for case in SEATS:
+        for option, ask, within in seated(case):
+            for seats in (within, option.pools[-1].sequences):
+                ttft_s, itl_s = times_of(limited(option, seats), ask)
+                predicted = option.predicted
+                yield (
+                    f"| {case[0]} | {option.label} | {seats} | {predicted.ttft_s * 1e3:.0f} ms | "
+                    f"{ttft_s * 1e3:.0f} ms | {predicted.itl_s * 1e3:.2f} ms | {itl_s * 1e3:.2f} ms |"
+                )
+
+
+def seated(case: Seated) -> Iterator[tuple[Option, Ask, int]]:
+    """A case with one role and with two, at 97 % of the highest rate; and the seats within the ITL."""
+    _, lengths, sla, workers, kv_tokens = case
+    assert SMALL.limits is not None
+    limits = msgspec.structs.replace(SMALL.limits, kv_tokens=kv_tokens)
+    profile = msgspec.structs.replace(SMALL, limits=limits)
+    costs = {Layout(): profile}
+    both: tuple[tuple[Role, ...], ...] = (("aggregated",), ("prefill", "decode"))
+    for roles in both:
+        ask = Ask(
+            sla=sla,
+            demand=Demand(rate=1.0, lengths=lengths),
+            profiles=dict.fromkeys(roles, costs),
+            gpus=workers,
+            most=True,
+        )
+        found = choose(ask).chosen
+        assert found is not None
+        rate = 0.97 * found.predicted.capacity
+        ask = replace(ask, most=False, demand=Demand(rate=rate, lengths=lengths))
+        offers = Offers(ask)
+        writer = offers.writers[Layout()] if len(roles) == 2 else offers.both[Layout()].decode
+        pools = [(one.layout, one.replicas) for one in found.pools]
+        option = (
+            offers.split(pools[0], pools[1], rate) if len(pools) == 2 else offers.together(pools[0], rate)
+        )
+        yield option, ask, writer.seats
+
+
+def limited(option: Option, seats: int) -> Option:
+    """The option with so many seats in each worker that writes."""
+    last = msgspec.structs.replace(option.pools[-1], sequences=seats)
+    return msgspec.structs.replace(option, pools=(*option.pools[:-1], last))
+
+
+def times_of(option: Option, ask: Ask, requests: int = 12_000) -> tuple[float, float]:
+    """(TTFT, ITL) at the percentile of a simulation."""
+    layout = option.pools[0].layout
+    profiles: dict[str, Profile] = {one.role: ask.profiles[one.role][layout] for one in option.pools}
+    out = simulate(option, profiles, ask.demand, requests, seed=1)
+    share = ask.sla.percentile
+    return at_share([one.ttft_s for one in out], share), at_share([one.itl_s for one in out], share)
+
+
+TABLES = {"waits": wait_table, "service": service_table, "choice": choice_table, "seats": seats_table}
 
 
 def main() -> None:

@@ -71,6 +71,9 @@ def test_the_warm_up_is_that_of_the_load() -> None:
     assert load_of(Given(rate=3.0, requests=50)).warmup == 5
     assert load_of(Given(rate=3.0, duration=100.0)).warmup == 30
     assert load_of(Given(warmup=2)).warmup == 2
+    assert load_of(Given(rate=3.0)).settle
+    assert not load_of(Given(rate=3.0, warmup=7)).settle
+    assert not load_of(Given(concurrency=7)).settle
 
 
 def test_seeds_are_new_unless_given() -> None:
@@ -90,7 +93,7 @@ def test_seeds_are_new_unless_given() -> None:
     ],
 )
 def test_the_next_step_follows_from_what_was_measured(sla: Sla, load: Load, said: str) -> None:
-    changed = msgspec.structs.replace(load, sla=sla, warmup=0, ignore_eos=False)
+    changed = msgspec.structs.replace(load, sla=sla, warmup=0, settle=False, ignore_eos=False)
     result = summed_up(changed, [record(n, asked_input=100) for n in range(40)], IDLE)
     assert said in next_step(changed, result)
 

@@ -72,3 +72,20 @@ def test_what_runs_is_ended_also_where_nothing_can_be_written(
     swept = answer(Sweep(run_id=RUN_ID, drain_s=0.0), Home(tmp_path / "home"), LocalLauncher())
     assert swept.ended == 0
     assert "cannot be used" in capsys.readouterr().err
+
+
+def test_a_run_that_is_not_to_be_kept_is_removed_and_another_of_its_name_is_not(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    home.prepare()
+    other, gone = f"other-{RUN_ID}", f"gone-{RUN_ID}"
+    home.point("one", home.create_run(gone, {"plan.json": "{}"}))
+    home.create_node(gone, "n2", {"plan.json": "{}"})
+    home.create_run(other, {"plan.json": "{}"})
+    answer(Sweep(run_id=gone, drain_s=0.0, forget="one"), home, LocalLauncher())
+    assert [path.name for path in home.runs.iterdir()] == [other]
+    assert not list((home.root / "nodes").iterdir())
+    assert home.names() == []
+    home.point("one", home.create_run(gone, {"plan.json": "{}"}))
+    answer(Sweep(run_id=other, drain_s=0.0, forget="one"), home, LocalLauncher())
+    assert [path.name for path in home.runs.iterdir()] == [gone]
+    assert home.names() == ["one"], "it means another run"

@@ -94,7 +94,28 @@ def test_a_simulation_of_unequal_prompts_agrees() -> None:
 def test_workers_that_cannot_keep_up_are_told_of() -> None:
     assert waits(service([1.0]), 2, 2.0) is None
     assert waits(service([1.0]), 2, 2.5, "random") is None
-    assert in_flight(100.0, [0.0, 0.01, 0.02], 0.95) is None
+    assert in_flight(100.0, 2, lambda count: count * 0.01, 0.95) is None
+
+
+@pytest.mark.parametrize(("places", "load"), [(1, 0.5), (6, 0.7), (20, 0.9)])
+def test_a_wait_for_a_place_is_erlangs(places: int, load: float) -> None:
+    """Each of those in flight takes as long whoever else is there: M/M/c."""
+    found = in_flight(load * places / 2.0, places, lambda count: 2.0, 0.95)
+    assert found is not None
+    assert found.full == pytest.approx(erlang_c(places, load))
+    rate = 3.0
+    wait = found.wait(rate)
+    assert wait.delayed * wait.scale_s == pytest.approx(erlang_c(places, load) * load / (1 - load) / rate)
+
+
+def test_places_that_are_never_taken_are_not_waited_for() -> None:
+    few, many = (in_flight(10.0, most, lambda count: 1.0, 0.95) for most in (200, 100_000))
+    assert few is not None
+    assert many is not None
+    assert many.full == 0.0
+    assert many.wait(1.0).tail(0.0) == 0.0
+    assert many.mean == pytest.approx(few.mean)
+    assert many.at == few.at
 
 
 def test_nobody_waits_where_nobody_comes() -> None:
@@ -140,10 +161,8 @@ def test_more_workers_or_fewer_requests_never_wait_longer(
 def test_headroom_of_a_batch_whose_steps_are_alike_is_poissons(
     seats: int, share: float, allowed: float
 ) -> None:
-    steps = [0.02] * (seats + 1)
-
     def fits(mean: float) -> bool:
-        found = in_flight(mean / 0.02, steps, share)
+        found = in_flight(mean / 0.02, seats, lambda count: 0.02, share)
         return found is not None and found.at < seats
 
     assert fits(allowed * seats * 0.95)
@@ -151,7 +170,7 @@ def test_headroom_of_a_batch_whose_steps_are_alike_is_poissons(
 
 
 def test_many_in_flight_do_not_overflow() -> None:
-    found = in_flight(900.0, [1.0] * 1025, 0.99)
+    found = in_flight(900.0, 1024, lambda count: 1.0, 0.99)
     assert found is not None
     assert found.mean == pytest.approx(900.0, rel=0.01)
     assert found.at == pytest.approx(900 + 2.326 * 30, abs=6)

@@ -13,10 +13,12 @@ from dynctl.perfmodel.choice import Choice, Demand, Refused, Sla
 from dynctl.perfmodel.layout import Layout
 from dynctl.perfmodel.offers import Ask, Offers, fewest, highest
 from dynctl.perfmodel.pools import Aggregated, Decode, Disaggregated
-from dynctl.perfmodel.profile import Profile
+from dynctl.perfmodel.profile import DEFAULT, Limits, Profile
+from dynctl.perfmodel.queueing import NO_WAIT
 from dynctl.perfmodel.split import choose, keeps
 from dynctl.perfmodel.traffic import traffic
-from tests.perf.split import kept, machine, mixed
+from dynctl.profiler.phrases import demand_text
+from tests.perf.split import SEATS, Seated, kept, limited, machine, mixed, seated, times_of
 
 SMALL = 0.12
 LAYOUTS = {Layout(tensor=size): machine(size) for size in (2, 4, 8)}
@@ -146,6 +148,37 @@ def test_what_is_chosen_keeps_the_sla_when_it_is_simulated() -> None:
     found = choose(wanted)
     assert found.chosen is not None
     assert kept(found.chosen, small[Layout()], wanted, 5)
+
+
+@pytest.mark.parametrize("case", SEATS[1:3], ids=lambda case: case[0])
+def test_with_the_limit_that_is_written_nobody_waits_for_a_place(case: Seated) -> None:
+    """With as many as the ITL allows the aggregated ones of these take 65 to 100 % longer."""
+    for option, question, within in seated(case):
+        predicted, seats = option.predicted, option.pools[-1].sequences
+        assert seats > within
+        ttft_s, itl_s = times_of(limited(option, seats), question, requests=5000)
+        assert ttft_s <= 1.15 * predicted.ttft_s
+        assert question.sla.itl_s is not None
+        assert itl_s <= 1.05 * question.sla.itl_s
+
+
+def test_where_the_kv_is_full_the_wait_for_a_place_is_in_the_first_token() -> None:
+    mix = traffic(Demand(rate=1.0, lengths=((1000, 200),)))
+    limits = Limits(kv_tokens=12_000, sequences=256, batched_tokens=8192)
+    profile = msgspec.structs.replace(DEFAULT, limits=limits)
+    found = Aggregated(profile, mix, 8192, None, "least_work").both(4.0, 1, 0.8)
+    assert found is not None
+    reading, talking = found
+    assert 0.02 < talking.seat.delayed < 0.2
+    assert reading.ttft_s(0.99) > replace(reading, seat=NO_WAIT).ttft_s(0.99) + 0.05
+
+
+def test_with_no_rate_asked_and_nothing_found_no_rate_is_told() -> None:
+    hopeless = ask(Sla(ttft_s=0.001, itl_s=0.001), Demand(rate=1.0, lengths=LONG), most=True)
+    found = choose(hopeless)
+    assert found.chosen is None
+    assert demand_text(found.demand) == "requests at any rate of 4000 prompt and 500 answer tokens"
+    assert demand_text(choose(replace(hopeless, most=False)).demand).startswith("1 requests/s of 4000")
 
 
 def test_the_longest_request_must_fit_the_kv() -> None:

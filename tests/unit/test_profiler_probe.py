@@ -47,7 +47,7 @@ def measured(
         warmup=0 if repeated else 1,
         repeated=repeated,
     )
-    return Measured(summed_up(load, records, client), tuple(records))
+    return Measured(summed_up(load, records, client), tuple(records), load)
 
 
 def test_prompts_are_timed_to_their_first_token_without_the_warm_up() -> None:

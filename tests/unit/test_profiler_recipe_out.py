@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
+from dynctl.engines.arguments import normalised
 from dynctl.perfmodel.choice import Option, Pool
 from dynctl.perfmodel.layout import Layout
-from dynctl.profiler.candidate import alone
-from dynctl.profiler.recipe_out import recipe_text
+from dynctl.profiler.candidate import alone, candidate
+from dynctl.profiler.recipe_out import recipe_text, section_of
 from dynctl.recipe.load import LoadedRecipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -150,3 +151,32 @@ def test_a_recipe_in_json_stays_one(tmp_path: Path) -> None:
     assert plain(again(loaded, tmp_path / "out")) == plain(loaded)
     body = (tmp_path / "out" / "written.yaml").read_text().split("\n\n", 1)[1]
     assert json.loads(body)["roles"]["aggregated"]["tensor_parallel"] == 2
+
+
+OWN = ("name", "description", "planner")
+"""Of a trial alone, as are the frontend's address and key."""
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_what_is_tried_is_what_is_written(tmp_path: Path, path: Path) -> None:
+    loaded = load_recipe(path, ("frontend.limits.body=1MiB", "engine.env.A=1"), environ={}, files_here=False)
+    written = again(loaded, tmp_path / "out").recipe
+    tried = candidate(loaded, chosen(loaded), "profile-1-confirm-0", "the-secret-key").recipe
+    told = [one.model_dump(mode="json", by_alias=True) for one in (tried, written)]
+    for one in told:
+        for name in OWN:
+            del one[name]
+        one["frontend"] |= dict.fromkeys(("host", "port", "replicas", "hosts", "api_key"))
+    assert told[0] == told[1]
+    assert tried.planner is None, "nobody changes what is measured"
+
+
+def test_a_limit_is_set_in_the_spelling_that_the_recipe_has_it_in(tmp_path: Path) -> None:
+    sets = ("engine.args.max_num_seqs=17", "roles.aggregated.args.max-num-batched-tokens=512")
+    loaded = load_recipe(ROOT / "recipes" / "quickstart.yaml", sets, environ={})
+    pool = Pool(role="aggregated", layout=Layout(), replicas=3, sequences=6, batched_tokens=2048, load=0.5)
+    section = section_of(loaded.recipe, pool)
+    args = {**loaded.recipe.engine.args, **section.args}
+    assert normalised(args)["max-num-seqs"] == 6
+    assert normalised(args)["max-num-batched-tokens"] == 2048
+    assert section.replicas == 3

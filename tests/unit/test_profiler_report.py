@@ -82,9 +82,9 @@ def test_the_answer_comes_first_with_predicted_beside_measured() -> None:
         "✓ Keeps the SLA, measured 1 x TP2 aggregated, 2 GPUs "
         "1 x TP2 aggregated keeps p95 TTFT and ITL at 8 requests/s. "
         "asked predicted measured at 8/s difference "
-        "TTFT, p95 ≤ 400ms 176ms 183ms +4% "
+        "TTFT, p95 ≤ 400ms 173ms 180ms +4% "
         "ITL, p95 ≤ 12.0ms 9.8ms 9.5ms -3% "
-        "Requests/s within the SLA 8 9.15 7.74 "
+        "Requests/s within the SLA 8 9.21 7.74 "
         "Answer tokens/s a GPU 1,200 1,200 0% "
         "Answer tokens/s a user 102 105 +3% "
         "Run it: dynctl up profile-chat/recipe.yaml"
@@ -94,7 +94,7 @@ def test_the_answer_comes_first_with_predicted_beside_measured() -> None:
 def test_all_that_was_found_is_told() -> None:
     text = words_of(measured())
     assert "runner-up" in text["options"]
-    assert "aggregated 1 TP2 2 37 4,096 50%" in text["pools"]
+    assert "aggregated 1 TP2 2 48 8,192 50%" in text["pools"]
     assert "TP8 - 0 0 - 31 s the engine ended with exit code 1" in text["candidates"]
     assert "INFO loading weights <1/4> torch.OutOfMemoryError: CUDA out of memory." in text["candidates"]
     assert "decode 256 x 3150 refused: the client was the bottleneck" in text["candidates"]

@@ -8,6 +8,7 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from dynctl.cli.profile import Machines, asked_of
 from dynctl.errors import DynctlError, LaunchError, ProfileError
 from dynctl.perfmodel.choice import Demand, Sla
 from dynctl.perfmodel.layout import Layout
+from dynctl.perfmodel.split import choose
 from dynctl.profiler import sweep as sweep_module
 from dynctl.profiler.candidate import alone, candidate, depends_on
 from dynctl.profiler.journal import Journal, key_of
@@ -22,7 +24,7 @@ from dynctl.profiler.load.spec import Endpoint
 from dynctl.profiler.outcome import DecodePoint, LayoutRun, PrefillPoint
 from dynctl.profiler.probe import Unserved
 from dynctl.profiler.search import DecodeProbe, PrefillProbe, Probe
-from dynctl.profiler.service import Asked, estimated
+from dynctl.profiler.service import Asked, ask_of, estimated
 from dynctl.profiler.stage import Slots, Stage
 from dynctl.profiler.starts import Standing
 from dynctl.profiler.sweep import Sweep
@@ -37,22 +39,22 @@ class Starts:
 
     up_now: list[str] = field(default_factory=list)
     forgotten: list[str] = field(default_factory=list)
+    args: dict[str, Any] = field(default_factory=dict)
     most: int = 0
 
     async def up(self, recipe: Path, name: str, timeout_s: float) -> Standing:
         assert recipe.name == f"{name}.yaml"
+        section = load_recipe(recipe).recipe.roles.aggregated
+        self.args = dict(section.args) if section else {}
         self.up_now.append(name)
         self.most = max(self.most, len(self.up_now))
         await asyncio.sleep(0.01)
         return Standing(name, f"http://{name}", Path("/nonexistent"))
 
-    async def down(self, name: str) -> str:
+    async def down(self, name: str, *, remove: bool) -> str:
         self.up_now.remove(name)
+        self.forgotten += [name] if remove else []
         return ""
-
-    def forget(self, name: str) -> None:
-        assert name not in self.up_now
-        self.forgotten.append(name)
 
     async def died(self, standing: Standing) -> LaunchError:
         await asyncio.sleep(3600)
@@ -122,6 +124,33 @@ def test_layouts_are_measured_at_once_and_ended(tmp_path: Path, monkeypatch: pyt
     assert (starts.most, starts.up_now) == (3, [])
     assert sorted(starts.forgotten) == ["profile-r1-tp1", "profile-r1-tp2", "profile-r1-tp4"]
     assert not list((tmp_path / "candidates").iterdir())
+
+
+def test_the_limits_that_are_written_are_those_of_the_probes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep_module, "measured", answer)
+    starts = Starts()
+    stage = stage_for(tmp_path, starts)
+    sweep = Sweep(stage, estimated(stage.asked)[0])
+    asyncio.run(sweep.run((TP1,)))
+    chosen = choose(ask_of(stage.asked, sweep.fits)).chosen
+    assert chosen is not None
+    for pool in chosen.pools:
+        assert pool.batched_tokens == starts.args["max-num-batched-tokens"]
+        assert pool.sequences <= starts.args["max-num-seqs"]
+
+
+def test_of_what_serves_nothing_the_logs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def mute(*_: object) -> tuple[PrefillPoint, str]:
+        raise Unserved("no answer")
+
+    monkeypatch.setattr(sweep_module, "measured", mute)
+    starts = Starts()
+    stage = stage_for(tmp_path, starts)
+    runs = asyncio.run(swept(stage, (TP1,)))
+    assert "serves nothing" in runs[0].stopped
+    assert (starts.forgotten, stage.kept) == ([], ["profile-r1-tp1"])
 
 
 @pytest.mark.parametrize(

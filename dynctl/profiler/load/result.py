@@ -91,7 +91,9 @@ def meets_sla(record: Record, sla: Sla) -> bool:
 
 
 def summed_up(load: Load, records: Sequence[Record], client: ClientLoad) -> Result:
-    """The result of a load's records, in any order; the warm-up's are those with the lowest numbers."""
+    """The result of a load's records, in any order; the warm-up's are those with the lowest numbers. A load
+    that is to `settle` still is one that has not.
+    """
     counted = [record for record in records if record.number >= load.warmup]
     done = [record for record in counted if record.completed]
     sla = load.sla
@@ -202,6 +204,11 @@ def _problems(load: Load, result: Result, done: Sequence[Record]) -> list[str]:
         found.append(f"{counts.short} of {len(done)} answers ended before as many tokens as asked for")
     found += _off(done, load)
     found += _by_accident(load, result)
+    if load.settle:
+        found.append(
+            f"batches were still filling when the {counts.warmup} requests to warm up were over: --warmup or "
+            "--duration must be longer, or the service cannot keep up with the rate"
+        )
     if counts.late > _FEW * counts.offered:
         found.append(f"{counts.late} of {counts.offered} requests were sent after their time")
     if done:

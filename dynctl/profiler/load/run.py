@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
+
 from dynctl.errors import DynctlError, ProfileError
 from dynctl.profiler.load.client import Asker
 from dynctl.profiler.load.lag import LagMeter
@@ -17,6 +19,7 @@ from dynctl.profiler.load.prompts import Ask, Prompts, body
 from dynctl.profiler.load.record import Record
 from dynctl.profiler.load.result import Result, summed_up
 from dynctl.profiler.load.schedule import arrivals
+from dynctl.profiler.load.settling import Settling
 from dynctl.profiler.load.spec import Closed, Endpoint, Load, check
 from dynctl.profiler.load.wire import Answer
 from dynctl.profiler.load.words import COMMON, Words, words_of
@@ -32,7 +35,8 @@ _FIT_S = 120.0
 @dataclass(slots=True)
 class Watch:
     """A load as others see and stop it. `stop` may be set at any time; `records` grow; `begun_s` and
-    `phase` tell how far it is ("fitting", "warm-up", "measuring", "ending").
+    `phase` tell how far it is ("fitting", "warm-up", "measuring", "ending"); `more`: requests of a warm-up
+    beyond the load's own number.
     """
 
     stop: asyncio.Event = field(default_factory=asyncio.Event)
@@ -41,14 +45,16 @@ class Watch:
     begun_s: float = 0.0
     sent: int = 0
     in_flight: int = 0
+    more: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """The figures, and the requests that they are of."""
+    """The figures, and the requests that they are of. `load`: with the warm-up that it had."""
 
     result: Result
     records: tuple[Record, ...]
+    load: Load
 
 
 async def measure(load: Load, endpoint: Endpoint) -> Result:
@@ -75,7 +81,8 @@ async def run(load: Load, endpoint: Endpoint, watch: Watch) -> Measured:
             client = meter.result()
     finally:
         await asker.close()
-    return Measured(summed_up(load, watch.records, client), tuple(watch.records))
+    had = msgspec.structs.replace(load, warmup=sender.settling.warmup, settle=sender.settling.cut)
+    return Measured(summed_up(had, watch.records, client), tuple(watch.records), had)
 
 
 async def fitted_words(load: Load, endpoint: Endpoint, asker: Asker) -> Words:
@@ -110,6 +117,7 @@ class _Sender:
         self._asker = asker
         self._prompts = Prompts(load, words)
         self._watch = watch
+        self.settling = Settling(load)
         self._ready: dict[int, tuple[Ask, bytes]] = {}
         self._error: DynctlError | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -173,12 +181,15 @@ class _Sender:
             wait_s = due_s - self._now_s()
             if wait_s > 0:
                 await asyncio.sleep(wait_s)
+            if not self.settling.due(number, due_s, self._watch.records):
+                break
+            self._watch.more = self.settling.warmup - self._load.warmup
             task = asyncio.create_task(self._conversation(number, due_s))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
             if number + 1 not in self._ready and self._load.turns == 1:
                 following = number + 1
-                if not self._load.total or following < self._load.total:
+                if not self._load.total or self._load.settle or following < self._load.total:
                     self._ready[following] = self._make(following)
         if self._tasks:
             await asyncio.wait(self._tasks)
@@ -190,7 +201,7 @@ class _Sender:
         """All turns of one, to its end or first failure."""
         load = self._load
         said: list[str] = []
-        if number == load.warmup and self._watch.phase == "warm-up":
+        if self.settling.over and number >= self.settling.warmup and self._watch.phase == "warm-up":
             self._watch.phase = "measuring"
             self._meter.restart()
         for turn in range(load.turns):

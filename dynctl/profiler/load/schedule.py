@@ -11,12 +11,12 @@ from dynctl.profiler.load.spec import Load, Open, Replay
 def arrivals(load: Load) -> Iterator[float]:
     """Seconds from the start at which each request (or conversation) is to be sent, rising; the first at 0.
 
-    It ends with the load's number of requests or its duration. A closed loop has no such times: they are
-    all 0. Gaps of an open loop are gamma distributed with mean 1/rate and squared coefficient of variation
-    1/burstiness, as `vllm bench serve` has them.
+    It ends with the load's number of requests, unless it is to settle first, or with its duration. A closed
+    loop has no such times: they are all 0. Gaps of an open loop are gamma distributed with mean 1/rate and
+    squared coefficient of variation 1/burstiness, as `vllm bench serve` has them.
     """
     for number, at_s in enumerate(_times(load)):
-        if load.total and number >= load.total:
+        if load.total and number >= load.total and not load.settle:
             return
         if load.duration_s and at_s > load.duration_s:
             return

@@ -50,7 +50,8 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     It ends after `requests` or when `duration_s` has passed, whichever is first (0 = no such limit). With
     `turns` above 1 each one is a conversation of so many requests, `think_s` apart, that carries its whole
     past; `isl` is then the length of what is added in each turn. Of each prompt the first `shared_tokens` are
-    one of `prefixes` common beginnings. The first `warmup` requests are sent, but not counted. A request has
+    one of `prefixes` common beginnings. The first `warmup` requests are sent, but not counted; with `settle`
+    an open loop sends more of them, until batches are as full as they get (`settling`). A request has
     `deadline_s` to its last token. `ignore_eos`: ask that answers do not end by themselves.
     `repeated`: the same prompts were sent before, and are meant to be in the server's cache.
     """
@@ -61,6 +62,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     requests: int = 0
     duration_s: float = 0.0
     warmup: int = 0
+    settle: bool = False
     shared_tokens: int = 0
     prefixes: int = 1
     turns: int = 1
@@ -75,7 +77,9 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def total(self) -> int:
-        """Requests or conversations at most, those of the warm-up included; 0 = as many as time allows."""
+        """Requests or conversations, those of the warm-up included, should that not take more; 0 = as many as
+        time allows.
+        """
         if isinstance(self.arrivals, Replay):
             length = len(self.arrivals.requests)
             return min(length, self.requests + self.warmup) if self.requests else length
@@ -123,6 +127,7 @@ def check(load: Load) -> Load:
             wrong.append((not arrivals.requests, "the trace holds no requests"))
             wrong.append((not arrivals.speedup > 0, f"a speed-up must be above 0, not {arrivals.speedup:g}"))
             wrong.append((load.turns > 1, "a trace tells its own turns"))
+    wrong.append((load.settle and not isinstance(arrivals, Open), "only an open loop settles"))
     if not isinstance(arrivals, Replay) and not (load.requests or load.duration_s):
         wrong.append((True, "the load has no end: give a number of requests or a duration"))
     for is_so, message in wrong:

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from dynctl.observability.logs import timestamp
 from dynctl.perfmodel.choice import Option
 from dynctl.profiler.outcome import Confirmed, LayoutRun, Measurement
-from dynctl.profiler.phrases import figure, milliseconds, sla_text, span
+from dynctl.profiler.phrases import demand_text, figure, milliseconds, sla_text, span
 from dynctl.profiler.report.marks import Plot
 from dynctl.profiler.report.palette import DARK, LIGHT, css
 from dynctl.profiler.report.told import Told
@@ -64,12 +64,7 @@ def page(told: Told, plots: Sequence[Plot], svg: Callable[[Plot], str], no_plots
 
 def asked(told: Told) -> str:
     """The question in a line."""
-    demand = told.choice.demand
-    cached = f", {demand.hit_rate:.0%} of them cached" if demand.hit_rate else ""
-    return (
-        f"{sla_text(told.choice.sla)}, at {demand.rate:.3g} requests/s of {demand.isl:.0f} prompt"
-        f"{cached} and {demand.osl:.0f} answer tokens"
-    )
+    return f"{sla_text(told.choice.sla)}, for {demand_text(told.choice.demand)}"
 
 
 def verdict(told: Told) -> tuple[str, str]:
