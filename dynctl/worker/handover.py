@@ -19,7 +19,8 @@ import msgspec
 from dynctl.errors import LaunchError, UsageError
 from dynctl.protocol.handover import ENV_TOOK, Become
 from dynctl.protocol.specs import EngineProcess, WorkerSpec
-from dynctl.worker.process import EngineChild
+from dynctl.worker.kv_relay import RankMemory
+from dynctl.worker.process import EngineChild, Handle
 from dynctl.worker.step import ENV_STEP
 
 logger = logging.getLogger(__name__)
@@ -48,22 +49,41 @@ def next_of(spec: WorkerSpec, call: Become) -> Next:
     return Next(to, call.incarnation)
 
 
-def become(spec: WorkerSpec, incarnation: int, to: Next, child: EngineChild) -> NoReturn:
-    """Go on as `to`, in the run directory. Sockets must be closed. Raises LaunchError."""
+def become(was: tuple[str, int], to: Next, child: EngineChild, kv: list[RankMemory]) -> NoReturn:
+    """Go on as `to`, in the run directory. `was`: seat and incarnation so far. Raises LaunchError."""
     seat = to.spec.id
     path = Path("specs") / f"{seat}.json"
-    took = os.environ.get(ENV_TOOK) or f"{spec.id} {incarnation}"
+    took = os.environ.get(ENV_TOOK) or f"{was[0]} {was[1]}"
     names = {_SEAT: seat, _INCARNATION: str(to.incarnation), ENV_TOOK: took}
     logger.info("worker.becomes id=%s incarnation=%d engine_pid=%d", seat, to.incarnation, child.pid)
     try:
         _write(path, msgspec.json.format(msgspec.json.encode(to.spec), indent=2) + b"\n")
         log = _moved_log(child.log, Path(to.spec.engine_log or f"logs/{seat}.engine.log"), to.incarnation)
-        handle = msgspec.json.encode(child.handle(log)).decode()
+        handle = msgspec.json.encode(child.handle(log, _in_memory(msgspec.msgpack.encode(kv)))).decode()
         _log_to(Path("logs") / f"{seat}.log")
         argv = [sys.executable, "-m", "dynctl.worker", "--spec", str(path), "--engine", handle]
         os.execve(sys.executable, argv, {**os.environ, **names})
     except OSError as error:
-        raise LaunchError(f"{spec.id} cannot become {seat}: {error}", where=str(path)) from error
+        raise LaunchError(f"{was[0]} cannot become {seat}: {error}", where=str(path)) from error
+
+
+def kv_of(handle: Handle) -> list[RankMemory]:
+    """What was known of the engine's blocks; told once. What cannot be read is asked of the engine again."""
+    try:
+        with os.fdopen(handle.kv, "rb") as file:
+            file.seek(0)
+            return msgspec.msgpack.decode(file.read(), type=list[RankMemory])
+    except (OSError, msgspec.DecodeError) as error:
+        logger.warning("kv_memory.unreadable error=%s", error)
+        return []
+
+
+def _in_memory(data: bytes) -> int:
+    """A file descriptor for it that outlives `execve`."""
+    descriptor = os.memfd_create("dynctl-kv", 0)
+    with os.fdopen(descriptor, "wb", closefd=False) as file:
+        file.write(data)
+    return descriptor
 
 
 def _nameless(engine: EngineProcess | None) -> object:

@@ -27,7 +27,7 @@ from dynctl.transport.keys import Keys
 from dynctl.worker.adapters import Adapters
 from dynctl.worker.canary import CanaryRun
 from dynctl.worker.kv_poll import KvPoller
-from dynctl.worker.kv_relay import KvRelay
+from dynctl.worker.kv_relay import KvRelay, RankMemory
 from dynctl.worker.load import report_load, report_of
 from dynctl.worker.readiness import Probe, Ready
 
@@ -99,6 +99,14 @@ class Planes:
             await self._adapters.sync()
         except DynctlError as error:
             logger.warning("adapters.unheard id=%s error=%s", self._spec.id, error)
+
+    def kv_memory(self) -> list[RankMemory]:
+        """See `KvRelay.memory`."""
+        return self._relay.memory()
+
+    def recall_kv(self, memories: list[RankMemory]) -> None:
+        """See `KvRelay.recall`; before `attach`."""
+        self._relay.recall(memories)
 
     def attach(self, engine: Attached, on_superseded: Callable[[], None]) -> None:
         """Serve an engine: relay its events and load, take the lease."""

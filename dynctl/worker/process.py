@@ -48,12 +48,13 @@ class Process(Protocol):
 class Handle(msgspec.Struct, frozen=True, kw_only=True):
     """An engine as its sidecar knows it, to be known again after the sidecar's `execve`: see `handover`.
 
-    `pipe` is the file descriptor that its guard reads from.
+    `pipe` and `kv` are file descriptors: what its guard reads from, and what is known of its KV blocks.
     """
 
     pid: int
     guard_pid: int
     pipe: int
+    kv: int
     log: str
     log_start: int
 
@@ -103,13 +104,14 @@ class EngineChild:
         guard = _Guard(Inherited(handle.guard_pid), handle.pipe)
         return cls(Inherited(handle.pid), guard, Path(handle.log), handle.log_start)
 
-    def handle(self, log: Path) -> Handle:
+    def handle(self, log: Path, kv: int) -> Handle:
         """For `inherit` after an `execve`, which its guard's pipe outlives now. `log`: its log by then."""
         os.set_inheritable(self._guard.pipe, True)
         return Handle(
             pid=self.pid,
             guard_pid=self._guard.pid,
             pipe=self._guard.pipe,
+            kv=kv,
             log=str(log),
             log_start=self._log_start,
         )

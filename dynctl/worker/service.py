@@ -28,7 +28,7 @@ from dynctl.http.client import Client
 from dynctl.protocol.handover import Become
 from dynctl.protocol.specs import EngineProcess, WorkerSpec
 from dynctl.transport.keys import bearer, load_engine_key
-from dynctl.worker.handover import Next, become, next_of
+from dynctl.worker.handover import Next, become, kv_of, next_of
 from dynctl.worker.load import wait_until_idle
 from dynctl.worker.planes import Attached, Planes
 from dynctl.worker.port_holder import find_holder
@@ -153,6 +153,7 @@ class Worker:
             child = await self._start(engine)
         else:
             child = EngineChild.inherit(self._inherited)
+            planes.recall_kv(kv_of(self._inherited))
         if isinstance(child, Ending):
             return child
         patience_s = self._spec.stop_timeout_s
@@ -191,9 +192,10 @@ class Worker:
         await _first(self._drain(probe, planes), child.wait(), self._stop.wait(), self._superseded.wait())
         if self._stop.is_set() or self._superseded.is_set() or child.exit_code is not None:
             return
+        kv = planes.kv_memory()
         await planes.detach(f"it becomes {to.spec.id}")
         await planes.close()
-        become(self._spec, self._incarnation, to, child)
+        become((self._spec.id, self._incarnation), to, child, kv)
 
     async def _until_ready(self, child: EngineChild, probe: Probe) -> Ready | Ending | None:
         """None: asked to end before it was ready. Raises NotReady, PortInUse."""

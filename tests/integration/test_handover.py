@@ -16,6 +16,8 @@ from dynctl.controller.amending import scale
 from dynctl.deploy.home import RunDir
 from tests.deployment import Cli, Deployment, counter, end_all, eventually, get, up
 from tests.integration.steady_load import steady_load
+from tests.integration.test_day2 import SLOW, clients
+from tests.integration.worker_rig import alive
 
 RECIPE = """
 schema: dynctl/v1
@@ -29,6 +31,7 @@ roles:
 frontend: {port: 0}
 """
 CLIENTS = 8
+PROMPT_BLOCKS = 15
 
 
 @pytest.fixture
@@ -121,6 +124,18 @@ async def test_an_engine_serves_on_in_the_other_role_and_no_request_is_broken(cl
         assert logs.returncode == 0, logs.stderr
 
 
+async def test_streams_that_outlast_the_drain_go_on_elsewhere_while_their_engine_turns_to_prefill(
+    cli: Cli, recipe: Path
+) -> None:
+    with up(cli, recipe, *SLOW) as served:
+        engine = row(served, "decode-1")["engine_pid"]
+        async with clients(served):
+            await scaled(served, "prefill=4", "decode=1")
+            there = await asyncio.to_thread(row, served, "prefill-3")
+            assert (there["engine_pid"], there["state"]) == (engine, "ready")
+        assert counter(get(f"{served.url}/metrics"), "dynctl_frontend_model_migration_total") > 0
+
+
 async def test_one_that_went_to_and_fro_is_not_taken_for_what_its_name_was(cli: Cli, recipe: Path) -> None:
     """The engine has the names of its first start for good."""
     with up(cli, recipe) as served:
@@ -140,7 +155,7 @@ async def test_one_that_went_to_and_fro_is_not_taken_for_what_its_name_was(cli: 
             assert await asyncio.to_thread(
                 eventually, lambda: row(served, "prefill-3")["engine_pid"] not in (0, engine)
             )
-            assert not Path(f"/proc/{engine}").exists()
+            assert not alive(engine)
             assert await asyncio.to_thread(eventually, lambda: row(served, "prefill-3")["state"] == "ready")
         assert (load.broken.total(), load.wrong, load.hung) == (0, [], 0)
 
@@ -160,7 +175,7 @@ async def test_what_cannot_be_handed_over_is_drained_ended_and_started(cli: Cli,
             assert taken["restarts"] == 0
         assert (load.broken.total(), load.wrong, load.hung) == (0, [], 0)
         assert not events(served, "process.took_over")
-        assert not Path(f"/proc/{former['engine_pid']}").exists()
+        assert not alive(former["engine_pid"])
 
 
 async def test_a_controller_killed_on_the_way_loses_neither_engine_nor_seat(cli: Cli, recipe: Path) -> None:
@@ -190,23 +205,23 @@ async def test_a_controller_killed_on_the_way_loses_neither_engine_nor_seat(cli:
 
 
 async def test_what_the_engine_holds_is_known_of_it_in_its_new_role(cli: Cli, recipe: Path) -> None:
-    """A prompt that only this engine has read is found at it again under its new name."""
-    one = ("--set", "roles.prefill.replicas=2", "--set", "roles.decode.replicas=1")
+    """Prompts that it has had for decode count for it as a prefill worker, new as that is to frontends."""
+    one = ("--set", "roles.prefill.replicas=1", "--set", "roles.decode.replicas=2")
     with up(cli, recipe, *one) as served:
-        engine = row(served, "prefill-1")["engine_pid"]
-        prompts = [f"{number} " + "the same long words " * 60 for number in range(8)]
-        for prompt in prompts:
+        engine = row(served, "decode-1")["engine_pid"]
+        for number in range(8):
+            prompt = f"{number} " + "the same long words " * 60
             served.post("/v1/completions", {"model": "tiny", "prompt": prompt, "max_tokens": 1})
 
         def blocks(seat: str) -> float:
             return counter(get(f"{served.url}/metrics"), "dynctl_frontend_router_kv_blocks", worker=seat)
 
-        assert eventually(lambda: blocks("prefill-1") > 0)
-        held = blocks("prefill-1")
-        await scaled(served, "prefill=1", "decode=2")
-        assert row(served, "decode-1")["engine_pid"] == engine
-        assert eventually(lambda: blocks("decode-1") >= held), (held, blocks("decode-1"))
-        assert blocks("prefill-1") == 0
+        assert eventually(lambda: blocks("prefill-0") == 8 * PROMPT_BLOCKS), blocks("prefill-0")
+        held = PROMPT_BLOCKS * routed(served, "decode-1")
+        assert held
+        await scaled(served, "prefill=2", "decode=1")
+        assert row(served, "prefill-1")["engine_pid"] == engine
+        assert eventually(lambda: blocks("prefill-1") == held), (held, blocks("prefill-1"))
 
 
 def test_what_the_planner_moves_from_prefill_to_decode_is_the_running_engine(cli: Cli, recipe: Path) -> None:

@@ -208,7 +208,4 @@ def test_the_way_down_ends_one_that_is_on_its_way() -> None:
     done = bench.exit("frontend-0", 0)
     assert Terminate("prefill-2") in done
     late = bench.after(5.0 + LEAST_STOP_MARGIN_S)
-    assert [one for one in late if one.id in ("prefill-2", "decode-2")] == [
-        Kill("prefill-2", 1),
-        Kill("decode-2", 1),
-    ]
+    assert {Kill("prefill-2", 1), Kill("decode-2", 1)} <= set(late)

@@ -47,9 +47,7 @@ def planned(tmp_path: Path, *sets: str, hosts: Inventory = FULL) -> Plan:
 
 def after(tmp_path: Path, old: Plan, *sets: str, hosts: Inventory = FULL, lost: str = "") -> Plan:
     room = Room(frozenset((node.name, port) for node in old.nodes for port in node.ports))
-    return replan(
-        load(tmp_path, *sets), hosts, old, replace(room, lost={lost: "gone"}) if lost else room
-    )
+    return replan(load(tmp_path, *sets), hosts, old, replace(room, lost={lost: "gone"}) if lost else room)
 
 
 def taken(old: Plan, new: Plan) -> dict[str, str]:

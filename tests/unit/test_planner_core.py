@@ -313,7 +313,6 @@ def test_replicas_that_go_on_with_the_engines_of_others_tell_nothing_of_boots() 
         assert world.state.boot_s == pytest.approx(expected)
 
 
-
 def test_a_role_beyond_its_bounds_is_moved_though_the_budget_is_short() -> None:
     roles = {"prefill": replace(BOTH, maximum=3), "decode": BOTH}
     world = World(config(mode="throughput", gpus=5, roles=roles), {"prefill": 3, "decode": 1})
