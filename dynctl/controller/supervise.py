@@ -188,8 +188,9 @@ class Supervisor:
             self._ask_again(seat)
         if seat is None or seat.state in ("stopping", "stopped", "drained", "failed"):
             return
-        if seat.takes and receive(self.state, seat):
-            self._note("process.took_over", seat, before=seat.engine_of[0] if seat.engine_of else None)
+        before = seat.takes
+        if before and receive(self.state, seat):
+            self._note("process.took_over", seat, before=before)
         seat.url, seat.engine_pid = event.url, event.engine_pid
         if event.state != "ready":
             if seat.state != event.state:

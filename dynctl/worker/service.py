@@ -195,7 +195,8 @@ class Worker:
         kv = planes.kv_memory()
         await planes.detach(f"it becomes {to.spec.id}")
         await planes.close()
-        become((self._spec.id, self._incarnation), to, child, kv)
+        if not self._stop.is_set():
+            become((self._spec.id, self._incarnation), to, child, kv)
 
     async def _until_ready(self, child: EngineChild, probe: Probe) -> Ready | Ending | None:
         """None: asked to end before it was ready. Raises NotReady, PortInUse."""
