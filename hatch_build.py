@@ -1,4 +1,4 @@
-"""Compiles the relay's steps when dynctl is installed. Without a compiler dynctl is the same, in Python.
+"""Compiles the steps of the hot path when dynctl is installed. Without a compiler Python does the same.
 
 A failure is no error of the installation: it is shown, and kept beside the source, where `dynctl version`
 finds it. The wheel is one for any machine all the same: where its module does not load, it is passed over.
@@ -35,7 +35,7 @@ class Hook(BuildHookInterface):  # type: ignore[type-arg]
             self._folder = tempfile.mkdtemp(prefix="dynctl-build-")
         failure = build_into(ROOT / FOLDER if editable else Path(self._folder))
         if failure:
-            self.app.display_warning(f"dynctl will relay in Python: {failure}")
+            self.app.display_warning(f"dynctl will do all in Python: {failure}")
         if not editable:
             for path in Path(self._folder).iterdir():
                 build_data["force_include"][str(path)] = f"{FOLDER}/{path.name}"

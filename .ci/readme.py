@@ -30,7 +30,7 @@ def healthy() -> bool:
 
 
 def check_wheel(path: str) -> None:
-    """Every shipped recipe, sbatch script and dashboard is in the wheel, and the compiled relay."""
+    """Every shipped recipe, sbatch script and dashboard is in the wheel, and the compiled hot path."""
     names = set(zipfile.ZipFile(path).namelist())
     want = {f"dynctl/_data/{p.relative_to(ROOT)}" for p in ROOT.glob("recipes/*.yaml")}
     want |= {f"dynctl/_data/{p.relative_to(ROOT)}" for p in ROOT.glob("slurm/*.sbatch")}

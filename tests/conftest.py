@@ -61,7 +61,7 @@ def _cluster(mark: pytest.Mark) -> str:
 
 
 def _compiled(mark: pytest.Mark) -> str:
-    return "" if load.compiled is not None else f"needs the compiled relay: {load.missing}"
+    return "" if load.compiled is not None else f"needs the compiled hot path: {load.missing}"
 
 
 NEEDS: dict[str, Callable[[pytest.Mark], str]] = {

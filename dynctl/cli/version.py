@@ -11,10 +11,10 @@ from dynctl.native import load
 
 
 def version(as_json: Json = False) -> None:
-    """Print the version of dynctl, and whether its relay is compiled."""
+    """Print the version of dynctl, and whether its hot path is compiled."""
     number = metadata.version("dynctl")
     if as_json:
-        relay = {"compiled": load.compiled is not None, "why_not": load.missing}
-        json_data({"version": number, "python": platform.python_version(), "relay": relay})
+        hot_path = {"compiled": load.compiled is not None, "why_not": load.missing}
+        json_data({"version": number, "python": platform.python_version(), "hot_path": hot_path})
     else:
-        data(f"dynctl {number}, relay {load.told()}")
+        data(f"dynctl {number}, hot path {load.told()}")

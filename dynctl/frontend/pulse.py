@@ -7,7 +7,7 @@ from typing import Final
 
 from dynctl.observability.metrics import Metrics
 
-INTERVAL_S: Final = 0.2
+INTERVAL_S: Final = 0.5
 STALL_S: Final = 0.005
 
 

@@ -245,8 +245,8 @@ async def run(spec: FrontendSpec, incarnation: int) -> None:
         if port is not None:
             # What was imported and built lives as long as the process: no collection needs to walk it.
             gc.freeze()
-            mode, relay = spec.router.mode, load.told()
-            logger.info("frontend.listening host=%s port=%d mode=%s relay=%s", spec.host, port, mode, relay)
+            mode, told = spec.router.mode, load.told()
+            logger.info("frontend.listening host=%s port=%d mode=%s hot_path=%s", spec.host, port, mode, told)
             await ending.event.wait()
         logger.info("frontend.stopping superseded=%s", ending.superseded)
     finally:

@@ -107,10 +107,14 @@ class Index:
         if slot is None or not held:
             return
         masks, bit = self._masks[tier], slot.bit
+        get = masks.get
         for h in hashes:
-            if h in held:
-                held.remove(h)
-                _clear(masks, h, bit)
+            mask = get(h, 0)
+            if mask == bit:
+                del masks[h]
+            elif mask & bit:
+                masks[h] = mask ^ bit
+        held.difference_update(hashes)
 
     def reset(self, key: SlotKey) -> None:
         """Forget what `key` holds, in all tiers. Takes the same time whatever it held."""

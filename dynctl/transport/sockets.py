@@ -26,7 +26,7 @@ Context = zmq.Context[Socket]
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """A larger message cuts its sender's connection."""
 HIGH_WATER_MESSAGES = 100_000
-_BATCH = 512
+_BATCH = 64
 """Messages taken in one go before other work of the loop gets its turn."""
 _ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 _ZAP_DOMAIN = b"dynctl"

@@ -1,7 +1,7 @@
 """An engine's KV events, translated and numbered, onto the event plane; and what readers missed of them.
 
 Per data-parallel rank: the engine's own stream comes in order (see `transport.engine_events`; `kv_poll` for
-engines that are asked), what changes within `GATHER_S` goes out as one batch under the next number, the last
+engines that are asked), what changes goes out as one batch every `GATHER_S` under the next number, the last
 ones are kept for readers with a gap. When engine events are lost for good, a `Cleared` goes out and the index
 is built anew from what follows. Blocks that cannot be taken over are logged once a streak: see `SkippedLog`.
 """
@@ -27,7 +27,14 @@ logger = logging.getLogger(__name__)
 
 KEPT_BATCHES = 512
 GATHER_S = 0.2
-"""An engine tells of blocks at every step, and each message costs every frontend a wake-up."""
+"""An engine tells of blocks at every step, and a wake-up costs a frontend more than a message: by the clocks
+of their hosts all workers tell at the same moments, as far as these clocks agree.
+"""
+
+
+def until_told(now_s: float) -> float:
+    """Seconds from a wall clock's `now_s` to when batches go out next: more than 0, at most `GATHER_S`."""
+    return GATHER_S - now_s % GATHER_S
 
 
 class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
@@ -230,7 +237,7 @@ class KvRelay:
 
     def _gathers(self) -> None:
         if self._flush is None:
-            self._flush = asyncio.get_running_loop().call_later(GATHER_S, self._flush_all)
+            self._flush = asyncio.get_running_loop().call_later(until_told(time.time()), self._flush_all)
 
     def _flush_all(self) -> None:
         self._flush = None

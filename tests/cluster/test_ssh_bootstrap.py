@@ -257,9 +257,9 @@ async def test_this_dynctl_gets_to_a_host_without_network_and_runs(
         for argv in (["-m", "dynctl.cli.main", "version"], ["-m", "dynctl.cli.main", "plan", "quickstart"]):
             said = await priv.check([python, *argv], timeout_s=120)
             assert said
-        # The compiled relay goes along, and loads: hosts here are of this machine's kind.
+        # The compiled hot path goes along, and loads: hosts here are of this machine's kind.
         told = (
-            f"dynctl {wheel.version}, relay compiled"
+            f"dynctl {wheel.version}, hot path compiled"
             if load.compiled
             else f"dynctl {wheel.version}, relay in"
         )

@@ -1,4 +1,4 @@
-"""The compiled relay under AddressSanitizer and UndefinedBehaviorSanitizer: its tests, memory watched."""
+"""The compiled hot path under AddressSanitizer and UndefinedBehaviorSanitizer: its tests, memory watched."""
 
 from __future__ import annotations
 

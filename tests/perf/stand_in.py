@@ -3,9 +3,9 @@
     python -m tests.perf.stand_in --frontend MODE PORT BATCHES BLOCKS ENGINE_URL...
 
 The process becomes `python -m dynctl.frontend`; what stands in for the rest is a process beside it that ends
-with it. Every sidecar holds `HELD` blocks, and of the beginnings that prompts share its part; together they
-tell `BATCHES` times a second of blocks that came and went, `BLOCKS` each way a second: as many as the load's
-prompts and answers fill.
+with it. Every sidecar holds `HELD` blocks, and of the beginnings that prompts share its part; together, and
+all at once, they send `BATCHES` messages a second of blocks that came and went, `BLOCKS` each way a second:
+as many as the load's prompts and answers fill.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from dynctl.protocol.specs import FrontendSpec, RouterSpec
 from dynctl.transport.control import ControlServer, read_body
 from dynctl.transport.event_plane import Publisher
 from dynctl.transport.keys import Keys
+from dynctl.worker.kv_relay import GATHER_S, until_told
 from tests.perf.load import shared_texts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,11 +132,12 @@ async def beside(folder: Path, batches: float, blocks: float, engines: list[str]
         await there.handle("registry.register", register)
     print(endpoint, membership, flush=True)
     parent = os.getppid()
-    for number in itertools.count():
-        sidecars[number % len(sidecars)].tell(rng, max(1, round(blocks / batches)))
-        await asyncio.sleep(1 / batches)
-        if os.getppid() != parent:
-            return
+    rounds = max(1.0, len(sidecars) / batches / GATHER_S)
+    while os.getppid() == parent:
+        await asyncio.sleep((rounds - 1) * GATHER_S)
+        await asyncio.sleep(until_told(time.time()))
+        for one in sidecars:
+            one.tell(rng, max(1, round(blocks / batches)))
 
 
 def become_frontend(mode: str, port: int, told: list[str], engines: list[str]) -> None:

@@ -77,8 +77,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("dynctl ")
     assert dispatch(["version", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert set(told) == {"version", "python", "relay"}
-    assert told["relay"] == {"compiled": load.compiled is not None, "why_not": load.missing}
+    assert set(told) == {"version", "python", "hot_path"}
+    assert told["hot_path"] == {"compiled": load.compiled is not None, "why_not": load.missing}
 
 
 def test_a_misspelt_verb_is_corrected(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""A compiled relay that is missing, does not load or is another source's: Python takes over, and says why."""
+"""A compiled module that does not load, is missing or of other sources: Python takes over, and says why."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ASK = "from dynctl.native import load; print(load.compiled is not None, load.tol
 
 
 def told(folder: Path, **env: str) -> str:
-    """What a dynctl says of its relay that has nothing but its native part."""
+    """What a dynctl says of its hot path that has nothing but its native part."""
     path = {**os.environ, "PYTHONPATH": str(folder), **env}
     argv = [sys.executable, "-P", "-c", ASK]
     return subprocess.run(

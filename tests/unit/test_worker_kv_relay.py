@@ -11,7 +11,7 @@ import pytest
 from dynctl.errors import CodecError
 from dynctl.protocol.kv_events import Cleared, EngineKvBatch, EngineStored, KvBatch, KvSync, Shown, Stored
 from dynctl.transport.engine_events import EngineEventSource, EnginePublisher
-from dynctl.worker.kv_relay import GATHER_S, KvRelay, RankMemory, RankRelay
+from dynctl.worker.kv_relay import GATHER_S, KvRelay, RankMemory, RankRelay, until_told
 
 
 def stored(name: int) -> EngineKvBatch:
@@ -292,3 +292,11 @@ async def test_a_relay_that_goes_on_knows_what_the_engine_does_not_tell_again() 
     after.detach()
     stranger.detach()
     publisher.close()
+
+
+@pytest.mark.parametrize("now_s", [0.0, 0.05, 0.2, 1_800_000_000.0, 1_800_000_000.199, 1_800_000_123.456])
+def test_all_workers_tell_at_the_same_moments_by_their_clocks(now_s: float) -> None:
+    wait_s = until_told(now_s)
+    assert 0 < wait_s <= GATHER_S
+    moment = (now_s + wait_s) / GATHER_S
+    assert moment == pytest.approx(round(moment), abs=1e-4)
