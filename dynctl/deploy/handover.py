@@ -27,8 +27,9 @@ Pairs = dict[Replica, Replica]
 _ROLES: tuple[tuple[Role, Role], ...] = (("prefill", "decode"), ("decode", "prefill"))
 
 
-def candidates(loaded: LoadedRecipe, inventory: Inventory, old: Plan, lost: Collection[str]) -> Pairs:
-    """Who might take over from whom: nothing is told by arguments yet, see `same_engines`.
+def candidates(loaded: LoadedRecipe, inventory: Inventory, old: Plan) -> Pairs:
+    """Who might take over from whom, where `loaded` lets roles be: nothing is told by arguments yet, see
+    `same_engines`.
 
     Steps of a Slurm job are found by names that cannot change, and an engine over several nodes has sidecars
     on each: these are started anew.
@@ -37,19 +38,17 @@ def candidates(loaded: LoadedRecipe, inventory: Inventory, old: Plan, lost: Coll
     if old.target == "slurm" or not catalog.takes_either_role(recipe.backend, recipe.engine.kv_transfer):
         return {}
     roles = recipe.roles.present()
+    if not {"prefill", "decode"} <= roles.keys():
+        return {}
+    if parallel_of(roles["prefill"]) != parallel_of(roles["decode"]):
+        return {}
     found: Pairs = {}
     for leaves, comes in _ROLES:
-        if (
-            leaves not in roles
-            or comes not in roles
-            or parallel_of(roles[leaves]) != parallel_of(roles[comes])
-        ):
-            continue
         may = _allowed(inventory, roles[comes].hosts)
         going = [
             (leaves, index)
             for index in reversed(range(roles[leaves].replicas, old.roles.get(leaves, 0)))
-            if _whole(old, (leaves, index), may - set(lost))
+            if _whole(old, (leaves, index), may)
         ]
         coming = [(comes, index) for index in range(old.roles.get(comes, 0), roles[comes].replicas)]
         found |= dict(zip(coming, going, strict=False))

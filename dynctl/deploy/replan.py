@@ -62,7 +62,7 @@ def replan(loaded: LoadedRecipe, inventory: Inventory, old: Plan, room: Room) ->
     def made(pairs: Pairs) -> Plan:
         return build_plan(living, hosts, taken, context_of(old), kept_by(pairs, kept))
 
-    pairs = candidates(living, hosts, old, room.lost)
+    pairs = candidates(living, hosts, old)
     plan = made(pairs)
     same = same_engines(pairs, old, plan)
     plan = with_handovers(same, plan if same == pairs else made(same))

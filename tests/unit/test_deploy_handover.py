@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dynctl.cli.amend import shown
+from dynctl.deploy.handover import candidates
 from dynctl.deploy.plan import Plan
 from dynctl.deploy.planner import build_plan
 from dynctl.deploy.records import initial_state
@@ -151,3 +152,21 @@ def test_it_is_in_the_plan_on_disk_and_in_the_seat_that_waits_for_it(tmp_path: P
     seat.takes = ""
     reseat(state, later)
     assert seat.takes == ""
+
+
+def test_steps_of_a_job_keep_their_names(tmp_path: Path) -> None:
+    old, wanted = planned(tmp_path), load(tmp_path, *TO_DECODE)
+    assert candidates(wanted, FULL, old) == {("decode", 2): ("prefill", 2)}
+    assert candidates(wanted, FULL, replace(old, target="slurm")) == {}
+
+
+def test_one_that_is_wanted_back_on_its_way_waits_for_what_it_may_have_become(tmp_path: Path) -> None:
+    old = planned(tmp_path)
+    state = initial_state(old, 0.0)
+    new = after(tmp_path, old, *TO_DECODE)
+    reseat(state, new)
+    reseat(state, as_before(new, after(tmp_path, new)))
+    seat, became = state.seat("prefill-2"), state.seat("decode-2")
+    assert seat is not None
+    assert became is not None
+    assert (seat.asked, seat.takes, became.asked) == ("restart", "decode-2", "leave")

@@ -17,7 +17,7 @@ from dynctl.perfmodel.profile import Profile
 from dynctl.planner.capacity import FIRST_STEPS, Costs, Forecast
 from dynctl.planner.config import RoleConfig
 from dynctl.planner.core import Decision, decide, refused
-from dynctl.planner.memory import Interval, PlannerState, RoleState, take
+from dynctl.planner.memory import Interval, PlannerState
 from dynctl.planner.observe import Observation, RoleLoad, WorkerLoad
 from dynctl.protocol.instances import Role
 from tests.unit.planner_rig import BOTH, LAW, LIMITS, SLA, World, config
@@ -301,16 +301,15 @@ def test_boots_that_were_seen_are_how_far_ahead_it_looks() -> None:
 
 def test_replicas_that_go_on_with_the_engines_of_others_tell_nothing_of_boots() -> None:
     """Else it would look a few seconds ahead, and be late when engines have to start again."""
-    world = World(config(mode="throughput", boot_s=300.0), {"prefill": 1, "decode": 1}, boot_s=300.0)
-    own = world.state.roles.setdefault("decode", RoleState())
-    world.tick(1.0)
-    world.state.boot_s = 300.0
-    for moved, expected in ((True, 300.0), (False, 210.0)):
-        load = RoleLoad(wanted=own.target, ready=own.target)
-        own.asked_at, own.moved = world.now, moved
-        seen = Observation(span_s=1.0, arrivals=1, roles={"prefill": load, "decode": load})
-        take(world.state, seen, world.rules, world.now + 2.0)
-        assert world.state.boot_s == pytest.approx(expected)
+    rules = config(mode="throughput", gpus=6, cooldown_s=60.0, boot_s=200.0)
+    world = World(rules, {"prefill": 1, "decode": 1}, boot_s=200.0, isl=4000.0, osl=50.0)
+    world.run(30.0, 1500.0)
+    booted_s = world.state.boot_s
+    world.boot_s, world.isl, world.osl = 2.0, 600.0, 3000.0
+    moved = world.run(30.0, 1500.0)
+    assert all(one.roles["prefill"].target < one.roles["prefill"].current for one in moved)
+    assert sum(one.roles["decode"].target > one.roles["decode"].current for one in moved) >= 2
+    assert world.state.boot_s == booted_s >= 190.0
 
 
 def test_a_role_beyond_its_bounds_is_moved_though_the_budget_is_short() -> None:
