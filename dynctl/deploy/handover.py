@@ -16,7 +16,6 @@ from dynctl.engines import catalog
 from dynctl.errors import PlacementError
 from dynctl.launchers.base import ENV_PROCESS
 from dynctl.protocol.instances import Role
-from dynctl.recipe.check import parallel_of
 from dynctl.recipe.load import LoadedRecipe
 from dynctl.topology.inventory import Inventory, is_awaited
 
@@ -28,8 +27,8 @@ _ROLES: tuple[tuple[Role, Role], ...] = (("prefill", "decode"), ("decode", "pref
 
 
 def candidates(loaded: LoadedRecipe, inventory: Inventory, old: Plan) -> Pairs:
-    """Who might take over from whom, where `loaded` lets roles be: nothing is told by arguments yet, see
-    `same_engines`.
+    """Who might take over from whom, where `loaded` lets roles be: sizes and arguments are not looked at yet,
+    see `same_engines`.
 
     Steps of a Slurm job are found by names that cannot change, and an engine over several nodes has sidecars
     on each: these are started anew.
@@ -39,8 +38,6 @@ def candidates(loaded: LoadedRecipe, inventory: Inventory, old: Plan) -> Pairs:
         return {}
     roles = recipe.roles.present()
     if not {"prefill", "decode"} <= roles.keys():
-        return {}
-    if parallel_of(roles["prefill"]) != parallel_of(roles["decode"]):
         return {}
     found: Pairs = {}
     for leaves, comes in _ROLES:

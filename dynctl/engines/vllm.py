@@ -134,8 +134,9 @@ class Vllm:
     key_variable = "VLLM_API_KEY"
     continuation = CONTINUES_AND_HOLDS_BACK
     transfers: Mapping[str, PrefillDecode] = {
-        **dict.fromkeys(("nixl", _EITHER), NixlPull()),
+        "nixl": NixlPull(),
         **dict.fromkeys(_PROTOCOLS, Mooncake()),
+        _EITHER: NixlPull(),
     }
     either_role = frozenset({_EITHER})
     naming: Naming | None = None
