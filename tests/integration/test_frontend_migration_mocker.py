@@ -150,16 +150,26 @@ async def test_text_held_back_for_stop_strings_does_not_break_the_word_it_ends_i
 
 async def test_all_streams_of_a_killed_worker_go_on_together() -> None:
     bodies = [
-        {**MOCK_COMPLETION, "prompt": f"Story {number}: once upon a time. " * 8} for number in range(24)
+        {**MOCK_COMPLETION, "prompt": f"Story {number}: once upon a time. " * 8, "max_tokens": 150}
+        for number in range(24)
     ]
+    begun = [asyncio.Event() for _ in bodies]
+
+    async def read(front: Front, number: int) -> toy.Answer:
+        payload = b""
+        streamed = {**bodies[number], "stream": True, "stream_options": {"include_usage": True}}
+        async for piece in front.pieces("/v1/completions", streamed):
+            begun[number].set()
+            payload += piece
+        return toy.read(payload)
+
     async with mocked(aggregated=3) as (front, processes):
         group = processes["aggregated"]
-        whole = [await group[0].post("/v1/completions", body) for body in bodies]
-        asking = [
-            asyncio.create_task(read_killing(front, "/v1/completions", body, group, ())) for body in bodies
-        ]
+        whole = await asyncio.gather(*(group[0].post("/v1/completions", body) for body in bodies))
+        asking = [asyncio.create_task(read(front, number)) for number in range(len(bodies))]
+        async with asyncio.timeout(DEADLINE_S):
+            await asyncio.gather(*(one.wait() for one in begun))
         process = await busy(group[1:])
-        await asyncio.sleep(0.3)
         process.process.send_signal(signal.SIGKILL)
         for got, wanted in zip(await asyncio.gather(*asking), whole, strict=True):
             check_mocked(got, wanted)
