@@ -143,6 +143,9 @@ def settle(amended: Amended, who: Actor, asked: Asked) -> int:
 
 
 def shown(found: Difference) -> list[str]:
-    """One line for each seat: + added, - removed, ~ replaced and why."""
-    lines = [f"+ {seat}" for seat in found.added] + [f"- {seat}" for seat in found.removed]
+    """One line for each seat: + added, - removed, which becomes which, ~ replaced and why."""
+    taken = found.taken
+    lines = [f"+ {seat}" for seat in found.added if seat not in taken]
+    lines += [f"- {seat}" for seat in found.removed if seat not in taken.values()]
+    lines += [f"{former} becomes {seat}, its engine runs on" for seat, former in taken.items()]
     return lines + [f"~ {seat}: {', '.join(why)}" for seat, why in (found.changed or {}).items()]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated
 
 import typer
 
 from dynctl.cli import options
+from dynctl.cli.amend import shown
 from dynctl.cli.changes import Force, NoWait, Timeout, require_answers, running, see_through, tell_lost
 from dynctl.cli.render import json_data, prose
 from dynctl.cli.up import site
@@ -55,9 +57,7 @@ def scale(
             prose(f"{amended.old.name}: nothing to do")
         return 0
     require_answers(amended, found.removed, "removed")
-    for sign, seats in (("+", found.added), ("-", found.removed)):
-        for seat in seats:
-            prose(f"{sign} {seat}")
+    prose("\n".join(shown(replace(found, changed=None))))
     tell_lost(amended)
     apply(amended, actor("scale", roles, force=force), ())
     return see_through(run, timeout, as_json=as_json, no_wait=no_wait)

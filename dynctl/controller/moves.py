@@ -94,6 +94,15 @@ class Exited:
 
 
 @dataclass(frozen=True, slots=True)
+class HandoverFailed:
+    """A sidecar was asked to become another seat's and will not, or did not answer."""
+
+    id: str
+    incarnation: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed."""
 
@@ -106,7 +115,20 @@ class Stop:
     failure: str = ""
 
 
-Event = Begin | Started | StartFailed | Seen | Gone | NodeLost | NodeBack | Moved | Exited | Tick | Stop
+Event = (
+    Begin
+    | Started
+    | StartFailed
+    | Seen
+    | Gone
+    | NodeLost
+    | NodeBack
+    | Moved
+    | Exited
+    | HandoverFailed
+    | Tick
+    | Stop
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +136,15 @@ class Start:
     """Start this incarnation of a seat."""
 
     id: str
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class HandOver:
+    """Ask the sidecar of `id` to drain and become this incarnation of seat `to`, its engine running on."""
+
+    id: str
+    to: str
     incarnation: int
 
 
@@ -145,4 +176,4 @@ class Finish:
     """All is ended: the controller exits."""
 
 
-Instruction = Start | Terminate | Kill | Note | Finish
+Instruction = Start | HandOver | Terminate | Kill | Note | Finish

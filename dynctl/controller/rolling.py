@@ -2,10 +2,10 @@
 while it serves. Pure: only the state is looked at, so it can be gone on with from wherever it stopped.
 
 What is added starts at once. What leaves or is drained is asked to end: the worker leaves routing, its
-requests end, what is left of them goes on elsewhere. What is to be replaced is so one replica at a time, a
-well one only while all others of its role are ready; where there was room for one more, that stands in for
-it and leaves last. Frontends share a port: first those leave that are to, then they are replaced, then more
-are started.
+requests end, what is left of them goes on elsewhere; its engine may go on in a seat that is added. What is
+to be replaced is so one replica at a time, a well one only while all others of its role are ready; where
+there was room for one more, that stands in for it and leaves last. Frontends share a port: first those leave
+that are to, then they are replaced, then more are started.
 """
 
 from __future__ import annotations
@@ -39,13 +39,21 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
+class Give:
+    """A seat that leaves is to hand its running engine over to seat `to`."""
+
+    id: str
+    to: str
+
+
+@dataclass(frozen=True, slots=True)
 class Drop:
     """A seat that has left is to be forgotten."""
 
     id: str
 
 
-Move = Halt | Open | Part | Drop
+Move = Halt | Open | Part | Give | Drop
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +128,7 @@ def moves(state: RunState, frozen: Collection[str] = ()) -> list[Move]:
     made: list[Move] = []
     for unit in able:
         if unit.leaving:
-            made += _halt(unit) if unit.running else [Drop(seat.id) for seat in unit.seats]
+            made += _leave(unit, state)
         elif unit.held:
             made += _halt(unit)
         elif unit.surge and _stood_in(unit, units):
@@ -155,7 +163,8 @@ def changing(state: RunState, lost: Collection[str] = ()) -> str:
     for unit in units_of(state):
         head, before = unit.seats[0], len(said)
         if unit.leaving:
-            said.append(f"{head.id} leaves")
+            taker = taker_of(state, head)
+            said.append(f"{head.id} leaves" if taker is None else f"{head.id} becomes {taker.id}")
         elif unit.awaits:
             said.append(f"{head.id} awaits a node")
         elif unit.held:
@@ -165,6 +174,8 @@ def changing(state: RunState, lost: Collection[str] = ()) -> str:
             said.append(f"{head.id} stands in")
         elif unit.stale:
             said.append(f"{head.id} is to be replaced")
+        elif unit.fresh and state.seat(head.takes) is not None:
+            continue  # said of the one that becomes it
         elif unit.fresh or any(seat.rolled and seat.state != "ready" for seat in unit.seats):
             said.append(f"{head.id} is {head.state}")
         if len(said) > before and head.node in lost:
@@ -183,6 +194,26 @@ def _running(seat: SeatRecord) -> bool:
 def _ailing(seat: SeatRecord) -> bool:
     """It does not serve, and not only because its controller is new."""
     return seat.state in ("silent", "backoff", "failed") or (seat.state == "starting" and not seat.was_ready)
+
+
+def _leave(unit: Unit, state: RunState) -> list[Move]:
+    """Hand over to the seat that waits for its engine, if what runs is well and what is planned; else end."""
+    head = unit.seats[0]
+    taker = taker_of(state, head)
+    well = head.state == "ready" and bool(head.pid) and head.built == head.digest
+    if taker is not None and not taker.asked and well:
+        return [Give(head.id, taker.id)]
+    if unit.running:
+        return _halt(unit)
+    giver = state.seat(head.takes)
+    if head.incarnation and giver is not None and _running(giver):
+        return []  # it may be on its way to become this one: it is asked to leave then
+    return [Drop(seat.id) for seat in unit.seats]
+
+
+def taker_of(state: RunState, seat: SeatRecord) -> SeatRecord | None:
+    """The seat that waits for the engine of this one."""
+    return next((one for one in state.seats if one.takes == seat.id and one.state == "waiting"), None)
 
 
 def _halt(unit: Unit) -> list[Move]:
@@ -211,7 +242,8 @@ def _may_open(unit: Unit, units: Sequence[Unit]) -> bool:
     if unit.running or not (unit.fresh or unit.stale):
         return False
     others = [other for other in units if other is not unit]
-    if any(other.running and other.spots & unit.spots for other in others):
+    takes = {seat.takes for seat in unit.seats}
+    if any(other.running and (other.spots & unit.spots or other.seats[0].id in takes) for other in others):
         return False
     if unit.role != "frontend" or not unit.fresh:
         return True

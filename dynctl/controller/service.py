@@ -12,12 +12,13 @@ import logging
 import signal
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import msgspec
 
+from dynctl.controller import handover
 from dynctl.controller.claims import Claims
 from dynctl.controller.day2 import OPS, Day2, Desk
 from dynctl.controller.moves import (
@@ -26,6 +27,8 @@ from dynctl.controller.moves import (
     Exited,
     Finish,
     Gone,
+    HandOver,
+    HandoverFailed,
     Instruction,
     Kill,
     NodeBack,
@@ -52,7 +55,7 @@ from dynctl.deploy.status import view_of
 from dynctl.discovery.adapters import Adapters
 from dynctl.discovery.lease import Changes
 from dynctl.discovery.registry import Registry
-from dynctl.errors import DiscoveryError, LaunchError
+from dynctl.errors import DiscoveryError, DynctlError, LaunchError
 from dynctl.launchers.base import Launch, ProcessHandle
 from dynctl.launchers.files import write_atomic
 from dynctl.launchers.fleet import Fleet, Seated
@@ -168,9 +171,11 @@ class Controller:
 
     async def _living(self) -> set[str]:
         """The seats whose recorded process lives already."""
-        recorded = [seat for seat in self._state.seats if seat.incarnation and seat.pid]
-        lives = await asyncio.gather(*(self._parts.fleet.lives(_seated(seat)) for seat in recorded))
-        return {seat.id for seat, living in zip(recorded, lives, strict=True) if living}
+        recorded = [_seated(seat) for seat in self._state.seats if seat.incarnation and seat.pid]
+        for seat, giver in handover.handed_over(self._state):
+            recorded.append(replace(_seated(giver), seat=seat.id, incarnation=seat.incarnation))
+        lives = await asyncio.gather(*map(self._parts.fleet.lives, recorded))
+        return {seated.seat for seated, living in zip(recorded, lives, strict=True) if living}
 
     def _take_over(self, alive: set[str]) -> None:
         """Tell the registry and the supervisor what lives already."""
@@ -193,7 +198,7 @@ class Controller:
                 case Finish():
                     self._finishing = True
                     self._wake.set()
-                case Start() | Terminate() | Kill():
+                case Start() | HandOver() | Terminate() | Kill():
                     self._order(self._node_of(instruction.id), instruction)
 
     def _order(self, node: str, instruction: Instruction) -> None:
@@ -366,6 +371,8 @@ class Controller:
         match instruction:
             case Start(seat_id, incarnation):
                 await self._start(seat_id, incarnation)
+            case HandOver():
+                await self._hand_over(instruction)
             case Terminate(seat_id):
                 await self._terminate(seat_id)
             case Kill(seat_id, incarnation):
@@ -390,6 +397,23 @@ class Controller:
             self._feed(StartFailed(seat_id, incarnation, str(error), permanent=once, kind=error.kind))
             return
         self._feed(Started(seat_id, incarnation, handle.pid, handle.start_ticks, handle.pgid, time.time()))
+
+    async def _hand_over(self, order: HandOver) -> None:
+        seat, taker = self._state.seat(order.id), self._state.seat(order.to)
+        if seat is None or taker is None or seat.state != "stopping":
+            return  # overtaken by a later decision
+        incarnation = seat.incarnation
+        held = {m.instance.id: m.instance.control for m in self._registry.members()}
+        try:
+            if self._on_disk.get(order.to) != order.incarnation and not self._save():
+                raise LaunchError("the run directory cannot be written")
+            if order.id not in held:
+                raise DiscoveryError("it holds no lease")
+            self._registry.set_current(order.to, order.incarnation)
+            process = self._day2.plan.process(order.to)
+            await handover.ask(self._parts.keys, held[order.id], process, order.incarnation)
+        except DynctlError as error:
+            self._feed(HandoverFailed(order.id, incarnation, str(error)))
 
     async def _terminate(self, seat_id: str) -> None:
         seat = self._state.seat(seat_id)

@@ -11,13 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from dynctl.controller.handover import give, kills, receive
 from dynctl.controller.moves import (
     Begin,
     Event,
     Exited,
     Gone,
+    HandoverFailed,
     Instruction,
-    Kill,
     Moved,
     NodeBack,
     NodeLost,
@@ -30,7 +31,7 @@ from dynctl.controller.moves import (
     Terminate,
     Tick,
 )
-from dynctl.controller.rolling import Drop, Halt, Open, Part, changing, moves, settled
+from dynctl.controller.rolling import Drop, Give, Halt, Open, Part, changing, moves, settled
 from dynctl.controller.verdict import URGENCY, Failure, describe_exit, gives_up, reason_of, signature
 from dynctl.controller.way_down import WayDown
 from dynctl.deploy.state import RunState, SeatRecord, stop_margin_of
@@ -39,6 +40,8 @@ from dynctl.topology.inventory import is_awaited
 
 HURRY_S = 2.0
 """Beyond the time that a process has for its requests by its own clock, which should come first."""
+HANDOVER_S = 15.0
+"""Then for a sidecar to become another's and register."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,7 @@ class Supervisor:
             NodeBack: self._node_back,
             Moved: self._moved,
             Exited: self._exited,
+            HandoverFailed: self._handover_failed,
             Tick: self._tick,
             Stop: self._stop,
         }
@@ -118,6 +122,9 @@ class Supervisor:
 
     def _begin(self, event: Begin, now: float) -> None:
         self.state.phase = "degraded" if self.state.ready_once else "starting"
+        for seat in self.state.seats:
+            if seat.id in event.alive and seat.takes:
+                receive(self.state, seat)
         for seat in self.state.seats:
             if seat.id in event.alive:
                 self._note("process.adopted", seat, pid=seat.pid)
@@ -144,11 +151,12 @@ class Supervisor:
         if seat.incarnation:
             seat.restarts += 1
             if clear:
-                self._out.append(Kill(seat.id, seat.incarnation))
+                self._out += kills(self.state, seat)
         seat.incarnation += 1
         seat.state, seat.was_ready = "starting", False
         seat.built, seat.drain_limit_s = seat.digest, 0.0
         seat.asked = "" if seat.asked == "restart" else seat.asked
+        seat.takes, seat.engine_of = "", None
         seat.pid = seat.start_ticks = seat.pgid = seat.engine_pid = 0
         seat.url = ""
         watch = self._watch[seat.id]
@@ -160,7 +168,7 @@ class Supervisor:
         if seat is None:
             return
         if seat.state != "starting":  # the way down began while it was being started
-            self._out.append(Kill(seat.id, seat.incarnation))
+            self._out += kills(self.state, seat)
             return
         seat.pid, seat.start_ticks, seat.pgid = event.pid, event.start_ticks, event.pgid
         seat.started_at = event.wall_s
@@ -184,6 +192,9 @@ class Supervisor:
             self._ask_again(seat)
         if seat is None or seat.state in ("stopping", "stopped", "drained", "failed"):
             return
+        before = seat.takes
+        if before and receive(self.state, seat):
+            self._note("process.took_over", seat, before=before)
         seat.url, seat.engine_pid = event.url, event.engine_pid
         if event.state != "ready":
             if seat.state != event.state:
@@ -254,7 +265,7 @@ class Supervisor:
         verdict = self._watch[seat.id].verdict
         failure = describe_exit(event.code, event.words, event.lines, verdict)
         self._note("process.exited", seat, code=event.code, message=failure.message)
-        self._out.append(Kill(seat.id, seat.incarnation))
+        self._out += kills(self.state, seat)
         if seat.node in self._lost_nodes and seat.was_ready and self._stopping is None:
             self._gone_with_its_node(seat, failure, now)
             return
@@ -326,7 +337,7 @@ class Supervisor:
                     else f"it was not ready within {self._start_wait(seat):g} s"
                 )
                 self._note("process.hung", seat, message=watch.verdict)
-                self._out.append(Kill(seat.id, seat.incarnation))
+                self._out += kills(self.state, seat)
 
     def _unseen(self, seat: SeatRecord, why: str, now: float) -> None:
         """It has not become ready, on a node that nobody can ask about it."""
@@ -347,6 +358,8 @@ class Supervisor:
             match move:
                 case Halt():
                     self._halt(seat, now)
+                case Give(to=to):
+                    self._give(seat, to, now)
                 case Open():
                     self._replace(seat, now)
                 case Part():
@@ -372,6 +385,23 @@ class Supervisor:
         self._note("process.stopping", seat, why=seat.asked or "its plan has changed")
         self._out.append(Terminate(seat.id))
 
+    def _give(self, seat: SeatRecord, to: str, now: float) -> None:
+        taker = self.state.seat(to)
+        assert taker is not None
+        self._out.append(give(seat, taker))
+        self._give_time(seat, now)
+        self._watch[seat.id].hurry_at += HANDOVER_S
+        self._watch[seat.id].deadline += HANDOVER_S
+        self._note("process.becoming", seat, to=to)
+
+    def _handover_failed(self, event: HandoverFailed, now: float) -> None:
+        """It ends, and what was to take over from it starts an engine of its own."""
+        seat = self._current(event.id, event.incarnation)
+        if seat is not None and seat.state == "stopping":
+            self._note("process.not_handed_over", seat, message=event.message)
+            self._give_time(seat, now)
+            self._out.append(Terminate(seat.id))
+
     def _give_time(self, seat: SeatRecord, now: float) -> None:
         """How long its requests may take to end, then be taken over by others, then its engine to exit."""
         drain_s = seat.drain_limit_s or seat.drain_timeout_s
@@ -390,7 +420,7 @@ class Supervisor:
             if now >= watch.deadline and not watch.verdict:
                 watch.verdict = "it did not end in time"
                 self._note("process.hung", seat, message=watch.verdict)
-                self._out.append(Kill(seat.id, seat.incarnation))
+                self._out += kills(self.state, seat)
 
     def _ask_again(self, seat: SeatRecord) -> None:
         """It serves on: the controller before had not come to ask it to end."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Literal
 
-from dynctl.controller.moves import Finish, Instruction, Kill, Note, Stop, Terminate
+from dynctl.controller.handover import kills
+from dynctl.controller.moves import Finish, Instruction, Note, Stop, Terminate
 from dynctl.deploy.state import RunState, SeatKind, SeatRecord, stop_margin_of
 from dynctl.protocol.deployment import Phase
 
@@ -64,7 +65,8 @@ class WayDown:
             self._stage, self._deadline = "killed", now + self._kill_s
             for seat in left:
                 seat.state = "stopping"
-                self._put(Kill(seat.id, seat.incarnation))
+                for kill in kills(self._state, seat):
+                    self._put(kill)
 
     def _enter(self, stage: SeatKind, now: float) -> None:
         """Ask the processes of one kind to end."""

@@ -43,7 +43,8 @@ class PlannedProcess:
     `id` is the seat: "controller", "agent-n1", "frontend-0", "decode-0" (the sidecar), "decode-0.1" (the
     sidecar of the replica's second node), "decode-0/engine", "decode-0/engine.1". `ports` is name → first
     port of the block. `depends` are ids that must have been started before. `also`: further nodes, with GPUs,
-    on which its engine starts ranks by itself.
+    on which its engine starts ranks by itself. `takes`: the seat whose running engine a new one goes on with
+    under its own role ("" = it starts one), see `deploy.handover`.
     """
 
     id: str
@@ -56,6 +57,7 @@ class PlannedProcess:
     ports: Mapping[str, int] = field(default_factory=dict)
     depends: tuple[str, ...] = ()
     also: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    takes: str = ""
 
     @property
     def spots(self) -> list[tuple[str, tuple[int, ...]]]:
@@ -108,8 +110,9 @@ class Plan:
         """
         whole = msgspec.to_builtins(self, order="sorted")
         for process in whole["processes"]:
-            if not process["also"]:
-                del process["also"]
+            for name in ("also", "takes"):
+                if not process[name]:
+                    del process[name]
         return msgspec.json.format(msgspec.json.encode(whole), indent=2).decode() + "\n"
 
     @staticmethod
@@ -161,6 +164,7 @@ def _shown_process(process: PlannedProcess) -> dict[str, Any]:
         "ports": dict(sorted(process.ports.items())),
         "depends": list(process.depends),
         **({"also": {node: list(gpus) for node, gpus in process.also}} if process.also else {}),
+        **({"takes": process.takes} if process.takes else {}),
         "argv": list(process.command.shown_argv()),
         "env": process.command.shown_env(),
         "cwd": process.command.cwd or "",

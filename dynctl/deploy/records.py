@@ -63,4 +63,5 @@ def seat_record(process: PlannedProcess, kind: SeatKind) -> SeatRecord:
         follower=spec.follower,
         gpus=list(process.gpus),
         digest=digest_of(process),
+        takes=process.takes,
     )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from dynctl.deploy.digest import digest_of, reasons
+from dynctl.deploy.handover import Pairs, candidates, kept_by, same_engines, with_handovers
 from dynctl.deploy.plan import Kept, Plan, PlannedProcess
 from dynctl.deploy.planner import build_plan
 from dynctl.deploy.records import SEAT_KINDS
@@ -24,11 +25,15 @@ Taken = Iterable[tuple[str, int]]
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Seats of the new plan that the old has not, those it has no more, and why those in both differ."""
+    """Seats of the new plan that the old has not, those it has no more, and why those in both differ.
+
+    `taken`: of those added, the ones that go on with the engine of one removed, which is that.
+    """
 
     added: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
     changed: Mapping[str, tuple[str, ...]] | None = None
+    taken: Mapping[str, str] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.added or self.removed or self.changed)
@@ -52,7 +57,15 @@ def replan(loaded: LoadedRecipe, inventory: Inventory, old: Plan, room: Room) ->
     hosts = _used(inventory, old)
     more = [role for role, one in recipe.roles.present().items() if one.replicas > old.roles[role]]
     living = keeping_off(loaded, hosts, more, room.lost)
-    plan = build_plan(living, hosts, ports_taken(old, room.ports), context_of(old), kept_of(old, room))
+    taken, kept = ports_taken(old, room.ports), kept_of(old, room)
+
+    def made(pairs: Pairs) -> Plan:
+        return build_plan(living, hosts, taken, context_of(old), kept_by(pairs, kept))
+
+    pairs = candidates(living, hosts, old)
+    plan = made(pairs)
+    same = same_engines(pairs, old, plan)
+    plan = with_handovers(same, plan if same == pairs else made(same))
     _require_places(old, plan, loaded)
     return plan
 
@@ -129,6 +142,7 @@ def compare(old: Plan, new: Plan) -> Difference:
             for seat in now
             if seat in was and digest_of(was[seat]) != digest_of(now[seat])
         },
+        taken={seat: now[seat].takes for seat in now if seat not in was and now[seat].takes in was},
     )
 
 

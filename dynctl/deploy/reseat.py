@@ -44,7 +44,7 @@ def _stands_in(seat: SeatRecord, state: RunState) -> bool:
 def _take_over(seat: SeatRecord, fresh: SeatRecord, *, stands_in: bool) -> None:
     """What the next incarnation of a seat is started with. One that was to leave and is wanted stays."""
     if seat.asked == "leave" and not stands_in:
-        seat.asked = "restart"
+        seat.asked, seat.takes = "restart", fresh.takes
     if not seat.digest:
         # A run of before there were digests: what lives was started with what is planned.
         seat.built = fresh.digest

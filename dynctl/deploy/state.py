@@ -39,6 +39,8 @@ class SeatRecord(msgspec.Struct, kw_only=True):
     two differ is replaced. `asked`: replaced all the same; drained, and kept so; or to leave for good.
     `drain_limit_s` is the time a user gave it for that (0: the spec's). `surge`: it only stands in while
     others of its role are replaced. `rolled`: its incarnation took the place of one that was well.
+    `takes`: the seat whose running engine it is to go on with, until it has or that is gone; `engine_of`: the
+    seat and incarnation that its engine was started as, where those are others.
     """
 
     id: str
@@ -73,6 +75,8 @@ class SeatRecord(msgspec.Struct, kw_only=True):
     drain_limit_s: float = 0.0
     surge: bool = False
     rolled: bool = False
+    takes: str = ""
+    engine_of: tuple[str, int] | None = None
 
 
 class LockRecord(msgspec.Struct, kw_only=True, frozen=True):

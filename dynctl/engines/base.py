@@ -416,6 +416,9 @@ class Engine(Protocol):
     transfers: Mapping[str, PrefillDecode]
     """How the KV cache can move from prefill to decode, and the request contract of each; the first is the
     default, {} = prefill and decode cannot be apart."""
+    either_role: frozenset[str]
+    """Those of `transfers` with which an engine does prefill's part and decode's, whichever it is asked for:
+    it is started alike for both, but for ports and GPUs, and may go from one to the other while it runs."""
     continuation: Continuation
 
     naming: Naming | None

@@ -33,6 +33,14 @@ def get(backend: str) -> Engine:
     return cast(Engine, getattr(import_module(module), attribute)())
 
 
+def takes_either_role(backend: str, transfer: str = "") -> bool:
+    """Whether its engines, with that way to move the KV cache ("" = its default), are started alike for
+    prefill and decode, so that one may change its role while it runs.
+    """
+    engine = get(backend)
+    return (transfer or next(iter(engine.transfers), "")) in engine.either_role
+
+
 def contract(backend: str, transfer: str = "") -> PrefillDecode | None:
     """The prefill/decode contract of that way to move the KV cache, "" the engine's default; None = none.
 

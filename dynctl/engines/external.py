@@ -60,6 +60,7 @@ class External:
     key_variable = ""
     continuation = CONTINUES_AND_HOLDS_BACK
     transfers: Mapping[str, PrefillDecode] = {}
+    either_role: frozenset[str] = frozenset()
     naming: Naming | None = None
 
     def port_needs(

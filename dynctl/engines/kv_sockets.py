@@ -16,9 +16,9 @@ def unix_endpoints(launch: EngineLaunch) -> tuple[str, str] | None:
     """The endpoints of events and of their replay; None where they must be ports.
 
     That is with several data-parallel ranks, whose endpoints engines tell apart by port alone, and in a
-    container, which may not see the run directory.
+    container, which may not see the run directory. Named for the engine's port: its role may change.
     """
     if launch.parallel.data > 1 or launch.environment.container:
         return None
-    name = f"ipc://{FOLDER}/{launch.role}-{launch.index}"
+    name = f"ipc://{FOLDER}/{launch.ports['http']}"
     return f"{name}.kv", f"{name}.replay"

@@ -124,6 +124,7 @@ class Mocker:
     key_variable = "VLLM_API_KEY"
     continuation = CONTINUES_AND_HOLDS_BACK
     transfers: Mapping[str, PrefillDecode] = {"nixl": NixlPull()}
+    either_role = frozenset({"nixl"})
     naming: Naming | None = None
 
     def port_needs(
@@ -216,8 +217,7 @@ def _python(environment: EngineEnvironment) -> tuple[str, ...]:
 def _kv_flags(launch: EngineLaunch) -> list[str]:
     argv: list[str] = []
     if launch.disaggregated:
-        role = "kv_producer" if launch.role == "prefill" else "kv_consumer"
-        argv += ["--kv-transfer-config", to_json({"kv_connector": "NixlConnector", "kv_role": role})]
+        argv += ["--kv-transfer-config", to_json({"kv_connector": "NixlConnector", "kv_role": "kv_both"})]
     if launch.kv_events:
         events = {
             "enable_kv_cache_events": True,

@@ -80,6 +80,7 @@ class Sglang:
     """Its key can be kept from the command line by --config, but it prints all its arguments in its log."""
     continuation = CONTINUES_MESSAGE
     transfers: Mapping[str, PrefillDecode] = dict.fromkeys(BACKENDS, BootstrapRoom())
+    either_role: frozenset[str] = frozenset()
     naming: Naming | None = NAMING
 
     def port_needs(

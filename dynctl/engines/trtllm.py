@@ -84,6 +84,7 @@ class Trtllm:
     key_variable = ""
     continuation = Continuation(chat=None, completion_tokens=None)
     transfers: Mapping[str, PrefillDecode] = dict.fromkeys(BACKENDS, ContextFirst())
+    either_role: frozenset[str] = frozenset()
     naming: Naming | None = None
 
     def port_needs(

@@ -53,6 +53,11 @@ DRAIN_S = 30
 
 _PROTOCOLS = {"mooncake": "rdma", "mooncake_tcp": "tcp"}
 """Mooncake's transfers by what the KV cache travels over."""
+_EITHER = "nixl_both"
+"""NIXL with `kv_role: kv_both`. Not the default: 0.32 calls it deprecated. With the other two a producer does
+not wait for steps under way before it loads into freed blocks, nor a consumer see to it that what it hands
+over is whole (`v1/core/sched/scheduler.py`): neither may take the other's part.
+"""
 _TENSOR = "roles.<role>.tensor_parallel"
 _PIPELINE = "roles.<role>.pipeline_parallel"
 _DATA = "roles.<role>.data_parallel"
@@ -128,7 +133,12 @@ class Vllm:
     file_arguments: frozenset[str] = frozenset()
     key_variable = "VLLM_API_KEY"
     continuation = CONTINUES_AND_HOLDS_BACK
-    transfers: Mapping[str, PrefillDecode] = {"nixl": NixlPull(), **dict.fromkeys(_PROTOCOLS, Mooncake())}
+    transfers: Mapping[str, PrefillDecode] = {
+        "nixl": NixlPull(),
+        **dict.fromkeys(_PROTOCOLS, Mooncake()),
+        _EITHER: NixlPull(),
+    }
+    either_role = frozenset({_EITHER})
     naming: Naming | None = None
 
     def port_needs(
@@ -272,6 +282,7 @@ def _kv_flags(launch: EngineLaunch) -> list[str]:
     argv: list[str] = []
     if launch.disaggregated:
         role = "kv_producer" if launch.role == "prefill" else "kv_consumer"
+        role = "kv_both" if launch.transfer == _EITHER else role
         argv += ["--kv-transfer-config", to_json({**_connector(launch.transfer), "kv_role": role})]
     if launch.kv_events:
         # Of ports the engine binds its publisher's on every address, but its replay socket's, which gives out

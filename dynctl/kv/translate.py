@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import msgspec
+
 from dynctl.errors import RequestError
 from dynctl.kv.hashing import extend, root_hash
 from dynctl.kv.media import Sightings
@@ -41,6 +43,16 @@ class Skipped:
     unknown_parent: int = 0
     malformed: int = 0
     partial: int = 0
+
+
+class Memory(msgspec.Struct, frozen=True, kw_only=True):
+    """What a `Translator` knows of an engine, for another to go on with. `repeats`: (tier, name, count)."""
+
+    block_size: int
+    own: dict[EngineHash, int]
+    groups: dict[Tier, dict[EngineHash, int]]
+    repeats: list[tuple[Tier, EngineHash, int]]
+    partial: list[EngineHash]
 
 
 class Translator:
@@ -77,6 +89,25 @@ class Translator:
                 self.reset()
                 out.append(Cleared())
         return out
+
+    def memory(self) -> Memory:
+        """All that `recall` needs; how images look is learnt anew."""
+        return Memory(
+            block_size=self.block_size,
+            own=dict(self._own),
+            groups={tier: dict(groups) for tier, groups in self._groups.items()},
+            repeats=[(*key, count) for key, count in self._repeats.items()],
+            partial=list(self._partial),
+        )
+
+    def recall(self, memory: Memory) -> None:
+        """Go on from there; nothing has been fed yet."""
+        self.block_size, self._own = memory.block_size, dict(memory.own)
+        self._groups = {tier: dict(groups) for tier, groups in memory.groups.items()}
+        self._repeats.update({(tier, name): count for tier, name, count in memory.repeats})
+        self._partial.update(memory.partial)
+        for tier, groups in self._groups.items():
+            self._holders[tier] = Counter(self._own[name] for name in groups)
 
     def snapshot(self) -> list[Stored]:
         """All that is held, by tier: what a reader that knows nothing needs."""

@@ -24,6 +24,7 @@ from dynctl.launchers.base import (
     RunRef,
 )
 from dynctl.launchers.files import write_atomic
+from dynctl.protocol.handover import ENV_TOOK
 
 logger = logging.getLogger(__name__)
 
@@ -99,18 +100,26 @@ class LocalLauncher:
     def owned(self, run_id: str) -> list[Owned]:
         """All living processes of the run: by DYNCTL_RUN in their environment, and their descendants.
 
-        This process itself is never among them.
+        An engine that a sidecar has taken over is of the seat of that. This process is never among them.
         """
         stats = {pid: s for pid in procfs.pids_of_user(os.geteuid()) if (s := procfs.stat(pid)) and s.alive}
         stats.pop(os.getpid(), None)
         found: dict[int, Owned] = {}
+        now_of: dict[tuple[str, int], tuple[str, int]] = {}
         for pid in list(stats):
             env = procfs.environment(pid)
             run = env.get(ENV_RUN)
             if run == run_id:
-                found[pid] = _owned(stats[pid], env.get(ENV_PROCESS, ""), _number(env.get(ENV_INCARNATION)))
+                names = env.get(ENV_PROCESS, ""), _number(env.get(ENV_INCARNATION))
+                found[pid] = _owned(stats[pid], *names)
+                if took := env.get(ENV_TOOK):
+                    seat, _, incarnation = took.partition(" ")
+                    now_of[seat, _number(incarnation)] = names
             elif run:
                 del stats[pid]
+        for pid, one in found.items():
+            names = now_of.get((one.process_id, one.incarnation), (one.process_id, one.incarnation))
+            found[pid] = _owned(stats[pid], *names)
         _add_descendants(found, stats)
         return [found[pid] for pid in sorted(found)]
 

@@ -109,6 +109,10 @@ def decide(state: PlannerState, seen: Observation, config: PlannerConfig, now: f
     if not config.advisory:
         for role, one in bounded.items():
             state.roles[role].settle(one.current, one.target, now)
+        moved = any(one.target < one.current for one in bounded.values())
+        for role, one in bounded.items():
+            if one.target > one.current:
+                state.roles[role].moved = moved
     return Decision(at=now, roles=bounded, ahead=_told(state, config, ahead), by=sources)
 
 

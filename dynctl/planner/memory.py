@@ -39,8 +39,8 @@ class RoleState:
     """Of one role. `floor`, `ample`: replicas that demand takes, and that would bear more of it.
 
     `quiet_since`: since when nothing has grown. `asked_at`: when growth was asked for that is not there
-    yet. `pressed`: (replicas, rate) at which load asked for one more. `blocked`: up or down → (until when
-    that is not tried again, why).
+    yet; `moved`: others left for it, whose engines may go on in it. `pressed`: (replicas, rate) at which
+    load asked for one more. `blocked`: up or down → (until when that is not tried again, why).
     """
 
     target: int = -1
@@ -48,6 +48,7 @@ class RoleState:
     ample: int | None = None
     quiet_since: float = 0.0
     asked_at: float | None = None
+    moved: bool = False
     blocked: dict[str, tuple[float, str]] = field(default_factory=dict)
     retries: int = 0
     over_ticks: int = 0
@@ -292,9 +293,12 @@ def _learn(state: PlannerState, seen: Observation) -> None:
 
 
 def _see_boots(state: PlannerState, seen: Observation, now: float) -> None:
-    """How long a replica takes that was asked for, once it is ready: the slowest of late counts."""
+    """How long a replica takes that was asked for, once it is ready: the slowest of late counts.
+
+    One that may have taken over a running engine does not tell that others boot fast.
+    """
     for role, own in state.roles.items():
         load = seen.roles[role]
         if own.asked_at is not None and load.ready >= load.wanted and load.wanted == own.target:
             took_s = now - own.asked_at
-            state.boot_s = max(took_s, 0.7 * state.boot_s)
+            state.boot_s = max(took_s, (1.0 if own.moved else 0.7) * state.boot_s)

@@ -136,7 +136,8 @@ class EngineSection(Section):
     env: Env = Field(default_factory=dict)
     """Environment variables of every engine process."""
     kv_transfer: Annotated[str, Field(pattern="^[a-z_]*$")] = ""
-    """How the KV cache moves from prefill to decode: nixl (the default), mooncake, mooncake_tcp, ucx."""
+    """How the KV cache moves from prefill to decode: nixl (the default), mooncake, mooncake_tcp, ucx, or
+    nixl_both, with which a worker may change between the two while its engine runs."""
     args: Args = Field(default_factory=dict)
     """Arguments passed through to the engine, by their own names: true is a bare flag, a mapping is JSON."""
     canary: Canary = Field(default_factory=Canary)

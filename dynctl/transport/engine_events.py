@@ -42,7 +42,8 @@ class EngineSubscriber:
     """Hands every batch of one publisher to `on_batch(number, payload)`, in order and once.
 
     `on_reset(reason)` comes before the first batch that does not follow on what was handed over before:
-    batches were lost for good, or the publisher began anew. Make and use it inside a running loop.
+    batches were lost for good, or the publisher began anew. `first`: the batch to begin with. Make and use it
+    inside a running loop.
     """
 
     def __init__(
@@ -50,16 +51,23 @@ class EngineSubscriber:
         source: EngineEventSource,
         on_batch: Callable[[int, bytes], None],
         on_reset: Callable[[str], None],
+        first: int = 0,
     ) -> None:
         self._source = source
         self._on_batch = on_batch
         self._on_reset = on_reset
         self._order = EngineOrder(can_replay=bool(source.replay))
+        self._order.next = first
         self._live: Channel | None = None
         self._replay: Channel | None = None
         self._replay_ended = True
         self._heard_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def expected(self) -> int:
+        """The number of the batch that comes next."""
+        return self._order.next
 
     def start(self) -> None:
         """Subscribe, then ask for all the publisher still has."""

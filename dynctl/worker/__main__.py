@@ -19,6 +19,7 @@ from dynctl.http.runtime import run
 from dynctl.observability import logs
 from dynctl.protocol.exits import LastWords
 from dynctl.protocol.specs import WorkerSpec
+from dynctl.worker.process import Handle
 from dynctl.worker.service import Ending, Worker
 
 logger = logging.getLogger("dynctl.worker")
@@ -32,16 +33,19 @@ def main() -> int:
     """Run the sidecar; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m dynctl.worker", description="The sidecar of one engine.")
     parser.add_argument("--spec", required=True, type=Path, help="JSON file of a WorkerSpec")
-    path = parser.parse_args().spec
+    parser.add_argument("--engine", help="the engine that this process has already, as JSON")
+    given = parser.parse_args()
+    path = given.spec
     logs.setup(os.environ.get("DYNCTL_PROCESS", path.stem))
     try:
         spec = read_spec(path)
         incarnation = read_incarnation(os.environ.get("DYNCTL_INCARNATION", ""))
+        inherited = read_handle(given.engine) if given.engine else None
     except DynctlError as error:
         logger.error("worker.refused %s", error)
         return _USAGE
     try:
-        ending = run(_serve(spec, incarnation))
+        ending = run(_serve(spec, incarnation, inherited))
     except Exception as error:
         # Top of the process: whatever it was, the controller is to be told before we are gone.
         logger.exception("worker.failed")
@@ -54,8 +58,8 @@ def main() -> int:
     return _SUPERSEDED if isinstance(ending.error, Superseded) else _FAILED
 
 
-async def _serve(spec: WorkerSpec, incarnation: int) -> Ending | None:
-    return await Worker(spec, incarnation).run()
+async def _serve(spec: WorkerSpec, incarnation: int, inherited: Handle | None) -> Ending | None:
+    return await Worker(spec, incarnation, inherited).run()
 
 
 def read_spec(path: Path) -> WorkerSpec:
@@ -66,6 +70,14 @@ def read_spec(path: Path) -> WorkerSpec:
         raise UsageError(f"cannot read the spec: {error.strerror}", where=str(path)) from error
     except msgspec.DecodeError as error:
         raise UsageError(f"not a worker's spec: {error}", where=str(path)) from error
+
+
+def read_handle(text: str) -> Handle:
+    """The engine that this process had before it became this seat's. Raises UsageError."""
+    try:
+        return msgspec.json.decode(text, type=Handle)
+    except msgspec.DecodeError as error:
+        raise UsageError(f"not an engine: {error}", where="--engine") from error
 
 
 def read_incarnation(text: str) -> int:

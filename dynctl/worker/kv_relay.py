@@ -15,9 +15,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import msgspec
+
 from dynctl.engines.base import KvReader
 from dynctl.errors import CodecError
-from dynctl.kv.translate import Skipped, Translator
+from dynctl.kv.translate import Memory, Skipped, Translator
 from dynctl.protocol.kv_events import Cleared, EngineKvBatch, KvBatch, KvEvent, KvSync, KvSyncReply
 from dynctl.transport.engine_events import EngineEventSource, EngineSubscriber
 
@@ -33,6 +35,13 @@ of their hosts all workers tell at the same moments, as far as these clocks agre
 def until_told(now_s: float) -> float:
     """Seconds from a wall clock's `now_s` to when batches go out next: more than 0, at most `GATHER_S`."""
     return GATHER_S - now_s % GATHER_S
+
+
+class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """What a relay knows of one rank, for one that goes on with the same engine. `next_batch`: of its own."""
+
+    next_batch: int
+    blocks: Memory
 
 
 class SkippedLog:
@@ -106,6 +115,15 @@ class RankRelay:
         if again:
             self._translator.block_size = 0
             self.reset("the engine was away")
+
+    def memory(self) -> Memory:
+        """What is known of the engine's blocks."""
+        return self._translator.memory()
+
+    def recall(self, memory: Memory) -> None:
+        """Know this from the start: whoever asks for what there was before gets a snapshot."""
+        self._translator.recall(memory)
+        self._next = 1
 
     def feed(self, batch: EngineKvBatch) -> None:
         """The engine's next batch."""
@@ -192,15 +210,28 @@ class KvRelay:
         self._strangers: set[int] = set()
         self._subscribers: list[EngineSubscriber] = []
         self._attached_before = False
+        self._begin_at = [0] * len(self._ranks)
+
+    def memory(self) -> list[RankMemory]:
+        """What is known of the engine by now; [] when none is listened to."""
+        listened = zip(self._ranks, self._subscribers, strict=False)
+        return [RankMemory(next_batch=one.expected, blocks=rank.memory()) for rank, one in listened]
+
+    def recall(self, memories: Sequence[RankMemory]) -> None:
+        """Go on from there with the engine that is attached first."""
+        for number, (rank, memory) in enumerate(zip(self._ranks, memories, strict=False)):
+            rank.recall(memory.blocks)
+            self._begin_at[number] = memory.next_batch
 
     def attach(self, block_size: int) -> None:
         """Listen to the engine, from all it still keeps. `block_size` as it says itself, 0 = not said."""
         for rank in self._ranks:
             rank.begin(block_size, again=self._attached_before)
         self._attached_before = True
-        for rank, source in zip(self._ranks, self._sources, strict=False):
+        begin_at, self._begin_at = self._begin_at, [0] * len(self._ranks)
+        for rank, source, first in zip(self._ranks, self._sources, begin_at, strict=False):
             feed = _Feed(rank, self._new_reader)
-            subscriber = EngineSubscriber(source, feed.batch, feed.reset)
+            subscriber = EngineSubscriber(source, feed.batch, feed.reset, first)
             self._subscribers.append(subscriber)
             subscriber.start()
 

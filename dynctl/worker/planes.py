@@ -16,6 +16,7 @@ import msgspec
 from dynctl.discovery.client import Registrar
 from dynctl.engines.base import Engine, EngineLoad
 from dynctl.errors import DynctlError, UsageError
+from dynctl.protocol.handover import Become
 from dynctl.protocol.instances import Instance, ModelCard
 from dynctl.protocol.kv_events import KV_TOPIC, LOAD_TOPIC, KvBatch, KvSync
 from dynctl.protocol.specs import WorkerSpec
@@ -26,7 +27,7 @@ from dynctl.transport.keys import Keys
 from dynctl.worker.adapters import Adapters
 from dynctl.worker.canary import CanaryRun
 from dynctl.worker.kv_poll import KvPoller
-from dynctl.worker.kv_relay import KvRelay
+from dynctl.worker.kv_relay import KvRelay, RankMemory
 from dynctl.worker.load import report_load, report_of
 from dynctl.worker.readiness import Probe, Ready
 
@@ -45,9 +46,20 @@ class Attached:
 
 
 class Planes:
-    """Opened once per sidecar; an engine is attached and detached. Use inside a running loop."""
+    """Opened once per sidecar; an engine is attached and detached. Use inside a running loop.
 
-    def __init__(self, spec: WorkerSpec, incarnation: int, engine: Engine, probe: Probe) -> None:
+    `on_become` takes the wish that the sidecar become another seat's, or raises UsageError.
+    """
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        incarnation: int,
+        engine: Engine,
+        probe: Probe,
+        on_become: Callable[[Become], None],
+    ) -> None:
+        self._on_become = on_become
         self._spec = spec
         self._incarnation = incarnation
         self._probe = probe
@@ -87,6 +99,14 @@ class Planes:
             await self._adapters.sync()
         except DynctlError as error:
             logger.warning("adapters.unheard id=%s error=%s", self._spec.id, error)
+
+    def kv_memory(self) -> list[RankMemory]:
+        """See `KvRelay.memory`."""
+        return self._relay.memory()
+
+    def recall_kv(self, memories: list[RankMemory]) -> None:
+        """See `KvRelay.recall`; before `attach`."""
+        self._relay.recall(memories)
 
     def attach(self, engine: Attached, on_superseded: Callable[[], None]) -> None:
         """Serve an engine: relay its events and load, take the lease."""
@@ -173,11 +193,16 @@ class Planes:
         self._instance_now = None
         self._relay.detach()
 
-    async def _answer(self, op: str, body: msgspec.Raw) -> msgspec.Struct:
+    async def _answer(self, op: str, body: msgspec.Raw) -> msgspec.Struct | None:
+        if op == "worker.become":
+            self._on_become(read_body(body, Become))
+            return None
         if op == "adapters.sync":
             return await self._adapters.sync()
         if op != "kv.sync":
-            raise UsageError(f"unknown op {op!r}", where=self._spec.id, hint="kv.sync, adapters.sync")
+            raise UsageError(
+                f"unknown op {op!r}", where=self._spec.id, hint="kv.sync, adapters.sync, worker.become"
+            )
         return self._relay.sync(read_body(body, KvSync))
 
     async def _beat(self) -> None:

@@ -11,10 +11,13 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
+
+import msgspec
 
 from dynctl.errors import LaunchError
 from dynctl.protocol.specs import EngineProcess
+from dynctl.worker.inherited import Inherited
 from dynctl.worker.step import engine_argv, engine_environment
 
 logger = logging.getLogger(__name__)
@@ -26,10 +29,40 @@ _GUARD = 'trap "" INT TERM HUP; read -r _ || kill -s KILL -- "-$1"'
 """Waits for a line, or for the end of the pipe when the sidecar has died: then kills the engine's group."""
 
 
+class Process(Protocol):
+    """A child process, as asyncio has it; `inherited.Inherited` is one too."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def returncode(self) -> int | None: ...
+
+    async def wait(self) -> int: ...
+
+    def send_signal(self, signal: int) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+class Handle(msgspec.Struct, frozen=True, kw_only=True):
+    """An engine as its sidecar knows it, to be known again after the sidecar's `execve`: see `handover`.
+
+    `pipe` and `kv` are file descriptors: what its guard reads from, and what is known of its KV blocks.
+    """
+
+    pid: int
+    guard_pid: int
+    pipe: int
+    kv: int
+    log: str
+    log_start: int
+
+
 class EngineChild:
     """A started engine. `pid` leads its process group; `exit_code` is None while it runs."""
 
-    def __init__(self, process: asyncio.subprocess.Process, guard: _Guard, log: Path, log_start: int) -> None:
+    def __init__(self, process: Process, guard: _Guard, log: Path, log_start: int) -> None:
         self.pid = process.pid
         self._process = process
         self._guard = guard
@@ -63,6 +96,30 @@ class EngineChild:
         child = cls(process, await _Guard.over(process.pid), log, log_start)
         logger.info("engine.started pid=%d program=%s", process.pid, program)
         return child
+
+    @classmethod
+    def inherit(cls, handle: Handle) -> EngineChild:
+        """One that this process had before it became what it is. Raises LaunchError when it has ended."""
+        os.set_inheritable(handle.pipe, False)
+        guard = _Guard(Inherited(handle.guard_pid), handle.pipe)
+        return cls(Inherited(handle.pid), guard, Path(handle.log), handle.log_start)
+
+    def handle(self, log: Path, kv: int) -> Handle:
+        """For `inherit` after an `execve`, which its guard's pipe outlives now. `log`: its log by then."""
+        os.set_inheritable(self._guard.pipe, True)
+        return Handle(
+            pid=self.pid,
+            guard_pid=self._guard.pid,
+            pipe=self._guard.pipe,
+            kv=kv,
+            log=str(log),
+            log_start=self._log_start,
+        )
+
+    @property
+    def log(self) -> Path:
+        """Where its output goes."""
+        return self._log
 
     @property
     def exit_code(self) -> int | None:
@@ -106,9 +163,10 @@ class EngineChild:
 class _Guard:
     """A tiny process that outlives a killed sidecar just long enough to kill the engine's group."""
 
-    def __init__(self, process: asyncio.subprocess.Process, pipe: int) -> None:
+    def __init__(self, process: Process, pipe: int) -> None:
+        self.pid = process.pid
+        self.pipe = pipe
         self._process = process
-        self._pipe = pipe
 
     @classmethod
     async def over(cls, group: int) -> _Guard:
@@ -140,8 +198,8 @@ class _Guard:
     async def release(self) -> None:
         """End it without a kill."""
         with contextlib.suppress(BrokenPipeError):
-            os.write(self._pipe, b"\n")
-        os.close(self._pipe)
+            os.write(self.pipe, b"\n")
+        os.close(self.pipe)
         try:
             async with asyncio.timeout(_REAP_DEADLINE_S):
                 await self._process.wait()

@@ -22,14 +22,17 @@ from dynctl.errors import (
     ProcessExited,
     Superseded,
     TransportError,
+    UsageError,
 )
 from dynctl.http.client import Client
+from dynctl.protocol.handover import Become
 from dynctl.protocol.specs import EngineProcess, WorkerSpec
 from dynctl.transport.keys import bearer, load_engine_key
+from dynctl.worker.handover import Next, become, kv_of, next_of
 from dynctl.worker.load import wait_until_idle
 from dynctl.worker.planes import Attached, Planes
 from dynctl.worker.port_holder import find_holder
-from dynctl.worker.process import EngineChild
+from dynctl.worker.process import EngineChild, Handle
 from dynctl.worker.readiness import (
     Probe,
     Ready,
@@ -60,15 +63,22 @@ class Ending:
 
 
 class Worker:
-    """One sidecar. `run` returns None when it was asked to end and has, else why it ended."""
+    """One sidecar. `run` returns None when it was asked to end and has, else why it ended.
 
-    def __init__(self, spec: WorkerSpec, incarnation: int) -> None:
+    `inherited`: the engine that runs already, of this process before it became this seat's.
+    """
+
+    def __init__(self, spec: WorkerSpec, incarnation: int, inherited: Handle | None = None) -> None:
         self._spec = spec
         self._incarnation = incarnation
         self._engine: Engine = catalog.get(spec.backend)
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._superseded = asyncio.Event()
+        self._inherited = inherited
+        self._serving = False
+        self._next: Next | None = None
+        self._become = asyncio.Event()
 
     async def run(self) -> Ending | None:
         """Until the end. SIGTERM, SIGINT or SIGURG: drain and end; a second one: end without draining.
@@ -86,7 +96,7 @@ class Worker:
         try:
             headers = [bearer(load_engine_key(spec.engine_key_file))] if spec.engine_key_file else []
             probe = Probe(client, self._engine, spec.url, spec.model.name, bootstrap_of(spec), headers)
-            planes = Planes(self._spec, self._incarnation, self._engine, probe)
+            planes = Planes(self._spec, self._incarnation, self._engine, probe, self._asked_to_become)
             planes.open()
             if self._spec.engine is None:
                 return await self._attach(probe, planes)
@@ -103,6 +113,15 @@ class Worker:
             logger.info("worker.hurried")
             self._hurry.set()
         self._stop.set()
+
+    def _asked_to_become(self, call: Become) -> None:
+        """Raises UsageError."""
+        if not self._serving or self._stop.is_set():
+            raise UsageError("it has no engine that serves", where=self._spec.id)
+        if self._next is not None:
+            raise UsageError(f"it is about to become {self._next.spec.id}", where=self._spec.id)
+        self._next = next_of(self._spec, call)
+        self._become.set()
 
     async def _start(self, engine: EngineProcess) -> EngineChild | Ending:
         spec = self._spec
@@ -129,8 +148,12 @@ class Worker:
 
     async def _own(self, engine: EngineProcess, probe: Probe, planes: Planes) -> Ending | None:
         """An engine of our own."""
-        await wait_for_free_port(probe.origin, self._spec.stop_timeout_s)
-        child = await self._start(engine)
+        if self._inherited is None:
+            await wait_for_free_port(probe.origin, self._spec.stop_timeout_s)
+            child = await self._start(engine)
+        else:
+            child = EngineChild.inherit(self._inherited)
+            planes.recall_kv(kv_of(self._inherited))
         if isinstance(child, Ending):
             return child
         patience_s = self._spec.stop_timeout_s
@@ -142,7 +165,10 @@ class Worker:
             if child.exit_code is None:
                 planes.attach(Attached(ready, child.pid), self._superseded.set)
             logger.info("worker.ready id=%s engine_pid=%d", self._spec.id, child.pid)
-            await _first(child.wait(), self._stop.wait(), self._superseded.wait())
+            self._serving = True
+            await _first(child.wait(), self._stop.wait(), self._superseded.wait(), self._become.wait())
+            if self._next is not None and not (self._superseded.is_set() or self._stop.is_set()):
+                await self._hand_over(self._next, child, probe, planes)
             if self._superseded.is_set():
                 patience_s = 0.0
                 return self._was_superseded()
@@ -157,6 +183,20 @@ class Worker:
             return Ending(error, lines=self._lines(child), permanent=isinstance(error, WrongModel))
         finally:
             await child.stop(patience_s)
+
+    async def _hand_over(self, to: Next, child: EngineChild, probe: Probe, planes: Planes) -> None:
+        """Become the sidecar of another seat: does not return but when it ended or is to end meanwhile.
+
+        Raises LaunchError when it cannot.
+        """
+        await _first(self._drain(probe, planes), child.wait(), self._stop.wait(), self._superseded.wait())
+        if self._stop.is_set() or self._superseded.is_set() or child.exit_code is not None:
+            return
+        kv = planes.kv_memory()
+        await planes.detach(f"it becomes {to.spec.id}")
+        await planes.close()
+        if not self._stop.is_set():
+            become((self._spec.id, self._incarnation), to, child, kv)
 
     async def _until_ready(self, child: EngineChild, probe: Probe) -> Ready | Ending | None:
         """None: asked to end before it was ready. Raises NotReady, PortInUse."""

@@ -14,6 +14,17 @@ from tests.cluster.ssh_deployment import Laptop, deployed, under_load
 
 pytestmark = pytest.mark.timeout(400)
 
+APART = """\
+schema: dynctl/v1
+model: {path: "builtin:tiny", served_name: tiny}
+backend: mocker
+engine: {drain_timeout: 5s}
+roles:
+  prefill: {replicas: 3}
+  decode: {replicas: 2}
+frontend: {host: 0.0.0.0, port: 0}
+"""
+
 
 @pytest.fixture
 def laptop(cluster: Cluster, home: Path, token: str) -> Laptop:
@@ -42,6 +53,43 @@ def test_restart_scale_and_drain_cut_no_request(laptop: Laptop) -> None:
         assert after.keys() == before.keys()
         assert after["frontend-0"] == before["frontend-0"]
         assert not {pid for seat, pid in after.items() if seat != "frontend-0"} & set(before.values())
+
+
+class Apart(Laptop):
+    """Of prefill and decode instead."""
+
+    def up_args(self, *more: str) -> list[str]:
+        recipe = self.home.parent / "apart.yaml"
+        recipe.write_text(APART)
+        recipe.chmod(0o644)
+        where = ["--target", "ssh", "--inventory", str(self.inventory)]
+        return ["up", str(recipe), *where, "--set", f"name={self.name}", "--detach", *more]
+
+
+def test_an_engine_on_another_host_goes_on_in_the_other_role(
+    cluster: Cluster, home: Path, token: str
+) -> None:
+    laptop = Apart(cluster, home, token)
+    with deployed(laptop) as told:
+        name = ("--name", laptop.name)
+        former = next(row for row in laptop.ps() if row["id"] == "prefill-2")
+        with under_load(told["url"]) as load:
+            eventually(lambda: load.outcomes["whole"] > 5, "streams flow", 30.0)
+            said = laptop.dynctl("scale", "prefill=2", "decode=3", *name)
+            assert "prefill-2 becomes decode-2, its engine runs on" in said.stderr
+            taken = next(row for row in laptop.ps() if row["id"] == "decode-2")
+            for same in ("node", "pid", "engine_pid", "url"):
+                assert taken[same] == former[same], same
+            laptop.dynctl("exec", "decode-2", *name, "--", "kill", "-9", str(taken["engine_pid"]))
+
+            def back() -> bool:
+                row = next(row for row in laptop.ps() if row["id"] == "decode-2")
+                return row["state"] == "ready" and row["engine_pid"] not in (0, taken["engine_pid"])
+
+            eventually(back, "it is started again in its new role", 40.0)
+            laptop.dynctl("scale", "prefill=3", *name)
+            assert all(row["ready"] for row in laptop.ps())
+        assert set(load.outcomes) == {"whole"}
 
 
 def test_a_command_runs_on_the_node_of_its_worker(laptop: Laptop) -> None:

@@ -131,7 +131,7 @@ class TestVllm:
     def test_values_arrive(self) -> None:
         single, sized, head, follower, *_ = answer("vllm")["parsed"]
         assert single["model_tag"] == "org/m"
-        assert "'ipc://sockets/aggregated-0.kv'" in single["kv_events_config"]
+        assert "'ipc://sockets/7000.kv'" in single["kv_events_config"]
         assert (sized["tensor_parallel_size"], sized["max_model_len"]) == ("2", "16384")
         assert (head["nnodes"], follower["node_rank"], follower["headless"]) == ("2", "1", "True")
 

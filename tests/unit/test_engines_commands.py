@@ -43,6 +43,9 @@ def launch(engine: Engine, role: Role = "aggregated", **changes: Any) -> EngineL
     return replace(base, **changes)
 
 
+ROLES_APART: tuple[Role, ...] = ("prefill", "decode")
+
+
 def value(argv: tuple[str, ...], flag: str) -> str:
     assert argv.count(flag) == 1
     return argv[argv.index(flag) + 1]
@@ -102,6 +105,29 @@ def test_same_launch_gives_the_same_command(name: str) -> None:
     assert engine.name == name
 
 
+@pytest.mark.parametrize(
+    ("name", "transfer"), [(name, way) for name in catalog.names() for way in catalog.get(name).transfers]
+)
+def test_engines_are_started_alike_for_both_roles_exactly_where_they_take_either(
+    name: str, transfer: str
+) -> None:
+    """Else a worker would change its role with an engine that cannot, or start anew one that could."""
+    engine = catalog.get(name)
+    started = []
+    for role in ROLES_APART:
+        apart = launch(engine, role, disaggregated=True, transfer=transfer)
+        command = engine.commands(apart)[0]
+        started.append((command.argv, command.env, command.files, apart.ports, engine.kv_source(apart)))
+    assert (started[0] == started[1]) == catalog.takes_either_role(name, transfer)
+
+
+def test_engines_take_either_role_only_by_a_way_that_says_so() -> None:
+    assert catalog.takes_either_role("mocker")
+    assert not catalog.takes_either_role("vllm")  # NIXL with a role of its own
+    assert catalog.takes_either_role("vllm", "nixl_both")
+    assert not any(catalog.takes_either_role(name) for name in ("sglang", "trtllm", "external"))
+
+
 @pytest.mark.parametrize("name", ["vllm", "sglang", "trtllm"])
 def test_model_extras_become_flags(name: str) -> None:
     engine = catalog.get(name)
@@ -134,8 +160,8 @@ class TestVllm:
         assert value(command.argv, "--port") == "7000"
         assert command.env == {"CUDA_VISIBLE_DEVICES": "0,1", "VLLM_HOST_IP": "10.0.0.1"}
         events = json.loads(value(command.argv, "--kv-events-config"))
-        assert events["endpoint"] == "ipc://sockets/aggregated-0.kv"
-        assert events["replay_endpoint"] == "ipc://sockets/aggregated-0.replay"
+        assert events["endpoint"] == "ipc://sockets/7000.kv"
+        assert events["replay_endpoint"] == "ipc://sockets/7000.replay"
         assert "--kv-transfer-config" not in command.argv
 
     def test_recipe_may_choose_the_shutdown_timeout(self) -> None:
@@ -198,6 +224,14 @@ class TestVllm:
         assert command.env["VLLM_NIXL_SIDE_CHANNEL_HOST"] == "10.0.0.1"
         assert command.env["VLLM_NIXL_SIDE_CHANNEL_PORT"] == "7300"
 
+    def test_an_engine_for_either_role_is_told_so(self) -> None:
+        (command,) = self.engine.commands(
+            launch(self.engine, "prefill", disaggregated=True, transfer="nixl_both")
+        )
+        transfer = json.loads(value(command.argv, "--kv-transfer-config"))
+        assert transfer == {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
+        assert command.env["VLLM_NIXL_SIDE_CHANNEL_PORT"] == "7300"
+
     def test_no_events_when_not_wanted(self) -> None:
         quiet = launch(self.engine, kv_events=False)
         assert self.engine.kv_source(quiet) is None
@@ -247,7 +281,7 @@ class TestSglang:
         events = json.loads(value(command.argv, "--kv-events-config"))
         assert events["publisher"] == "zmq"
         source = self.engine.kv_source(launch(self.engine))
-        unix = "ipc://sockets/aggregated-0"
+        unix = "ipc://sockets/7000"
         assert source == KvSource((f"{unix}.kv",), (f"{unix}.replay",), "kv-events")
 
     def test_python_form(self) -> None:

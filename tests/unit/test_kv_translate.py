@@ -2,12 +2,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dynctl.kv.hashing import root_hash, sequence_hashes
-from dynctl.kv.translate import Translator
+from dynctl.kv.translate import Memory, Translator
 from dynctl.protocol.kv_events import (
     Cleared,
     EngineCleared,
@@ -277,3 +278,35 @@ def test_translated_events_add_up_to_what_the_engine_holds(ops: list[Op]) -> Non
     assert {(s.tier, h) for s in translator.snapshot() for h in s.hashes} == {
         (tier, h) for tier, hashes in seen.items() for h in hashes
     }
+
+
+def held(translator: Translator) -> dict[Tier, set[int]]:
+    return {one.tier: set(one.hashes) for one in translator.snapshot()}
+
+
+@given(st.data())
+def test_one_that_recalls_goes_on_as_the_one_that_remembered(data: st.DataObject) -> None:
+    tiers: st.SearchStrategy[Tier] = st.sampled_from(["G1", "G2"])
+    names = st.lists(st.one_of(st.integers(-3, 3), st.sampled_from([b"x", b"y"])), min_size=1, max_size=2)
+
+    def events() -> list[EngineKvEvent]:
+        found: list[EngineKvEvent] = []
+        for _ in range(data.draw(st.integers(0, 6))):
+            some, tier = data.draw(names), data.draw(tiers)
+            if data.draw(st.booleans()):
+                parent = data.draw(st.one_of(st.none(), st.integers(-3, 3)))
+                tokens = data.draw(
+                    st.lists(st.integers(1, 3), min_size=2 * len(some), max_size=2 * len(some))
+                )
+                found.append(stored(list(some), tokens, parent, tier))
+            else:
+                found.append(removed(*some, tier=tier))
+        return found
+
+    first, second = Translator(0), Translator(0)
+    feed(first, *events())
+    second.recall(msgspec.msgpack.decode(msgspec.msgpack.encode(first.memory()), type=Memory))
+    assert held(second) == held(first)
+    for event in events():
+        assert feed(second, event) == feed(first, event)
+    assert held(second) == held(first)

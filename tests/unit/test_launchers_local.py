@@ -163,6 +163,24 @@ def test_owned_finds_children_that_threw_their_environment_away(launcher: LocalL
     assert eventually(lambda: not launcher.owned(run.run_id) and not launcher.owned("another"))
 
 
+def test_an_engine_that_a_sidecar_has_taken_over_is_of_its_seat(launcher: LocalLauncher, run: RunRef) -> None:
+    """A new process that has the engine's former name must not be its end, nor may the engine be left."""
+    engine = (
+        "import os,subprocess,sys,time;"
+        "env={**os.environ,'DYNCTL_PROCESS':'prefill-0','DYNCTL_INCARNATION':'3'};del env['DYNCTL_TOOK'];"
+        f"subprocess.Popen([sys.executable,'-c',{SLEEP!r}],env=env,start_new_session=True);"
+        "time.sleep(60)"
+    )
+    command = python(engine).command
+    took = replace(command, env={**command.env, "DYNCTL_TOOK": "prefill-0 3"})
+    handle = launcher.start(Launch("decode-0", 2, took, "n1"), run)
+    fresh = launcher.start(Launch("prefill-0", 4, python(SLEEP).command, "n1"), run)
+    assert eventually(lambda: len(launcher.owned(run.run_id)) == 3)
+    names = sorted((o.process_id, o.incarnation) for o in launcher.owned(run.run_id))
+    assert names == [("decode-0", 2), ("decode-0", 2), ("prefill-0", 4)]
+    assert {o.handle.pid for o in heads(launcher.owned(run.run_id))} == {handle.pid, fresh.pid}
+
+
 def test_killing_spares_a_process_that_took_the_pid(launcher: LocalLauncher, run: RunRef) -> None:
     handle = launcher.start(python(SLEEP), run)
     stranger = ProcessHandle(handle.pid, handle.start_ticks + 1, handle.pgid)

@@ -299,6 +299,19 @@ def test_boots_that_were_seen_are_how_far_ahead_it_looks() -> None:
     assert math.isclose(world.decisions[-1].ahead.horizon_s, world.state.boot_s + 60.0)
 
 
+def test_replicas_that_go_on_with_the_engines_of_others_tell_nothing_of_boots() -> None:
+    """Else it would look a few seconds ahead, and be late when engines have to start again."""
+    rules = config(mode="throughput", gpus=6, cooldown_s=60.0, boot_s=200.0)
+    world = World(rules, {"prefill": 1, "decode": 1}, boot_s=200.0, isl=4000.0, osl=50.0)
+    world.run(30.0, 1500.0)
+    booted_s = world.state.boot_s
+    world.boot_s, world.isl, world.osl = 2.0, 600.0, 3000.0
+    moved = world.run(30.0, 1500.0)
+    assert all(one.roles["prefill"].target < one.roles["prefill"].current for one in moved)
+    assert sum(one.roles["decode"].target > one.roles["decode"].current for one in moved) >= 2
+    assert world.state.boot_s == booted_s >= 190.0
+
+
 def test_a_role_beyond_its_bounds_is_moved_though_the_budget_is_short() -> None:
     roles = {"prefill": replace(BOTH, maximum=3), "decode": BOTH}
     world = World(config(mode="throughput", gpus=5, roles=roles), {"prefill": 3, "decode": 1})

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 
 import pytest
 
 from dynctl.errors import CodecError
 from dynctl.protocol.kv_events import Cleared, EngineKvBatch, EngineStored, KvBatch, KvSync, Shown, Stored
-from dynctl.worker.kv_relay import GATHER_S, KvRelay, RankRelay, until_told
+from dynctl.transport.engine_events import EngineEventSource, EnginePublisher
+from dynctl.worker.kv_relay import GATHER_S, KvRelay, RankMemory, RankRelay, until_told
 
 
 def stored(name: int) -> EngineKvBatch:
@@ -236,6 +238,60 @@ def test_images_are_told_of_once_and_again_to_readers_that_missed_it() -> None:
     assert reply.snapshot is not None
     assert reply.shown == [image]
     assert rank.sync(1).batches[0].shown == [image]
+
+
+class ChainReader:
+    """Each payload is a number: that block, which follows on the one before."""
+
+    def read(self, payload: bytes, now_s: float) -> list[EngineKvBatch]:
+        name = int(payload)
+        event = EngineStored(
+            block_hashes=[name], parent=name - 1 if name else None, token_ids=[name] * 4, block_size=4
+        )
+        return [EngineKvBatch(timestamp=float(name), rank=0, events=[event])]
+
+
+async def test_a_relay_that_goes_on_knows_what_the_engine_does_not_tell_again() -> None:
+    """An engine repeats its last events only, and of a prompt whose beginning is not known nothing is."""
+    publisher = EnginePublisher(
+        EngineEventSource("tcp://127.0.0.1:*", "tcp://127.0.0.1:*", "kv"), buffer_steps=2
+    )
+    live, replay = publisher.start()
+    source = EngineEventSource(live, replay, "kv")
+
+    def listening(memories: Sequence[RankMemory] = ()) -> KvRelay:
+        made = KvRelay("w", 1, [source], polled=False, new_reader=ChainReader, publish=lambda batch: None)
+        made.recall(memories)
+        made.attach(4)
+        return made
+
+    async def held(one: KvRelay, count: int) -> list[Stored]:
+        async with asyncio.timeout(10):
+            while True:
+                reply = one.sync(KvSync(rank=0, from_seq=99))
+                assert reply.snapshot is not None
+                if sum(len(stored.hashes) for stored in reply.snapshot) >= count:
+                    return reply.snapshot
+                await asyncio.sleep(0.01)
+
+    former = listening()
+    await asyncio.sleep(0.2)
+    for number in range(6):
+        publisher.publish(b"%d" % number)
+    await held(former, 6)
+    memories = former.memory()
+    former.detach()
+    assert memories[0].next_batch == 6
+    publisher.publish(b"6")  # while nobody listens
+    after, stranger = listening(memories), listening()
+    publisher.publish(b"7")
+    whole = await held(after, 8)
+    assert after.sync(KvSync(rank=0, from_seq=0)).snapshot == whole
+    assert after.sync(KvSync(rank=0, from_seq=0)).resets == 0
+    assert stranger.sync(KvSync(rank=0, from_seq=99)).snapshot == []
+    after.detach()
+    stranger.detach()
+    publisher.close()
 
 
 @pytest.mark.parametrize("now_s", [0.0, 0.05, 0.2, 1_800_000_000.0, 1_800_000_000.199, 1_800_000_123.456])
