@@ -61,6 +61,12 @@ class NotReady(LaunchError):
     kind = "not_ready"
 
 
+class NodeSilent(LaunchError):
+    """A node does not answer: what is on it may live on, and nothing can be started or changed there."""
+
+    kind = "node_silent"
+
+
 class SlurmError(LaunchError):
     """Slurm's programs could not do what was asked."""
 

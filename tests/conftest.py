@@ -10,8 +10,13 @@ import shutil
 from collections.abc import Callable
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from dynctl.native import load
+
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
+"""How long an example takes says something of the machine, nothing of the code."""
 
 REQUIRE_ALL = os.environ.get("DYNCTL_TESTS_REQUIRE") == "all"
 

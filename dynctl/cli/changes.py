@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Annotated
 
 import typer
 
 from dynctl.cli import options
 from dynctl.cli.exits import INTERRUPTED
-from dynctl.cli.pick import ENV_NAME, ask, pick, state
-from dynctl.cli.render import json_data, program, prose
+from dynctl.cli.pick import ask, pick, state
+from dynctl.cli.remedies import new_controller
+from dynctl.cli.render import columns_of, cut, json_data, program, prose
 from dynctl.deploy.amend import Amended
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.state import ENDED
 from dynctl.deploy.status import ready_counts
-from dynctl.errors import NotReady, PeerLost, ProcessExited, SlurmRejected, UsageError
+from dynctl.errors import NodeSilent, NotReady, PeerLost, ProcessExited, SlurmRejected, UsageError
 from dynctl.protocol.deployment import DeploymentView
 
 POLL_S = 0.2
@@ -44,14 +44,25 @@ def running(name: str | None) -> RunDir:
     run = pick(name)
     seen, _ = ask(run)
     if not seen.controller_pid:
-        # The lock is a file of this machine, which may be another one than that of who asks.
-        again = "with the same recipe and hosts" if ENV_NAME in os.environ else str(run.lock)
         raise UsageError(
-            f"'{seen.name}' has no controller to change it",
-            where=str(run.path),
-            hint=f"{program()} up {again} starts a new one",
+            f"'{seen.name}' has no controller to change it", where=str(run.path), hint=new_controller(run)
         )
     return run
+
+
+def require_answers(amended: Amended, seats: Collection[str], doing: str) -> None:
+    """See that the nodes these seats are on can be asked to do it: nothing is waited for that may never come.
+    Raises NodeSilent.
+    """
+    lost, name = amended.room.lost, amended.old.name
+    for process in amended.old.processes:
+        silent = [node for node, _ in process.spots if node in lost]
+        if process.id in seats and silent:
+            raise NodeSilent(
+                f"{process.id} cannot be {doing} now: {lost[silent[0]]}",
+                where=silent[0],
+                hint=f"nothing was changed; {program()} status {name} tells what helps",
+            )
 
 
 def tell_lost(amended: Amended) -> None:
@@ -75,7 +86,7 @@ def see_through(run: RunDir, timeout_s: float, *, as_json: bool, no_wait: bool =
         line = f"{seen.name}: ready {ready_counts(seen)}: {seen.changing}"
         line += f" ({seen.reason})" if seen.reason and "awaits a node" in line else ""
         if seen.changing and line != told:
-            prose(line)
+            prose(cut(line, columns_of(sys.stderr)))
         told = line
 
     try:

@@ -27,6 +27,7 @@ EXIT_CODES = {
     "process_exited": 5,
     "not_ready": 6,
     "port_in_use": 7,
+    "node_silent": 8,
     "slurm_unreachable": 8,
     "transport": 8,
     "peer_lost": 8,

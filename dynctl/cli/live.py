@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
 from dynctl.cli.pick import launcher_of, state
+from dynctl.cli.remedies import new_controller
 from dynctl.cli.render import STATE_STYLES, age, program, prose
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.status import ready_counts
@@ -154,13 +155,13 @@ def attend(run: RunDir) -> int:
 
 def follow(run: RunDir, controller: ProcessHandle, stopper: Stopper) -> int:
     """As `attend`, with the controller's handle known."""
-    name, last = run.run_id, None
+    name, last = state(run).name, None
     try:
         with screen() as shown:
             for seen in changes(run, controller, Waiter(stopper, shown.show)):
                 if seen is not None:
                     shown.show(seen)
-                    name, last = seen.name, seen
+                    last = seen
     except KeyboardInterrupt:
         prose(f"\nleft {name} running; {ways_back(name)}")
         return 0
@@ -168,7 +169,7 @@ def follow(run: RunDir, controller: ProcessHandle, stopper: Stopper) -> int:
         raise LaunchError(
             f"the controller of '{name}' is gone; traffic goes on",
             where=str(run.path),
-            hint="dynctl up with the same recipe starts a new one",
+            hint=new_controller(run),
         )
     prose(f"{name} has ended: {last.phase if last is not None else 'stopped'}")
     return 0

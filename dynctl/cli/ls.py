@@ -6,9 +6,10 @@ import time
 from typing import Any
 
 from dynctl.cli import options
+from dynctl.cli.direct import ask_from_here
 from dynctl.cli.pick import home, state, view
 from dynctl.cli.render import age, data, json_data, prose, table
-from dynctl.deploy.home import RunDir
+from dynctl.deploy.home import RunDir, made_at
 from dynctl.deploy.status import ready_counts
 from dynctl.errors import CodecError, UsageError
 
@@ -24,7 +25,9 @@ def ls(as_json: options.Json = False) -> None:
     if as_json:
         json_data(found)
     elif found:
-        shown = [[d["name"], d["phase"], d["ready"], d["age"], d["url"], d["run_dir"]] for d in found]
+        shown = [
+            [d[key] or "-" for key in ("name", "phase", "ready", "age", "url", "run_dir")] for d in found
+        ]
         data(table(("NAME", "PHASE", "READY", "AGE", "URL", "RUN"), shown, state_column=1))
     else:
         prose("no deployments; dynctl up RECIPE starts one")
@@ -57,17 +60,19 @@ def line(run: RunDir, name: str) -> dict[str, Any]:
 
 
 def elsewhere(run: RunDir, name: str) -> dict[str, Any]:
-    """What is known here of a deployment that its head looks after."""
+    """What is known here of a deployment that its head looks after: what its controller says, where that can
+    be asked from here, else that it is "remote".
+    """
     from dynctl.deploy.remote_note import read_remote
 
-    remote = read_remote(run)
+    remote, seen = read_remote(run), ask_from_here(run)
     left = f", left on {', '.join(remote.left)}" if remote.left else ""
     return {
         "name": name,
-        "phase": "stopped" if remote.ended else "remote",
-        "reason": "",
-        "ready": "",
-        "age": age(time.time() - run.path.stat().st_ctime),
-        "url": "",
+        "phase": "stopped" if remote.ended else "remote" if seen is None else seen.phase,
+        "reason": "" if seen is None else seen.reason,
+        "ready": "" if seen is None else ready_counts(seen),
+        "age": age(time.time() - (made_at(remote.run_id) or run.path.stat().st_ctime)),
+        "url": "" if seen is None else seen.url,
         "run_dir": f"{remote.head.name}:{remote.head.home}/runs/{remote.run_id}{left}",
     }

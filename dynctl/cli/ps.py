@@ -10,7 +10,7 @@ from dynctl.cli import options
 from dynctl.cli.direct import ask_from_here
 from dynctl.cli.pick import Elsewhere, ask, pick
 from dynctl.cli.render import age, data, json_data, prose, table
-from dynctl.deploy.status import ready_counts
+from dynctl.deploy.status import ready_counts, unseen_lines
 from dynctl.protocol.deployment import DeploymentView
 
 HEADERS = ("ROLE", "INDEX", "INSTANCE", "NODE", "STATE", "READY", "PID", "ENGINE", "RESTARTS", "AGE", "URL")
@@ -36,7 +36,8 @@ def ps(name: options.Name = None, as_json: options.Json = False) -> None:
         return
     data(table(HEADERS, rows(seen, seen.at or time.time()), state_column=4))
     prose(", ".join(filter(None, (f"{seen.name}: {seen.phase}", f"ready {ready_counts(seen)}", seen.url))))
-    for told in (seen.reason, f"declined: {seen.declined}" if seen.declined else ""):
+    unseen = [line for line in unseen_lines(seen) if line.partition(" (")[0] not in seen.reason]
+    for told in (seen.reason, *unseen, f"declined: {seen.declined}" if seen.declined else ""):
         if told:
             prose(told, style="warning")
 

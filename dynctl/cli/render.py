@@ -86,6 +86,24 @@ def program() -> str:
     return shlex.quote(called)
 
 
+def counted(number: int, what: str) -> str:
+    """How many of what: "1 host", "2 hosts"."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def cut(line: str, columns: int) -> str:
+    """A line as far as it fits so many columns, with "..." where it does not; 0 = there is no limit."""
+    return line if not columns or len(line) <= columns else f"{line[: max(0, columns - 4)]} ..."
+
+
+def columns_of(stream: TextIO) -> int:
+    """How wide the terminal is that a stream goes to; 0 = it goes to none."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns if stream.isatty() else 0
+    except (OSError, ValueError):
+        return 0
+
+
 def age(seconds: float) -> str:
     """A time span as people say it: "12s", "3m04s", "2h05m", "3d04h"."""
     whole = max(0, int(seconds))

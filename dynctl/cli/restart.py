@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from dynctl.cli import options
-from dynctl.cli.changes import Force, NoWait, Timeout, running, see_through
+from dynctl.cli.changes import Force, NoWait, Timeout, require_answers, running, see_through
 from dynctl.cli.pick import ask
 from dynctl.cli.render import prose
 from dynctl.cli.up import site
@@ -46,6 +46,7 @@ def restart(
     roles = list(dict.fromkeys(row.role for row in rows if row.role != "frontend"))
     warn(seen, rows)
     amended = unchanged(run, site(LocalLauncher()))
+    require_answers(amended, [row.id for row in rows], "restarted")
     who = actor("restart", which, force=force)
     apply(amended, who, roles, [row.id for row in rows])
     return see_through(run, timeout, as_json=as_json, no_wait=no_wait)

@@ -11,7 +11,7 @@ import typer
 
 from dynctl.cli import options
 from dynctl.cli.amend import shown
-from dynctl.cli.changes import Force, NoWait, Timeout, running, see_through, tell_lost
+from dynctl.cli.changes import Force, NoWait, Timeout, require_answers, running, see_through, tell_lost
 from dynctl.cli.render import json_data, prose
 from dynctl.cli.up import site
 from dynctl.deploy.amend import apply, rescaled
@@ -56,6 +56,7 @@ def scale(
         else:
             prose(f"{amended.old.name}: nothing to do")
         return 0
+    require_answers(amended, found.removed, "removed")
     prose("\n".join(shown(replace(found, changed=None))))
     tell_lost(amended)
     apply(amended, actor("scale", roles, force=force), ())

@@ -10,7 +10,8 @@ import typer
 
 from dynctl.cli import options
 from dynctl.cli.pick import ask, launcher_of, pick
-from dynctl.cli.render import STATE_STYLES, data, json_data, paint
+from dynctl.cli.remedies import remedy
+from dynctl.cli.render import STATE_STYLES, Style, data, json_data, paint
 from dynctl.deploy.ask import Health, ask_health
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.slurm_view import follow_ups, job_facts, no_successor
@@ -31,7 +32,8 @@ Watch = Annotated[bool, typer.Option("--watch", "-w", help="Stay and show every 
 def status(name: options.Name = None, watch: Watch = False, as_json: options.Json = False) -> None:
     """Is it ready, and if not, why: the first failing layer and its first error line.
 
-    Layers, in order: the deployment, its controller, its workers, its frontends, the frontends' own health.
+    Layers, in order: the deployment, its controller, its workers, its frontends, the frontends' own health,
+    the nodes: one that does not answer the controller may serve on.
     Beside these: what frontends have doubts about, such as an index that is being rebuilt. After a start that
     failed, the part of `dynctl doctor` that may tell why.
     """
@@ -50,13 +52,17 @@ def status(name: options.Name = None, watch: Watch = False, as_json: options.Jso
     job = job_facts(launcher) if isinstance(launcher, JobLauncher) else None
     more = [job_facts(one) for one in follow_ups(run, launcher)] if isinstance(launcher, JobLauncher) else []
     if as_json:
-        told = {**as_object(seen, found, doubts), "causes": [asdict(cause) for cause in looked]}
+        told = {**as_object(seen, found, doubts), "remedy": remedy(run, seen, found)}
+        told |= {"causes": [asdict(cause) for cause in looked]}
         json_data(told | ({"job": job | {"follow_ups": more}} if job is not None else {}))
         return
     own = [job["line"]] if job is not None else []
     if found.layer == "job" or found.reason in own:  # the same, but for its place in the queue
         found, own = replace(found, reason=(own or [found.reason])[0]), []
-    lines = text(run, seen, found)
+    lines = [
+        *text(run, seen, found),
+        *([f"what helps: {helps}"] if (helps := remedy(run, seen, found)) else []),
+    ]
     lines[2:2] = [*own, *(f"follow-up {one['line']}" for one in more)]
     lines += [f"no successor: {why}"] if (why := no_successor(run)) and seen.phase not in ENDED else []
     lines += [f"doubt: {doubt}" for doubt in doubts]
@@ -104,7 +110,7 @@ def as_object(seen: DeploymentView, found: Diagnosis, doubts: Sequence[str]) -> 
     return {
         "name": seen.name,
         "phase": seen.phase,
-        "ready": not found.layer,
+        "ready": found.ready,
         "counts": ready_counts(seen),
         "url": seen.url,
         "run_dir": seen.run_dir,
@@ -134,7 +140,8 @@ def text(run: RunDir, seen: DeploymentView, found: Diagnosis) -> list[str]:
     lines += [f"planner: {seen.planner}"] if seen.planner else []
     if not found.layer:
         return [*lines, "all layers are well: controller, workers, frontends, health"]
-    lines.append(f"{paint(found.layer, 'error')}: {found.reason}")
+    style: Style = "warning" if found.ready else "error"
+    lines.append(f"{paint(found.layer, style)}: {found.reason}")
     if found.error:
         lines.append(f"  {found.error}")
     elif found.seat:

@@ -15,14 +15,14 @@ import msgspec
 from dynctl.cli.elsewhere import command_there, run_async
 from dynctl.cli.limit import Limit
 from dynctl.cli.pick import home
-from dynctl.cli.render import prose
+from dynctl.cli.render import counted, program, prose
 from dynctl.cli.up_ssh_again import Change, alone, change_there, require_head
 from dynctl.deploy.home import new_run_id
 from dynctl.deploy.remote import Started, Wanted, given_up, is_ip, start, with_addresses
 from dynctl.deploy.remote_hosts import HostSite, raise_first, sweep
 from dynctl.deploy.remote_note import Remote, read_remote, save_keys, save_remote
 from dynctl.deploy.run import Checked
-from dynctl.errors import SshError
+from dynctl.errors import HostPythonMissing, SshError
 from dynctl.launchers.bootstrap import Bootstrap, bootstrap, find_dynctl, named_dynctl, read_wheelhouse
 from dynctl.launchers.probe import probe
 from dynctl.launchers.ssh import SshHosts
@@ -64,7 +64,7 @@ async def _up(checked: Checked, how: How) -> int:
             return changed
         async with limit.during(name, "its hosts were being connected to"):
             reached, missing = await _reach(checked, hosts)
-        prose(f"{len(reached)} hosts reached: {', '.join(reached)}", style="dim")
+        prose(f"{counted(len(reached), 'host')} reached: {', '.join(reached)}", style="dim")
         async with limit.during(name, "its hosts were being looked at"):
             checked, sites = await _look(checked, reached, missing, how)
         run_id = new_run_id(name, time.gmtime())
@@ -85,9 +85,15 @@ async def _reach(checked: Checked, hosts: SshHosts) -> tuple[dict[str, SshHost],
     found = await hosts.connect_all(checked.inventory.hosts)
     missing = [one for one in found.values() if isinstance(one, SshError)]
     head = found[checked.inventory.hosts[0].name]
-    if isinstance(head, SshError) or home().note_of(checked.loaded.recipe.name) is None:
+    if isinstance(head, SshError) or not is_noted(checked.loaded.recipe.name):
         raise_first(missing)
     return {name: one for name, one in found.items() if isinstance(one, SshHost)}, missing
+
+
+def is_noted(name: str) -> bool:
+    """Whether something of this name runs as far as is known here: the note of what has ended stays."""
+    noted = home().note_of(name)
+    return noted is not None and not read_remote(noted).ended
 
 
 async def _look(
@@ -120,7 +126,10 @@ async def _look_at(
     facts = asyncio.ensure_future(probe(shell, HostQuestion(), python=host.python))
     dialled = asyncio.ensure_future(reached_at(shell))
     await asyncio.gather(dynctl, facts, dialled, return_exceptions=True)
-    # The verdict on dynctl there first: what else a Python that will not do says differs from time to time.
+    # Without a Python nothing else is worth a word; then the verdict on dynctl there: what else a Python that
+    # will not do says differs from time to time.
+    if isinstance(none := facts.exception(), HostPythonMissing):
+        raise none
     python, told, address = dynctl.result(), facts.result(), dialled.result()
     there = host.directory.replace("~", told.home, 1) if host.directory else f"{told.home}/.dynctl"
     taken, busy = frozenset(told.listening), busy_gpus(told)
@@ -194,4 +203,7 @@ async def _attend(
     if code not in (0, 130) and not started.adopted:
         failed = await sweep(sites, plan.run_id, 0.0)
         note(given_up(remote, failed), "")
+        if failed:
+            ends = f"{program()} down {plan.name} ends them once it can be reached"
+            prose(f"processes may be left on {', '.join(sorted(failed))}: {ends}", style="warning")
     return code

@@ -70,9 +70,9 @@ def reached(goal: str, seen: DeploymentView, found: Diagnosis) -> bool:
     """Whether it is so."""
     match goal:
         case "ready":
-            return not found.layer
+            return found.ready
         case "settled":
-            return not found.layer and not seen.changing
+            return found.ready and not seen.changing
         case "degraded":
             return seen.phase == "degraded"
     return seen.phase in ENDED

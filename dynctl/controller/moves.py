@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dynctl.errors import LaunchError
 from dynctl.protocol.exits import LastWords
 from dynctl.protocol.registry import InstanceState
 
@@ -31,12 +32,13 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class StartFailed:
-    """There is no process. `permanent`: trying again is useless."""
+    """There is no process. `permanent`: trying again is useless; `kind` of the error."""
 
     id: str
     incarnation: int
     message: str
     permanent: bool
+    kind: str = LaunchError.kind
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,10 @@ class More(Protocol):
         """Why nodes that are still to be given will not be; "" = they may be. Told once."""
         ...
 
+    def remedy(self) -> str:
+        """What becomes of a lost node's workers when there is no room for them, for people. Blocks."""
+        ...
+
     async def dismiss(self) -> None:
         """The run has ended: give all back. Called before `close`, if at all."""
         ...
@@ -68,6 +72,10 @@ class NoMore:
     def hopeless(self) -> str:
         """As `More`."""
         return ""
+
+    def remedy(self) -> str:
+        """As `More`."""
+        return "they are left as they are until it answers again, or there is room"
 
     async def dismiss(self) -> None:
         """As `More`."""

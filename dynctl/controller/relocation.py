@@ -116,7 +116,9 @@ class Relocation:
             tried = (nodes, lost, before, grown)
             known = [node for node in sorted(nodes) if not is_awaited(node)]
             if tried != self._no_room and known:
-                hands.note("node.no_room", {"node": ", ".join(known), "message": str(error)})
+                then = await asyncio.to_thread(hands.more.remedy)
+                # The error's own hint is for whoever writes a recipe.
+                hands.note("node.no_room", {"node": ", ".join(known), "message": f"{error.message}; {then}"})
             self._no_room, self._roomless = tried, nodes
 
     async def _end_steps(self, before: Plan, plan: Plan) -> None:

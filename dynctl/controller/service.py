@@ -46,6 +46,7 @@ from dynctl.controller.moving import More, NoMore
 from dynctl.controller.planner_watch import plan_replicas
 from dynctl.controller.relocation import Hands, Relocation
 from dynctl.controller.supervise import Supervisor
+from dynctl.controller.unseen import Unseen, rooms, shown
 from dynctl.deploy.events import append_event
 from dynctl.deploy.home import RunDir
 from dynctl.deploy.plan import Plan
@@ -58,7 +59,7 @@ from dynctl.errors import DiscoveryError, DynctlError, LaunchError
 from dynctl.launchers.base import Launch, ProcessHandle
 from dynctl.launchers.files import write_atomic
 from dynctl.launchers.fleet import Fleet, Seated
-from dynctl.protocol.day2 import NodeRoom, RoomReply
+from dynctl.protocol.day2 import RoomReply
 from dynctl.protocol.deployment import DeploymentView, DownCall, DownReply
 from dynctl.protocol.planner import PLANNER_TOPIC
 from dynctl.topology.inventory import is_awaited
@@ -120,7 +121,7 @@ class Controller:
         self._server = ControlServer(parts.keys, parts.plan.registry, self._answer)
         self._lanes: dict[str, deque[Instruction]] = {}
         self._working: dict[str, asyncio.Task[None]] = {}
-        self._lost: dict[str, str] = {}
+        self._lost: dict[str, Unseen] = {}
         self._planner: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._saved = b""
@@ -265,8 +266,7 @@ class Controller:
             self._feed(Stop(max(0.0, drain_s)))
             return DownReply(controller_pid=self._state.controller.pid)
         if op == "controller.room":
-            lost = {node: NodeRoom(lost=why or "it does not answer") for node, why in self._lost.items()}
-            return RoomReply(nodes={**lost, **await self._parts.fleet.room()})
+            return RoomReply(nodes={**rooms(self._lost), **await self._parts.fleet.room()})
         if op in OPS:
             return await self._day2.handle(op, body)
         hint = "registry.*, adapters.*, controller.ps, .status, .down, .room, .apply, .drain, .lock or .exec"
@@ -274,10 +274,10 @@ class Controller:
 
     def _view(self) -> DeploymentView:
         seen = view_of(self._state, str(self._parts.run.path), _believed)
-        serving = {seat.node for seat in self._state.seats if seat.state == "ready"}
-        unseen = [f"node {n} does not answer, what serves there goes on" for n in self._lost if n in serving]
-        why = "; ".join(filter(None, (seen.reason, *unseen, self._parts.more.told())))
-        return msgspec.structs.replace(seen, reason=why, at=time.time())
+        agents = {node.name for node in self._day2.plan.nodes if node.agent}
+        unseen = shown(self._lost, self._state, agents, time.monotonic())
+        why = "; ".join(filter(None, (seen.reason, self._parts.more.told())))
+        return msgspec.structs.replace(seen, reason=why, at=time.time(), unseen=unseen)
 
     def _poll(self) -> None:
         """Look which processes have ended."""
@@ -304,7 +304,7 @@ class Controller:
                 for seat_id, incarnation in self._relocation.left_on(news.node).items():
                     self._order(news.node, Kill(seat_id, incarnation))
             else:
-                self._lost[news.node] = news.why
+                self._lost[news.node] = Unseen.of(news, time.monotonic())
                 self._feed(NodeLost(news.node, news.why))
                 self._registry.unreachable([s.id for s in self._state.seats if s.node == news.node])
 
@@ -393,7 +393,8 @@ class Controller:
         try:
             handle = await self._parts.fleet.start(launch)
         except LaunchError as error:
-            self._feed(StartFailed(seat_id, incarnation, str(error), permanent=not seat.ever_ready))
+            once = not seat.ever_ready
+            self._feed(StartFailed(seat_id, incarnation, str(error), permanent=once, kind=error.kind))
             return
         self._feed(Started(seat_id, incarnation, handle.pid, handle.start_ticks, handle.pgid, time.time()))
 

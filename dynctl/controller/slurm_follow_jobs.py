@@ -77,7 +77,8 @@ class FollowUpJobs:
         """What is lacking, and the jobs as Slurm has them. Raises DynctlError."""
         seen, now = [], time.time()
         for one in self.known:
-            row, age_s = self._table.row(one.job), now - one.job.submitted_at
+            doubtful = not lack.lost.isdisjoint(one.nodes)  # what Slurm has just said may be from before
+            row, age_s = self._table.row(one.job, fresh=doubtful), now - one.job.submitted_at
             seen.append(Seen(one, row, fresh=age_s < FRESH_S, waited_s=age_s))
         if not lack.nodes:
             return [], seen
@@ -151,7 +152,13 @@ class FollowUpJobs:
         labelled = tuple(replace(host, labels=(role,) if role is not None else ()) for host in hosts)
         site = replace(self._ways.site, others=dict.fromkeys(names, row.id))
         # Slurm gives out nodes that it does not yet know to be dead.
-        run_on(site, names, [sys.executable, "-c", ""], run.logs / LOG, TRY_S)
+        try:
+            run_on(site, names, [sys.executable, "-c", ""], run.logs / LOG, TRY_S)
+        except LaunchError as error:
+            told = error.message.splitlines()[-1].strip()
+            raise LaunchError(
+                f"job {row.id} was given {' '.join(names)}, where nothing can be started: {told}"
+            ) from error
         staged = staged_recipe(loaded)
         if staged is not loaded:
             self._ways.stage(site, loaded.model.directory, staged.recipe.model.path, names)

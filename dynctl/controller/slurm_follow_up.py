@@ -52,24 +52,36 @@ class SlurmFollowUps:
         self._failed_at = self._again_at = 0.0
         self._settled_at = time.monotonic() + (NEW_S if known else 0.0)
         self._hurry = False
-        self._hopeless = ""
+        self._hopeless = self._trouble = ""
         self._given_up: Plan | None = None
 
     def want(self, lack: Lack) -> None:
         """As `More`."""
         before, self._lack = self._lack, lack
-        if before is None or (lack.nodes, lack.busy) != (before.nodes, before.busy):
+        if before is None or (lack.nodes, lack.busy, lack.lost) != (before.nodes, before.busy, before.lost):
             self._wake.set()
         if self._task is None and (lack.nodes or self._jobs.known):
             self._task = asyncio.get_running_loop().create_task(self._follow(), name="follow-ups")
 
     def told(self) -> str:
         """As `More`."""
-        return "; ".join(
+        waits = [
             f"for {_nodes(one.wanted)} more, {pending_text(row, None)}"
             for one in self._jobs.known
             if (row := self._rows.get(one.job.name)) is not None and row.pending
-        )
+        ]
+        lacks = self._lack is not None and self._lack.nodes
+        return "; ".join(waits or ([self._trouble] if lacks and self._trouble else []))
+
+    def remedy(self) -> str:
+        """As `More`."""
+        try:
+            asks = self._jobs.options().follow_up
+        except DynctlError as error:
+            return str(error)
+        if asks:
+            return "another job is asked for a node in its place"
+        return "slurm.follow_up: true would ask for another job, slurm.spares has nodes ready"
 
     def hopeless(self) -> str:
         """As `More`."""
@@ -158,7 +170,7 @@ class SlurmFollowUps:
                 self._give_up(lack, str(error))
                 return
             self._put_off(now)
-            wait_s = round(self._again_at - now)
+            wait_s, self._trouble = round(self._again_at - now), f"{error}: it is asked again"
             self._say_once("follow_up.refused", message=str(error), again_in_s=wait_s)
             return
         self._hurry = True
@@ -171,8 +183,9 @@ class SlurmFollowUps:
         except DynctlError as error:
             await asyncio.to_thread(self._jobs.cancel, follow_up)
             failed = not isinstance(error, GivenTwice)
-            await self._let_go(lack, "follow_up.released", Release(follow_up, str(error), failed))
+            await self._let_go(lack, "follow_up.released", Release(follow_up, _line(error), failed))
             return
+        self._trouble = ""
         self._ways.fleet.join(taken.nodes, row.id, lack.lost)
         self.grown += 1
         self._say("follow_up.started", job=row.id, nodes=" ".join(taken.nodes))
@@ -190,6 +203,7 @@ class SlurmFollowUps:
         await asyncio.to_thread(self._jobs.forget, lack, what.follow_up)
         if what.failed:
             self._put_off(time.monotonic())
+            self._trouble = f"{what.why}: another job is asked for"
         self._say(event, job=job, message=what.why)
 
     def _give_up(self, lack: Lack, why: str) -> None:
@@ -216,6 +230,11 @@ class SlurmFollowUps:
         except OSError as error:
             # The event is in the log, where there is room.
             logger.error("events.unwritable error=%s", error)
+
+
+def _line(error: DynctlError) -> str:
+    """All it says in one line."""
+    return " ".join(str(error).split())
 
 
 def _nodes(count: int) -> str:

@@ -35,6 +35,7 @@ from dynctl.controller.rolling import Drop, Give, Halt, Open, Part, changing, mo
 from dynctl.controller.verdict import URGENCY, Failure, describe_exit, gives_up, reason_of, signature
 from dynctl.controller.way_down import WayDown
 from dynctl.deploy.state import RunState, SeatRecord, stop_margin_of
+from dynctl.errors import NodeSilent
 from dynctl.topology.inventory import is_awaited
 
 HURRY_S = 2.0
@@ -54,6 +55,8 @@ class Times:
     """Beyond the process's own time-out, which should come first and knows more."""
     renew_s: float = 20.0
     """For a process whose lease ran out, or that a new controller has found, to register again."""
+    unseen_s: float = 30.0
+    """For a node that falls silent before all was ready for the first time to answer again."""
     kill_s: float = 10.0
     failed_drain_s: float = 1.0
     """For what runs already when the deployment fails to start: nobody has used it yet."""
@@ -82,6 +85,7 @@ class Supervisor:
         self._watch: dict[str, _Watch] = defaultdict(_Watch)
         self._stopping: WayDown | None = None
         self._lost_nodes: dict[str, str] = {}
+        self._lost_at: dict[str, float] = {}
         self._out: list[Instruction] = []
         self._handlers: dict[type, Callable[[Any, float], None]] = {
             Begin: self._begin,
@@ -177,7 +181,7 @@ class Supervisor:
         if seat is None:
             return
         self._note("process.unstartable", seat, message=event.message)
-        failure = Failure(event.message, (), told=True, permanent=event.permanent, kind="launch")
+        failure = Failure(event.message, (), told=True, permanent=event.permanent, kind=event.kind)
         self._failed(seat, failure, now, retry=seat.ever_ready and not event.permanent)
 
     # Living
@@ -218,6 +222,7 @@ class Supervisor:
         Whether it does its lease tells; parts of a replica that have none are believed lost.
         """
         self._lost_nodes[event.node] = event.why
+        self._lost_at.setdefault(event.node, now)
         self._out.append(Note("node.lost", {"node": event.node, "message": event.why}))
         for seat in self.state.seats:
             if seat.node != event.node:
@@ -231,6 +236,7 @@ class Supervisor:
     def _node_back(self, event: NodeBack, now: float) -> None:
         """Who lives there is to register again; who has ended is told of by the node."""
         self._lost_nodes.pop(event.node, None)
+        self._lost_at.pop(event.node, None)
         self._out.append(Note("node.back", {"node": event.node}))
         for seat in self.state.seats:
             if seat.node == event.node and seat.state == "lost":
@@ -260,7 +266,17 @@ class Supervisor:
         failure = describe_exit(event.code, event.words, event.lines, verdict)
         self._note("process.exited", seat, code=event.code, message=failure.message)
         self._out += kills(self.state, seat)
+        if seat.node in self._lost_nodes and seat.was_ready and self._stopping is None:
+            self._gone_with_its_node(seat, failure, now)
+            return
         self._failed(seat, failure, now, retry=False)
+
+    def _gone_with_its_node(self, seat: SeatRecord, failure: Failure, now: float) -> None:
+        """It is to start where there is room, or when its node is back: that is no failure of its own."""
+        seat.pid = seat.start_ticks = seat.pgid = seat.engine_pid = 0
+        seat.state = "stopped" if seat.state == "stopping" else "backoff"
+        seat.last_exit, seat.last_kind, seat.last_error = failure.message, failure.kind, []
+        self._watch[seat.id].deadline = now
 
     def _failed(self, seat: SeatRecord, failure: Failure, now: float, *, retry: bool) -> None:
         """A seat has no process any more: back off, or give up."""
@@ -299,12 +315,15 @@ class Supervisor:
         for seat in self.state.seats:
             if seat.state not in ("backoff", "starting", "lost"):
                 continue
-            watch = self._watch[seat.id]
-            if now < watch.deadline:
-                continue
             if self._stopping is not None:
                 continue
-            why = self._lost_nodes.get(seat.node)
+            watch, why = self._watch[seat.id], self._lost_nodes.get(seat.node)
+            if why is not None and not self.state.ready_once:
+                if now >= self._lost_at[seat.node] + self._times.unseen_s:
+                    self._unseen(seat, why, now)
+                continue
+            if now < watch.deadline:
+                continue
             if why is not None:
                 if seat.state == "starting" and not seat.was_ready:
                     self._unseen(seat, why, now)
@@ -323,8 +342,9 @@ class Supervisor:
     def _unseen(self, seat: SeatRecord, why: str, now: float) -> None:
         """It has not become ready, on a node that nobody can ask about it."""
         served = self.state.ready_once
-        message = f"node {seat.node} cannot be reached ({why})"
-        failure = Failure(message, (), told=True, permanent=not served, kind="launch")
+        seat.was_ready = seat.was_ready and served
+        told = NodeSilent(why, where=seat.node)
+        failure = Failure(str(told), (), told=True, permanent=not served, kind=told.kind)
         self._failed(seat, failure, now, retry=served)
 
     # One by one, while it serves
@@ -443,11 +463,12 @@ class Supervisor:
         else:
             state.phase = "degraded" if state.ready_once else "starting"
             worst = min(waiting, key=lambda s: URGENCY.get(s.state, 9))
-            why = self._lost_nodes.get(worst.node)
-            lost = f"node {worst.node} cannot be reached ({why}): " if why is not None else ""
-            state.reason = lost + reason_of(worst)
+            why, state.reason = self._lost_nodes.get(worst.node), reason_of(worst)
+            if why is not None and why not in state.reason:
+                state.reason = f"{worst.node}: {why}: {state.reason}"
         if state.phase != before:
-            self._out.append(Note(f"deployment.{state.phase}", {"reason": state.reason}))
+            told = {"url": state.url} if state.phase == "ready" else {"reason": state.reason}
+            self._out.append(Note(f"deployment.{state.phase}", dict[str, Any](told)))
 
     def _current(self, seat_id: str, incarnation: int) -> SeatRecord | None:
         """The seat, if this incarnation of it is the current one."""

@@ -29,7 +29,7 @@ def reasons(old: PlannedProcess, new: PlannedProcess) -> list[str]:
         found.append(f"from {_place(old)} to {_place(new)}")
     was, now = _spec(old), _spec(new)
     before, after = _argv(was), _argv(now)
-    found += [f"+{word}" for word in _only(after, before)] + [f"-{word}" for word in _only(before, after)]
+    found += [f"+ {word}" for word in _only(after, before)] + [f"- {word}" for word in _only(before, after)]
     names = sorted({*was, *now})
     found += [name for name in names if was.get(name) != now.get(name) and name != "engine.argv"]
     if not found and digest_of(old) != digest_of(new):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import calendar
 import fcntl
 import logging
 import os
@@ -23,6 +24,11 @@ logger = logging.getLogger(__name__)
 
 _TRIAL = re.compile(r"profile-[0-9a-f]{8}-.+")
 _NEXT = re.compile(r"recipe\.next\.[0-9a-f]+\.yaml")
+_MADE = re.compile(r"-(\d{8}-\d{6})-[0-9a-f]{4}$")
+_MADE_FORMAT = "%Y%m%d-%H%M%S"
+_ENDED = "ended"
+_ENDED_KEPT_S = 86_400.0
+"""No call that was on its way when a run was ended comes later."""
 LOCK_S = 10.0
 """For another command on the same name to get out of the way."""
 LEAST_FREE_BYTES = 8 * 1024 * 1024
@@ -228,6 +234,21 @@ class Home:
             _create(there, files)
         return RunDir(there, run_id)
 
+    def mark_ended(self, run_id: str) -> None:
+        """Nothing of this run is to be started here any more. Raises LaunchError."""
+        with disk("the end of the run cannot be noted"):
+            folder = self.root / _ENDED
+            folder.mkdir(mode=0o700, exist_ok=True)
+            old = time.time() - _ENDED_KEPT_S
+            for path in folder.iterdir():
+                if path.stat().st_mtime < old:
+                    path.unlink(missing_ok=True)
+            (folder / run_id).touch(mode=0o600)
+
+    def is_marked_ended(self, run_id: str) -> bool:
+        """Whether `mark_ended` was called for it."""
+        return (self.root / _ENDED / run_id).exists()
+
     def point(self, name: str, run: RunDir) -> None:
         """Let the name mean this run from now on. Raises LaunchError."""
         with disk("the deployment's link cannot be written"):
@@ -299,7 +320,13 @@ def next_name() -> str:
 
 def new_run_id(name: str, now: time.struct_time) -> str:
     """An id that sorts by time and is not used twice: name, UTC time, four random digits."""
-    return f"{name}-{time.strftime('%Y%m%d-%H%M%S', now)}-{secrets.token_hex(2)}"
+    return f"{name}-{time.strftime(_MADE_FORMAT, now)}-{secrets.token_hex(2)}"
+
+
+def made_at(run_id: str) -> float:
+    """When an id of `new_run_id` was made, as Unix time; 0 for one that does not tell."""
+    found = _MADE.search(run_id)
+    return float(calendar.timegm(time.strptime(found[1], _MADE_FORMAT))) if found else 0.0
 
 
 def _flock(fd: int, what: str, deadline_s: float) -> None:

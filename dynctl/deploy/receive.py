@@ -7,11 +7,14 @@ One call as JSON on standard input, one `Answer` as the last line of standard ou
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
 
 import msgspec
 
 from dynctl.command import Command
+from dynctl.deploy.ask import ask_controller
 from dynctl.deploy.claim import may_adopt, new_controller, same_recipe
 from dynctl.deploy.gpus import FILE as GPUS_FILE
 from dynctl.deploy.gpus import claim_of, locked, require_free
@@ -19,18 +22,29 @@ from dynctl.deploy.home import LOCK_S, Home, RunDir, make_private
 from dynctl.deploy.state import ENDED, load_state, readable_state, save_state
 from dynctl.deploy.status import lock_words
 from dynctl.deploy.stop import CONTROLLER, Stopper, stop_run
-from dynctl.errors import DynctlError, LaunchError, UsageError
+from dynctl.errors import DynctlError, LaunchError, TransportError, UsageError
 from dynctl.launchers.base import Launch, Launcher, RunRef
 from dynctl.launchers.local import LocalLauncher
+from dynctl.protocol.agent import LookCall, LookReply
+
+CALLED_S = 60
+"""For the call to come: the caller waits no longer for its answer. Then this process ends (SIGALRM)."""
+_ANSWER_S = 5.0
+"""More than an agent needs that is just being started."""
+_KILLED_S = 5.0
+_POLL_S = 0.02
 
 
 class Spawn(msgspec.Struct, frozen=True, kw_only=True):
-    """A process to be started in a run directory, unless it runs there already."""
+    """A process to be started in a run directory, unless it runs there already. An agent has an `endpoint`,
+    at which it must answer, too: one that hangs is ended and started anew.
+    """
 
     process_id: str
     incarnation: int
     argv: list[str]
     env: dict[str, str]
+    endpoint: str = ""
 
 
 class Look(msgspec.Struct, frozen=True, kw_only=True, tag="look"):
@@ -126,11 +140,17 @@ def _look(call: Look, home: Home, launcher: Launcher) -> Answer:
 def _claim(call: Claim, home: Home, launcher: Launcher) -> Answer:
     home.prepare()
     with home.locked(call.name, deadline_s=LOCK_S), locked(home):
+        _require_living(call.run_id, home)
         if call.adopt:
             run = RunDir(home.runs / call.run_id)
             make_private(run.path)
             if any(one.process_id == CONTROLLER for one in launcher.owned(call.run_id)):
-                return Answer(run_dir=str(run.path))  # somebody else was quicker
+                _spawn(
+                    [one for one in call.spawn if one.process_id != CONTROLLER],
+                    launcher,
+                    RunRef(call.run_id, run.path),
+                )
+                return Answer(run_dir=str(run.path))
             state = load_state(run.state)
             if state is None:
                 raise LaunchError("the run has no state", where=str(run.state))
@@ -148,6 +168,7 @@ def _claim(call: Claim, home: Home, launcher: Launcher) -> Answer:
 def _join(call: Join, home: Home, launcher: Launcher) -> Answer:
     home.prepare()
     with locked(home):  # until its agent lives, by which the claim counts
+        _require_living(call.run_id, home)
         there = home.create_node(call.run_id, call.node, _with_gpus(call, home))
         _spawn(call.spawn, launcher, RunRef(call.run_id, there.path))
     return Answer(run_dir=str(there.path))
@@ -168,24 +189,62 @@ def _sweep(call: Sweep, home: Home, launcher: Launcher) -> Answer:
         raise UsageError(
             f"'{state.name}' is locked by {lock_words(state.locked)}", hint="dynctl unlock, or --force"
         )
+    try:
+        home.prepare()
+        with locked(home):  # what is being started is found below, and what comes later is refused
+            home.mark_ended(call.run_id)
+    except (LaunchError, UsageError) as error:
+        # Where nothing can be written nothing can be started; what runs is to be ended all the same.
+        sys.stderr.write(f"{error}\n")
     return Answer(ended=stop_run(run, Stopper(launcher), call.drain_s))
 
 
+def _require_living(run_id: str, home: Home) -> None:
+    """A call may be late, behind a link that was cut, and its run ended since. Raises UsageError."""
+    if home.is_marked_ended(run_id):
+        raise UsageError("the run has been ended meanwhile", where=run_id)
+
+
 def _spawn(asked: list[Spawn], launcher: Launcher, run: RunRef) -> None:
-    """Start what does not run; a controller is never there when this is called."""
+    """Start what does not run, or hangs; a controller is never there when one is asked for."""
     owned = {one.process_id for one in launcher.owned(run.run_id)}
     for one in asked:
         if one.process_id in owned and one.process_id != CONTROLLER:
-            continue
+            if not one.endpoint or _answers(one.endpoint, RunDir(run.run_dir)):
+                continue
+            _end(one.process_id, launcher, run)
         command = Command(tuple(one.argv), one.env, str(run.run_dir))
         handle = launcher.start(Launch(one.process_id, one.incarnation, command), run)
         launcher.release(handle)
 
 
+def _answers(endpoint: str, run: RunDir) -> bool:
+    """Whether the agent there does."""
+    call = LookCall(procs=[])
+    try:
+        ask_controller(run, endpoint, "agent.look", call, LookReply, deadline_s=_ANSWER_S)
+    except TransportError:
+        return False
+    return True
+
+
+def _end(process_id: str, launcher: Launcher, run: RunRef) -> None:
+    """Kill an agent that hangs, and its keeper; what it has started lives on. Raises LaunchError."""
+    ends = time.monotonic() + _KILLED_S
+    while left := [one for one in launcher.owned(run.run_id) if one.process_id == process_id]:
+        if time.monotonic() > ends:
+            hint = "it hangs in the kernel; only a reboot ends it"
+            raise LaunchError(f"{process_id} (pid {left[0].handle.pid}) could not be killed", hint=hint)
+        launcher.kill(left)
+        time.sleep(_POLL_S)
+
+
 def main() -> int:
-    """Answer the call on standard input."""
+    """Answer the call on standard input; whoever is behind a link that was cut never sends one."""
+    signal.alarm(CALLED_S)
     try:
         call = msgspec.json.decode(sys.stdin.buffer.read(), type=Call)
+        signal.alarm(0)
         told = answer(call, Home.find(os.environ), LocalLauncher())
     except DynctlError as error:
         told = Answer(error=error.kind, message=error.message, where=error.where, hint=error.hint)

@@ -191,7 +191,7 @@ async def _hand_out(
         name=plan.name,
         run_id=plan.run_id,
         files={**run_files(plan, wanted.lock, started.inventory), **secret},
-        spawn=[_spawn(plan.process(seat)) for seat in (f"agent-{head.name}", CONTROLLER)],
+        spawn=[_spawn(plan.process(seat), plan) for seat in (f"agent-{head.name}", CONTROLLER)],
         adopt=started.adopted,
         gpus=_gpus(plan, head),
         share_gpus=wanted.share_gpus,
@@ -202,7 +202,7 @@ async def _hand_out(
             run_id=plan.run_id,
             node=site.name,
             files=secret,
-            spawn=[_spawn(plan.process(f"agent-{site.name}"))],
+            spawn=[_spawn(plan.process(f"agent-{site.name}"), plan)],
             gpus=_gpus(plan, site),
             share_gpus=wanted.share_gpus,
         )
@@ -211,10 +211,9 @@ async def _hand_out(
     calls: list[Claim | Join] = [claim, *joins]
     asked = []
     for site, call in zip(sites, calls, strict=True):
-        if call is not claim or not started.running:
-            if not opened[site.name].call.done():  # its time is up already
-                opened[site.name].call.set_result(call)
-            asked.append(opened[site.name].answer)
+        if not opened[site.name].call.done():  # its time is up already
+            opened[site.name].call.set_result(call)
+        asked.append(opened[site.name].answer)
     answers = await asyncio.gather(*asked, return_exceptions=True)
     raise_first(answers)
 
@@ -232,9 +231,16 @@ def require_idle(plan: Plan, sites: Iterable[HostSite]) -> None:
             raise PlacementError(f"in use already: {', '.join(users)}", where=site.name, hint=SHARE_HINT)
 
 
-def _spawn(process: PlannedProcess) -> Spawn:
+def _spawn(process: PlannedProcess, plan: Plan) -> Spawn:
     command = process.command
-    return Spawn(process_id=process.id, incarnation=1, argv=list(command.argv), env=dict(command.env))
+    endpoint = next((one.agent for one in plan.nodes if process.id == f"agent-{one.name}"), "")
+    return Spawn(
+        process_id=process.id,
+        incarnation=1,
+        argv=list(command.argv),
+        env=dict(command.env),
+        endpoint=endpoint,
+    )
 
 
 async def _secrets_of(head: HostSite, run_id: str) -> dict[str, str]:

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from dynctl.deploy.slurm_size import MORE_NODES
 from dynctl.errors import SlurmError
 from dynctl.launchers.slurm_client import SlurmClient
 from dynctl.launchers.slurm_step import JobSite
@@ -43,8 +44,9 @@ def allocation(environ: Mapping[str, str], client: SlurmClient) -> Allocation:
     names.sort(key=lambda name: name != first)  # stable: the others keep Slurm's order
     hosts = hosts_of_job(client, job_id, names)
     ids = tuple(environ.get(f"SLURM_JOB_ID_HET_GROUP_{group}", job_id) for group, _ in lists)
+    inventory = Inventory(hosts, f"job {job_id}", more=MORE_NODES)
     site = JobSite(job_id, groups, ids) if len(lists) > 1 else JobSite(job_id)
-    return Allocation(site, environ.get("SLURM_JOB_NAME", ""), Inventory(hosts, f"job {job_id}"))
+    return Allocation(site, environ.get("SLURM_JOB_NAME", ""), inventory)
 
 
 def hosts_of_job(client: SlurmClient, job_id: str, names: Sequence[str]) -> tuple[Host, ...]:

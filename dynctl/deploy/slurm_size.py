@@ -17,6 +17,8 @@ from dynctl.recipe.slurm import Slurm, SlurmPart
 from dynctl.topology.inventory import Host, Inventory
 from dynctl.topology.placement import Need, place
 
+MORE_NODES = "more slurm.nodes or slurm.gpus_per_node"
+"""How a job has room for more."""
 MOST_GPUS = 8
 """On a node, when neither the recipe nor its roles tell how many there are."""
 _GRES_GPUS = re.compile(r"(?:^|,)(?:gres[:/])?gpu(?::[A-Za-z_][\w.-]*)?(?::(\d+))?(?=,|$)")
@@ -118,7 +120,7 @@ def assumed(loaded: LoadedRecipe) -> Inventory:
         names = [f"node-{start + i}" for i in range(part.size.nodes)]
         hosts += [Host(name, name, part.size.gpus, labels=labels) for name in names]
     told = " and ".join(f"{p.size.nodes} nodes with {p.size.gpus} GPUs each" for p in parts)
-    return Inventory(tuple(hosts), f"a job of {told}")
+    return Inventory(tuple(hosts), f"a job of {told}", more=MORE_NODES)
 
 
 def labelled(loaded: LoadedRecipe, inventory: Inventory, groups: Mapping[str, int]) -> Inventory:
@@ -184,15 +186,14 @@ def _size(loaded: LoadedRecipe, wanted: Sequence[Need], options: SlurmPart) -> S
 
 def _nodes(size: Size) -> Inventory:
     hosts = tuple(Host(f"node-{i}", f"node-{i}", size.gpus) for i in range(size.nodes))
-    return Inventory(hosts, f"a job of {size.nodes} nodes with {size.gpus} GPUs each")
+    return Inventory(hosts, f"a job of {size.nodes} nodes with {size.gpus} GPUs each", more=MORE_NODES)
 
 
 def _try(loaded: LoadedRecipe, wanted: Sequence[Need], size: Size) -> None:
     try:
         place(wanted, _nodes(size))
     except PlacementError as error:
-        hint = "more slurm.nodes or slurm.gpus_per_node, fewer replicas, or smaller parallel sizes"
-        raise PlacementError(error.message, where=loaded.where(error.where), hint=hint) from error
+        raise PlacementError(error.message, where=loaded.where(error.where), hint=error.hint) from error
 
 
 def _gres_gpus(gres: str) -> int | None:

@@ -50,11 +50,15 @@ _ENDS = {
     "DEADLINE": "missed its deadline",
     "FAILED": "has failed",
     "COMPLETED": "has ended",
+    "COMPLETING": "has ended",
 }
 
 
 def job_view(state: RunState, run: RunDir, launcher: JobLauncher) -> DeploymentView:
-    """The deployment as it is. A controller of Slurm's that does not answer is a reason, not an end."""
+    """The deployment as it is. A controller of Slurm's that does not answer is a reason, not an end.
+
+    Raises CodecError for a record that cannot be read.
+    """
     try:
         row, silent = launcher.job(), ""
     except SlurmError as error:
@@ -72,6 +76,11 @@ def job_view(state: RunState, run: RunDir, launcher: JobLauncher) -> DeploymentV
             return seen
         told = f"job {row.id} has started on {row.nodes or 'its nodes'}, its controller is starting"
         return msgspec.structs.replace(seen, phase="starting", reason=told)
+    return _left(_over(state, run, launcher, row), state, run, launcher)
+
+
+def _over(state: RunState, run: RunDir, launcher: JobLauncher, row: JobRow | None) -> DeploymentView:
+    """The deployment once its own job has ended."""
     seen = view_of(state, str(run.path), lambda pid, ticks: False, everywhere=True)
     how = ended_text(row, launcher.record.job_id)
     words = read_last_words(run.path, CONTROLLER, max(state.controller.incarnation, 1))
@@ -85,6 +94,27 @@ def job_view(state: RunState, run: RunDir, launcher: JobLauncher) -> DeploymentV
         return seen
     phase = "failed" if not state.ready_once and state.phase not in ENDED else "stopped"
     return msgspec.structs.replace(seen, phase=phase, reason=how)
+
+
+def _left(seen: DeploymentView, state: RunState, run: RunDir, launcher: JobLauncher) -> DeploymentView:
+    """With what lives on in jobs that have given it nodes: each ends by itself when it has seen the end."""
+    jobs: dict[str, str] = {}
+    for one in load_follow_ups(run.path):
+        try:
+            row = launcher.table.row(one.job)
+        except SlurmError:
+            return seen  # Slurm does not answer any more: nothing is known of them
+        jobs |= dict.fromkeys(one.nodes, row.id) if row is not None and row.active else {}
+    pids = {seat.id: seat.pid for seat in state.seats if seat.pid and seat.node in jobs}
+    if not pids:
+        return seen
+    rows = [
+        msgspec.structs.replace(one, state="stopping", pid=pids[one.id]) if one.id in pids else one
+        for one in seen.processes
+    ]
+    left = ", ".join(sorted({f"job {jobs[row.node]} on {row.node}" for row in rows if row.id in pids}))
+    told = f"{seen.reason}; {left} is about to end, dynctl down {seen.name} ends it now"
+    return msgspec.structs.replace(seen, processes=rows, reason=told)
 
 
 def _waiting(state: RunState, run: RunDir, reason: str) -> DeploymentView:

@@ -26,6 +26,11 @@ class Diagnosis:
     seat: str = ""
     error: str = ""
 
+    @property
+    def ready(self) -> bool:
+        """Everything serves: a node that only does not answer the controller ("node") takes nothing away."""
+        return self.layer in ("", "node")
+
 
 def view_of(state: RunState, run_dir: str, is_alive: IsAlive, *, everywhere: bool = False) -> DeploymentView:
     """The deployment as it is, checked against the processes that really live.
@@ -117,7 +122,8 @@ def ready_counts(view: DeploymentView) -> str:
 
 
 def diagnose(view: DeploymentView, health: Mapping[str, str]) -> Diagnosis:
-    """The first failing layer: controller, then workers, then frontends, then the frontends' own health.
+    """The first failing layer: controller, workers, frontends, the frontends' own health; last the nodes,
+    which may fail to answer the controller while all serves.
 
     `health` is what each frontend that could be asked says against being ready, by its id; "" = nothing.
     """
@@ -138,13 +144,26 @@ def diagnose(view: DeploymentView, health: Mapping[str, str]) -> Diagnosis:
         rows = [r for r in unready if (r.role == "frontend") == wanted]
         if rows:
             worst = min(rows, key=lambda r: _ORDER.get(r.state, 9))
-            return Diagnosis(layer, _sentence(worst), worst.id, first_error(worst.last_error))
+            what = view.unseen.get(worst.node)
+            told = _sentence(worst) + (f" ({worst.node}: {what})" if what else "")
+            return Diagnosis(layer, told, worst.id, first_error(worst.last_error))
     for seat, reason in health.items():
         if reason:
             return Diagnosis("health", reason, seat)
     if view.phase == "stopping":
         return Diagnosis("deployment", "it is stopping")
+    if view.unseen:
+        return Diagnosis("node", "; ".join(unseen_lines(view)))
     return Diagnosis()
+
+
+def unseen_lines(view: DeploymentView) -> list[str]:
+    """One line for each node that does not answer the controller."""
+    serving = {row.node for row in view.processes if row.ready}
+    return [
+        f"{node}: {what}" + ("; what serves there goes on" if node in serving else "")
+        for node, what in view.unseen.items()
+    ]
 
 
 _ORDER = {"failed": 0, "lost": 1, "silent": 2, "backoff": 3, "draining": 4, "starting": 5}

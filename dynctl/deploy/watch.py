@@ -13,7 +13,7 @@ from dynctl.deploy.slurm_view import ended_text, job_changes, refuse_hopeless
 from dynctl.deploy.state import RunState, load_state
 from dynctl.deploy.status import diagnose, view_of
 from dynctl.deploy.stop import CONTROLLER, Stopper, stop_run
-from dynctl.errors import LaunchError, NotReady, PortInUse, ProcessExited
+from dynctl.errors import LaunchError, NodeSilent, NotReady, PortInUse, ProcessExited
 from dynctl.launchers.base import ProcessHandle
 from dynctl.launchers.files import write_atomic
 from dynctl.launchers.last_lines import tail, telling_lines
@@ -167,6 +167,13 @@ def failure_of(state: RunState, where: str) -> LaunchError:
     if state.phase == "stopped":
         return NotReady(f"'{state.name}' was ended before it was ready", where=where)
     failed = next((seat for seat in state.seats if seat.state == "failed"), None)
+    if failed is not None and failed.last_kind == NodeSilent.kind:
+        why = failed.last_exit.removeprefix(f"{failed.node}: ")
+        return NodeSilent(
+            f"{why}: {failed.id} of '{state.name}' could not be started there",
+            where=failed.node,
+            hint=f"is it up, and does it let {state.head or 'the controller'} in? then dynctl up again",
+        )
     lines = [f"  {line}" for line in failed.last_error] if failed is not None else []
     more = [f"more: dynctl logs {state.name} {failed.id}"] if failed is not None else []
     message = "\n".join([f"'{state.name}' could not be started: {state.reason}", *lines, *more])

@@ -12,7 +12,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from dynctl.errors import DynctlError, LaunchError, PlacementError, TransportError
+from dynctl.errors import DynctlError, LaunchError, NodeSilent, PlacementError, TransportError
 from dynctl.launchers.base import Launch, ProcessHandle
 from dynctl.launchers.fleet import Ended, NodeNews, Seated
 from dynctl.launchers.log_copies import LogCopies
@@ -43,6 +43,7 @@ START_DEADLINE_S = 15.0
 CALL_DEADLINE_S = 3.0
 HOLD_DEADLINE_S = 5.0
 LEAVE_S = 1.0
+SILENT = "its agent does not answer"
 
 
 class _Node:
@@ -89,10 +90,8 @@ class AgentFleet:
         try:
             proc = await self._node(launch.node).client.call("agent.start", call, Proc, START_DEADLINE_S)
         except TransportError as error:
-            raise LaunchError(
-                f"{launch.process_id} could not be started: its node does not answer: {error.message}",
-                where=launch.node,
-            ) from error
+            logger.info("agent.silent node=%s error=%s", launch.node, error)
+            raise NodeSilent(SILENT, where=launch.node) from error
         except LaunchError as error:
             raise LaunchError(error.message, where=launch.node, hint=error.hint) from error
         return ProcessHandle(proc.pid, proc.start_ticks, proc.pgid)
@@ -165,7 +164,7 @@ class AgentFleet:
 
         async def ask(node: _Node) -> NodeRoom:
             if not node.reachable:
-                return NodeRoom(lost="it does not answer")
+                return NodeRoom(lost=SILENT)
             try:
                 return await node.client.call("agent.room", None, NodeRoom, CALL_DEADLINE_S)
             except DynctlError as error:
@@ -236,8 +235,8 @@ class AgentFleet:
             silent_s = time.monotonic() - node.heard_at
             if node.reachable and silent_s > LOST_S:
                 node.reachable = False
-                why = f"no answer for {silent_s:.0f} s: {error.message}"
-                self._news.append(NodeNews(node.name, False, why))
+                logger.info("agent.silent node=%s error=%s", node.name, error)
+                self._news.append(NodeNews(node.name, False, SILENT, silent_s))
             return False
         node.heard_at = time.monotonic()
         if not node.reachable:

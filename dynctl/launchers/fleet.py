@@ -49,11 +49,12 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class NodeNews:
-    """A node can no longer be reached, or can again. `why` is for people."""
+    """A node can no longer be reached, or can again. `why` is for people; it has been so for `silent_s`."""
 
     node: str
     reachable: bool
     why: str = ""
+    silent_s: float = 0.0
 
 
 class Fleet(Protocol):

@@ -12,6 +12,7 @@ import signal as signals
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from typing import Any
 
 from dynctl import procfs
 from dynctl.command import Command
@@ -38,6 +39,8 @@ KNOCK_S = 1.5
 KNOCK_AGAIN_S = 1.0
 GIVEN_S = 10.0
 """How old Slurm's word on a node that answers at once may be: renewals that are late must not flood it."""
+JUDGED_S = 5.0
+"""For Slurm to say whether a node where something has ended is still in a job of ours."""
 _UNREACHED = -1
 _SIGNALLED = 128
 
@@ -52,6 +55,8 @@ class SlurmFleet:
         self._launcher = LocalLauncher()
         self._here = LocalFleet(self._launcher, run)
         self._news: list[NodeNews] = []
+        self._judged: dict[tuple[str, int], asyncio.Task[None]] = {}
+        self._ends: list[Ended] = []
         self._knocking: dict[str, asyncio.Task[None]] = {}
         self._given_back = dict.fromkeys(stray, "it is in no job of the deployment any more")
         self._asking: asyncio.Task[list[str]] | None = None
@@ -82,8 +87,35 @@ class SlurmFleet:
         return replace(launch, command=command, withheld=launch.withheld | self._site.withheld(launch.node))
 
     def ended(self, seats: Sequence[Seated]) -> list[Ended]:
-        """As `Fleet`: those whose `srun` has ended."""
-        return [replace(one, code=exit_code(one.code)) for one in self._here.ended(seats)]
+        """As `Fleet`: those whose `srun` has ended; on a node of a follow-up job only when it is known
+        whether the job lives: if not, the node is told of as lost before.
+        """
+        told, self._ends = self._ends, []
+        known = {*self._judged, *((one.seat, one.incarnation) for one in told)}
+        nodes = {(one.seat, one.incarnation): one.node for one in seats}
+        for one in self._here.ended([s for s in seats if (s.seat, s.incarnation) not in known]):
+            end, key = replace(one, code=exit_code(one.code)), (one.seat, one.incarnation)
+            if nodes[key] in self._site.others:
+                judging = self._judge(end, nodes[key])
+                name = f"end of {one.seat}"
+                self._judged[key] = asyncio.get_running_loop().create_task(judging, name=name)
+            else:
+                told.append(end)
+        return told
+
+    async def _judge(self, end: Ended, node: str) -> None:
+        """Tell of an end, and first that the job which gave the node has ended, if so."""
+        given = True
+        try:
+            async with asyncio.timeout(JUDGED_S):
+                given = await self._still_given(node, 0.0)
+        except TimeoutError:
+            logger.info("end.unjudged seat=%s node=%s: Slurm does not answer", end.seat, node)
+        job = self._site.others.get(node)
+        if not given and job is not None:
+            self._news.append(NodeNews(node, False, f"job {job}, which gave it, has ended"))
+        self._ends.append(end)
+        del self._judged[end.seat, end.incarnation]
 
     def news(self) -> list[NodeNews]:
         """As `Fleet`, of nodes that were in doubt: Slurm itself takes minutes to see a node go."""
@@ -210,7 +242,8 @@ class SlurmFleet:
 
     async def close(self) -> None:
         """As `Fleet`. The steps end with the job."""
-        tasks = [*self._knocking.values(), *([self._asking] if self._asking is not None else [])]
+        tasks: list[asyncio.Task[Any]] = [*self._knocking.values(), *self._judged.values()]
+        tasks += [self._asking] if self._asking is not None else []
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

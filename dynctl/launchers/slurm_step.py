@@ -138,8 +138,11 @@ def run_on(site: JobSite, nodes: Sequence[str], argv: Sequence[str], log: Path, 
                     timeout=within_s,
                     check=False,
                 )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise LaunchError(f"{argv[0]} could not be run on {' '.join(chosen)}: {error}") from error
+        except subprocess.TimeoutExpired as error:
+            told = f"{argv[0]} did not end on {' '.join(chosen)} within {within_s:g} s"
+            raise LaunchError(told, where=str(log)) from error
+        except OSError as error:
+            raise LaunchError(f"{step[0]} could not be run: {error.strerror or error}") from error
         if done.returncode:
             said = "\n".join(f"  {line}" for line in telling_lines(tail(log, _LINES), _LINES))
             raise LaunchError(f"it failed on one of {' '.join(chosen)}:\n{said}", where=str(log))

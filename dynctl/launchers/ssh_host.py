@@ -345,4 +345,6 @@ def _variable(name: str) -> str:
 def _shown(argv: Sequence[str]) -> str:
     """What is run, in a word: scripts and their values are not for people."""
     words = [word for word in argv if not (word == "env" or "=" in word)]
+    if words[1:2] == ["-m"]:
+        return f"python -m {words[2]}"
     return os.path.basename(words[0]) if words else "a command"

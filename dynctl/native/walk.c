@@ -30,7 +30,7 @@ static int settle(PyObject *found, PyObject *mask, Py_ssize_t depth, PyObject *p
         result = count < 0 ? -1 : 0;
         for (Py_ssize_t i = 0; i < count && result == 0; i++) {
             Py_ssize_t place = PyLong_AsSsize_t(PyTuple_GetItem(places, i));
-            result = place < 0 ? -1 : put(found, place, number);
+            result = place == -1 && PyErr_Occurred() ? -1 : put(found, place, number);
         }
         Py_XDECREF(places);
     }

@@ -8,6 +8,7 @@
 
 #include <stdbool.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 typedef struct {
@@ -20,10 +21,17 @@ typedef struct {
 } Place;
 
 typedef struct {
+    const char *bytes;
+    size_t size; /* at least 2 */
+} Mark;
+
+typedef struct {
     PyObject_HEAD
-    PyObject *marks;                    /* a tuple of bytes, each of at least two */
+    PyObject *marks;                    /* a tuple of bytes, which `sorted` points into */
+    Mark *sorted;                       /* in the order of their bytes; none begins with another */
+    size_t sorted_count;
     unsigned char begins[1 << 16 >> 3]; /* a bit for each pair of bytes that a mark begins with */
-    int foreign;                        /* a word may end after any character but white space; 0: in ASCII [!-~] */
+    int foreign;                        /* a word may end after any character but blanks; 0: in ASCII [!-~] */
     char *bytes;
     size_t size, room;
     Place *places;
@@ -104,6 +112,26 @@ static int make_room(char **bytes, size_t *room, size_t size, size_t more)
     return 0;
 }
 
+static int in_order(const void *one, const void *other)
+{
+    const Mark *left = one, *right = other;
+    int order = memcmp(left->bytes, right->bytes, left->size < right->size ? left->size : right->size);
+    return order ? order : (left->size > right->size) - (left->size < right->size);
+}
+
+/* Sort the marks, and leave out what begins with another: where it begins, that one does. */
+static void sort(WordTable *self)
+{
+    size_t kept = 0, count = self->sorted_count;
+    qsort(self->sorted, count, sizeof(Mark), in_order);
+    for (size_t i = 0; i < count; i++) {
+        Mark one = self->sorted[i], last = self->sorted[kept ? kept - 1 : 0];
+        if (kept == 0 || one.size < last.size || memcmp(one.bytes, last.bytes, last.size) != 0)
+            self->sorted[kept++] = one;
+    }
+    self->sorted_count = kept;
+}
+
 static int WordTable_init(PyObject *object, PyObject *args, PyObject *Py_UNUSED(kwargs))
 {
     WordTable *self = (WordTable *)object;
@@ -115,18 +143,30 @@ static int WordTable_init(PyObject *object, PyObject *args, PyObject *Py_UNUSED(
         PyErr_SetString(PyExc_TypeError, "a table is made once");
         return -1;
     }
-    for (Py_ssize_t i = 0; i < PyTuple_Size(marks); i++) {
-        char *mark;
-        Py_ssize_t size;
-        if (PyBytes_AsStringAndSize(PyTuple_GetItem(marks, i), &mark, &size) < 0)
-            return -1;
-        if (size < 2) {
+    size_t count = (size_t)PyTuple_Size(marks);
+    Mark *sorted = PyMem_Calloc(count + 1, sizeof(Mark));
+    if (sorted == NULL) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    for (size_t i = 0; i < count; i++) {
+        char *mark = NULL;
+        Py_ssize_t size = 0;
+        int wrong = PyBytes_AsStringAndSize(PyTuple_GetItem(marks, (Py_ssize_t)i), &mark, &size);
+        if (wrong == 0 && size < 2)
             PyErr_SetString(PyExc_ValueError, "a mark has at least two bytes");
+        if (wrong < 0 || size < 2) {
+            PyMem_Free(sorted);
             return -1;
         }
-        self->begins[pair(mark) >> 3] |= (unsigned char)(1 << (pair(mark) & 7));
+        sorted[i] = (Mark){mark, (size_t)size};
     }
+    for (size_t i = 0; i < count; i++)
+        self->begins[pair(sorted[i].bytes) >> 3] |= (unsigned char)(1 << (pair(sorted[i].bytes) & 7));
     self->foreign = foreign;
+    self->sorted = sorted;
+    self->sorted_count = count;
+    sort(self);
     self->marks = Py_NewRef(marks);
     return 0;
 }
@@ -163,21 +203,27 @@ static PyObject *WordTable_learn(PyObject *object, PyObject *args)
     Py_RETURN_NONE;
 }
 
-/* Whether a mark begins here. */
+/* Whether a mark begins here. Thousands may begin alike, so one is looked for by halves. */
 static bool marked(const WordTable *self, const char *bytes, Py_ssize_t left)
 {
     if (left < 2 || !(self->begins[pair(bytes) >> 3] >> (pair(bytes) & 7) & 1))
         return false;
-    for (Py_ssize_t i = 0; i < PyTuple_Size(self->marks); i++) {
-        PyObject *mark = PyTuple_GetItem(self->marks, i);
-        Py_ssize_t size = PyBytes_Size(mark);
-        if (size <= left && memcmp(PyBytes_AsString(mark), bytes, (size_t)size) == 0)
+    for (size_t low = 0, high = self->sorted_count; low < high;) {
+        size_t middle = low + (high - low) / 2, size = self->sorted[middle].size;
+        bool whole = size <= (size_t)left;
+        int order = memcmp(self->sorted[middle].bytes, bytes, whole ? size : (size_t)left);
+        if (order == 0 && whole)
             return true;
+        if (order < 0)
+            low = middle + 1;
+        else
+            high = middle;
     }
     return false;
 }
 
-/* Whether the character that ends before `end` is white space as Python has it; it is not ASCII. */
+/* Whether the character that ends before `end` is white space as Python has it, or U+2581, which tokenizers write for
+ * a space; it is not ASCII. */
 static bool wide_space(const unsigned char *end, Py_ssize_t before)
 {
     if (before >= 2 && end[-2] == 0xc2)
@@ -186,7 +232,8 @@ static bool wide_space(const unsigned char *end, Py_ssize_t before)
         return false;
     unsigned character = (unsigned)end[-3] << 16 | (unsigned)end[-2] << 8 | end[-1];
     return character == 0xe19a80 || (character >= 0xe28080 && character <= 0xe2808a) || character == 0xe280a8 ||
-           character == 0xe280a9 || character == 0xe280af || character == 0xe2819f || character == 0xe38080;
+           character == 0xe280a9 || character == 0xe280af || character == 0xe2819f || character == 0xe29681 ||
+           character == 0xe38080;
 }
 
 /* Whether a word that begins at `start` ends before the byte at `end`. */
@@ -232,7 +279,7 @@ static PyObject *WordTable_join(PyObject *object, PyObject *text)
         Entry head;
         memcpy(&head, entry, sizeof head);
         memory = make_room(&made, &made_room, made_size, head.tokens_size) == 0;
-        if (memory) {
+        if (memory && head.tokens_size > 0) {
             memcpy(made + made_size, entry + sizeof head + head.word_size, head.tokens_size);
             made_size += head.tokens_size;
         }
@@ -254,6 +301,7 @@ static void WordTable_dealloc(PyObject *object)
     WordTable *self = (WordTable *)object;
     PyTypeObject *type = Py_TYPE(object);
     Py_XDECREF(self->marks);
+    PyMem_Free(self->sorted);
     PyMem_Free(self->bytes);
     PyMem_Free(self->places);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(object);

@@ -60,7 +60,8 @@ class DeploymentView(msgspec.Struct, frozen=True, kw_only=True):
 
     `changing` says what is being replaced, added or removed; `locked` why nobody may change it; `planner` how
     the planner is ("" = there is none); `declined` what was wanted last and is not to be had, and why. `at`
-    is when a controller said so, by its clock; 0 = now.
+    is when a controller said so, by its clock; 0 = now. `unseen` are nodes that do not answer it: how, and
+    for how long.
     """
 
     name: str
@@ -77,6 +78,7 @@ class DeploymentView(msgspec.Struct, frozen=True, kw_only=True):
     at: float = 0.0
     planner: str = ""
     declined: str = ""
+    unseen: dict[str, str] = {}
 
 
 class DownCall(msgspec.Struct, frozen=True, kw_only=True):

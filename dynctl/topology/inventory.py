@@ -48,12 +48,13 @@ class Host:
 class Inventory:
     """Machines in the order they are filled; never empty. `source` tells people where this is from.
 
-    `groups` is group → names of its hosts.
+    `groups` is group → names of its hosts; `more` tells people how there would be more of them.
     """
 
     hosts: tuple[Host, ...]
     source: str
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    more: str = "--inventory FILE with more hosts"
 
     def select(self, wanted: Sequence[str]) -> tuple[Host, ...]:
         """The hosts that these names, groups and labels mean, each once, in the order they are asked for.

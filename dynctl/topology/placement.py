@@ -143,5 +143,5 @@ def _does_not_fit(
     return PlacementError(
         f"{message}: no room{only} for {need.role}-{index} with {size} ({sizes}); {nodes}",
         where=f"roles.{need.role}",
-        hint="fewer replicas, smaller parallel sizes, or --inventory FILE with more hosts",
+        hint=f"fewer replicas, smaller parallel sizes, or {inventory.more}",
     )

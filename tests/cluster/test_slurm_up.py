@@ -211,6 +211,8 @@ def test_the_script_alone_serves_on_the_nodes_it_is_given(login: Login, cluster:
 
     eventually(ready, f"ready: {log}", READY_S)
     assert '"status":"ready"' in login.health()
+    (told,) = [line for line in log.read_text().splitlines() if "deployment.ready" in line]
+    assert told.endswith(f"deployment.ready url={login.url()}")
     cluster.scancel(job)
     assert cluster.await_job(job) in ("CANCELLED", "COMPLETED")
 

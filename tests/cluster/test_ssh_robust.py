@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 
+from dynctl.deploy.receive import CALLED_S
 from tests.cluster.cluster import Cluster
 from tests.cluster.commands import eventually
-from tests.cluster.ssh_deployment import Laptop, deployed
+from tests.cluster.hosts import MACHINE
+from tests.cluster.ssh_deployment import UP_S, Laptop, deployed
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -41,6 +45,71 @@ def test_an_agent_that_was_killed_is_back_and_its_workers_were_not_touched(lapto
         laptop.await_ready()
         laptop.dynctl("exec", "n2", "--name", laptop.name, "--", "true")
         assert {row["id"]: (row["pid"], row["incarnation"]) for row in laptop.ps()} == before
+
+
+def test_an_agent_that_hangs_is_told_of_refused_work_and_started_anew_by_up(laptop: Laptop) -> None:
+    with deployed(laptop):
+        before = {row["id"]: (row["pid"], row["incarnation"]) for row in laptop.ps()}
+        _, hung = agents(laptop, "n3")
+        os.kill(hung, signal.SIGSTOP)
+        eventually(lambda: laptop.status()["layer"] == "node", "it is told", 20.0)
+        told = laptop.status()
+        assert told["ready"], "all serves"
+        assert re.fullmatch(
+            r"n3: its agent does not answer \(\d+ s\); what serves there goes on", told["reason"]
+        )
+        shown = laptop.dynctl("status", laptop.name).stdout
+        assert "starts its agent anew" in shown
+        assert "all layers are well" not in shown
+        assert "n3: its agent does not answer" in laptop.dynctl("ps", laptop.name).stderr
+        for verb in (("restart", "aggregated/2"), ("scale", "aggregated=2")):
+            refused = laptop.dynctl(*verb, "--name", laptop.name, check=False, timeout=30.0)
+            assert refused.returncode == 8, refused.stderr
+            assert "error: n3: aggregated-2 cannot be" in refused.stderr
+        laptop.dynctl("restart", "aggregated/1", "--name", laptop.name)
+        laptop.up()
+        eventually(lambda: laptop.status()["layer"] == "", "all is well", 20.0)
+        assert hung not in agents(laptop, "n3")
+        laptop.dynctl("restart", "aggregated/2", "--name", laptop.name)
+        after = {row["id"]: (row["pid"], row["incarnation"]) for row in laptop.ps()}
+        changed = {seat for seat in before if before[seat] != after[seat]}
+        assert changed == {"aggregated-1", "aggregated-2"}
+
+
+SLOW = ("engine.args.fault-slow-start=30",)
+
+
+@pytest.mark.parametrize(
+    ("what", "code"),
+    [("dynctl.deploy.receive", 8), ("dynctl.agent", 8), ("dynctl.worker", 8)],
+)
+def test_a_host_that_drops_while_it_is_being_started_is_one_message_with_a_remedy(
+    laptop: Laptop, what: str, code: int
+) -> None:
+    """`what`: it drops as soon as that runs there."""
+    laptop.sets += SLOW
+    argv = [str(laptop.cluster.python), "-m", "dynctl.cli.main", *laptop.up_args()]
+    with laptop.cluster.spawn_as_user(argv, host=MACHINE, env={"DYNCTL_HOME": str(laptop.home)}) as up:
+        try:
+            eventually(lambda: runs(laptop, "n3", what), f"{what} on n3", 60.0)
+            with laptop.cluster.cut("n3"):
+                ended = up.wait(UP_S)
+            said = up.said()
+        finally:
+            laptop.dynctl("down", laptop.name, check=False)
+    sys.stdout.write(f"cut with {what}: exit {ended}\n{said}\n")
+    assert ended == code, said
+    (error,) = [line for line in said.splitlines() if line.startswith("error:")]
+    assert error.startswith("error: n3: "), said
+    assert error.count("n3") <= 2, "told once, and in the remedy"
+    assert error.endswith(")"), "what to do"
+    # What waits there for its call is told of the cut by nobody.
+    eventually(lambda: not runs(laptop, "n3", "dynctl.deploy.receive"), "nothing is left", CALLED_S + 15.0)
+
+
+def runs(laptop: Laptop, host: str, what: str) -> bool:
+    """Whether a process with these words runs there."""
+    return any(one.host == host and what in one.args for one in laptop.cluster.processes())
 
 
 def test_with_its_head_gone_for_good_the_rest_is_ended_and_the_name_is_free(laptop: Laptop) -> None:

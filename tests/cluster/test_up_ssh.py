@@ -40,7 +40,8 @@ def test_up_on_four_hosts_serves_and_down_leaves_nothing(laptop: Laptop) -> None
         assert laptop.dynctl("chat", "--name", laptop.name, "Hello").stdout.strip()
         logs = laptop.dynctl("logs", laptop.name, "aggregated").stdout
         assert all(f"aggregated-{index}.engine" in logs for index in range(4)), "logs of all hosts"
-        assert "remote" in laptop.dynctl("ls").stdout
+        (listed,) = json.loads(laptop.dynctl("ls", "--json").stdout)
+        assert (listed["phase"], listed["ready"], listed["url"]) == ("ready", "4/4", told["url"])
     assert mine(laptop) == []
     assert "stopped" in laptop.dynctl("ls").stdout
     assert "aggregated-3" in laptop.dynctl("logs", laptop.name, "aggregated/3").stdout, "also when it is down"
@@ -150,6 +151,10 @@ def test_without_its_controller_traffic_goes_on_and_up_starts_another(laptop: La
         with under_load(told["url"], 2) as load:
             eventually(lambda: load.outcomes["whole"] > 3, "traffic goes on", 30.0)
             before = {row["id"]: row["pid"] for row in laptop.ps()}
+            helps = laptop.dynctl("status", laptop.name).stdout
+            assert (
+                "up with the same recipe and inventory, from where it was started, starts a new one" in helps
+            )
             said = laptop.dynctl(*laptop.up_args()).stderr
             assert "a new controller takes over what lives" in said
         assert set(load.outcomes) == {"whole"}
@@ -178,7 +183,8 @@ def test_a_host_whose_disk_is_full_is_one_message_and_nothing_is_left(laptop: La
     assert len(errors) == 1
     assert errors[0].startswith("error: n3:")
     assert "too little space for a run" in errors[0]
-    assert "remote" not in laptop.dynctl("ls").stdout
+    (listed,) = json.loads(laptop.dynctl("ls", "--json").stdout)
+    assert listed["phase"] == "stopped"
     assert mine(laptop) == []
 
 

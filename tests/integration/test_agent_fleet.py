@@ -15,6 +15,7 @@ import msgspec
 import pytest
 
 from dynctl.command import Command
+from dynctl.deploy import receive
 from dynctl.deploy.home import Home
 from dynctl.errors import DynctlError, LaunchError, PlacementError
 from dynctl.launchers import agents
@@ -70,6 +71,16 @@ class Plane:
         launch = Launch(f"agent-{node}", 1, Command(argv), node)
         self.started.append(self.launcher.start(launch, RunRef(self.run_id, folder)))
         return self.started[-1]
+
+    def join(self, node: str) -> receive.Join:
+        """What `up` on the name of a run that lives tells a host."""
+        argv = ["-m", "dynctl.agent", "--run-dir", str(self.run_dir(node)), "--run-id", self.run_id]
+        argv = [sys.executable, *argv, "--node", node, "--endpoint", self.endpoints[node]]
+        spawn = receive.Spawn(
+            process_id=f"agent-{node}", incarnation=1, argv=argv, env={}, endpoint=self.endpoints[node]
+        )
+        keys = {"keys.json": (self.run_dir(node) / "keys.json").read_text()}
+        return receive.Join(name="one", run_id=self.run_id, node=node, files=keys, spawn=[spawn])
 
     def agent_pid(self, node: str) -> int:
         """The agent itself, which its keeper has started; 0 while there is none."""
@@ -202,13 +213,30 @@ async def test_a_node_that_does_not_answer_is_lost_and_comes_back(
     try:
         (lost,) = await until(plane.fleet.news)
         assert (lost.node, lost.reachable) == ("n2", False)
-        assert "no answer for" in lost.why
+        assert lost.why == "its agent does not answer"
+        assert lost.silent_s > 0.0
         assert await plane.fleet.lives(seated), "what cannot be asked for is not started a second time"
         other = await plane.start("print()", "n1", "decode-1")
         assert (await plane.end_of(other)).code == 0
     finally:
         os.kill(plane.agent_pid("n2"), signal.SIGCONT)
     assert await until(plane.fleet.news) == [NodeNews("n2", True)]
+
+
+async def test_up_again_starts_an_agent_anew_that_hangs_and_leaves_one_that_answers(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(receive, "_ANSWER_S", 0.5)
+    worker = await plane.start(SLEEP, "n2")
+    hung, well = await plane.next_agent("n2", 0), await plane.next_agent("n1", 0)
+    os.kill(hung, signal.SIGSTOP)
+    for node in ("n1", "n2"):
+        await asyncio.to_thread(receive.answer, plane.join(node), Home(plane.root.parents[1]), plane.launcher)
+    assert plane.agent_pid("n1") == well
+    now = [one for one in plane.launcher.owned(plane.run_id) if one.process_id == "agent-n2"]
+    assert now
+    assert hung not in {one.handle.pid for one in now}
+    assert await plane.fleet.lives(worker), "what it had started was not touched"
 
 
 async def test_all_of_a_seat_is_cleared(plane: Plane) -> None:

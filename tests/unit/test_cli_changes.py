@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from dynctl.cli import changes
-from dynctl.cli.pick import ENV_NAME
 from dynctl.deploy.home import RunDir
-from dynctl.errors import ProcessExited, UsageError
+from dynctl.deploy.room import Room
+from dynctl.errors import NodeSilent, ProcessExited
 from dynctl.protocol.deployment import DeploymentView, Phase
 
 RUN = RunDir(Path("/nowhere/runs/d-1"))
@@ -42,15 +44,16 @@ def test_a_deployment_that_ends_while_it_is_waited_for_is_told_at_once(
     assert seen == []
 
 
-@pytest.mark.parametrize(("elsewhere", "told"), [(True, "up with the same"), (False, "recipe.lock.yaml")])
-def test_the_remedy_for_a_dead_controller_works_where_it_is_read(
-    elsewhere: bool, told: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv(ENV_NAME, raising=False)
-    if elsewhere:
-        monkeypatch.setenv(ENV_NAME, "d")
-    monkeypatch.setattr(changes, "pick", lambda name: RUN)
-    monkeypatch.setattr(changes, "ask", lambda run: (view("degraded"), ""))
-    with pytest.raises(UsageError) as raised:
-        changes.running("d")
-    assert told in raised.value.hint
+def test_a_change_of_what_is_on_a_node_that_does_not_answer_is_refused_before_anything_is_done() -> None:
+    spots = {"decode-0": ["n1"], "decode-1": ["n3"], "decode-2": ["n1", "n3"]}
+    processes = [SimpleNamespace(id=seat, spots=[(n, ()) for n in nodes]) for seat, nodes in spots.items()]
+    old = SimpleNamespace(name="d", processes=processes)
+    amended: Any = SimpleNamespace(old=old, room=Room(lost={"n3": "its agent does not answer"}))
+    changes.require_answers(amended, ["decode-0"], "restarted")
+    for seat in ("decode-1", "decode-2"):
+        with pytest.raises(NodeSilent) as raised:
+            changes.require_answers(amended, ["decode-0", seat], "restarted")
+        assert str(raised.value) == (
+            f"n3: {seat} cannot be restarted now: its agent does not answer"
+            " (nothing was changed; dynctl status d tells what helps)"
+        )

@@ -6,6 +6,7 @@ import asyncio
 import json
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +15,10 @@ import msgspec
 import pytest
 
 from dynctl.cli.direct import ask_from_here
+from dynctl.cli.ls import line, ls
 from dynctl.cli.pick import Elsewhere
 from dynctl.cli.ps import ps
-from dynctl.deploy.home import Home, RunDir
+from dynctl.deploy.home import Home, RunDir, made_at, new_run_id
 from dynctl.deploy.remote_note import Remote, RemoteHost, save_keys, save_remote
 from dynctl.protocol.deployment import DeploymentView, ProcessView
 from dynctl.topology.inventory import Ssh
@@ -125,3 +127,25 @@ def test_without_keys_or_a_listener_or_after_its_end_it_goes_by_ssh(
         ps("far")
     save_keys(note, "")
     assert not note.keys.exists()
+
+
+def test_ls_shows_a_deployment_elsewhere_as_its_controller_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DYNCTL_HOME", str(tmp_path))
+    keys = Keys.generate()
+    with controller(keys) as endpoint:
+        told = line(noted(tmp_path, keys, endpoint), "far")
+        assert (told["phase"], told["ready"], told["url"]) == ("ready", "1/1D", "http://n1:2")
+        told = line(noted(tmp_path, keys, ""), "far")
+        assert (told["phase"], told["ready"], told["url"]) == ("remote", "", "")
+        told = line(noted(tmp_path, keys, endpoint, ended=True), "far")
+        assert (told["phase"], told["ready"]) == ("stopped", "")
+    assert told["run_dir"] == "n1:/there/runs/far-1"
+    ls()
+    assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["far", "stopped", "-"], "no empty cells"
+
+
+def test_the_age_of_a_run_is_told_by_its_id() -> None:
+    assert made_at(new_run_id("a-b", time.gmtime(1_700_000_000))) == 1_700_000_000
+    assert made_at("far-1") == 0.0

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
+import os
+import struct
+import termios
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from dynctl.cli import planner
+from dynctl.cli import live, planner
 from dynctl.cli.chat import chunks, error_message
 from dynctl.cli.live import PlainScreen, stages, view_parts
 from dynctl.cli.logs import compiled, last, matching, split_words
+from dynctl.cli.render import columns_of, counted, cut
 from dynctl.cli.status import doubts_of
 from dynctl.deploy.ask import Health, health_doubts, health_reason
+from dynctl.deploy.home import RunDir
 from dynctl.deploy.logs import Line
 from dynctl.errors import EngineFailed, UsageError
+from dynctl.launchers.base import ProcessHandle
 from dynctl.planner.core import Ahead, Decision, RoleDecision
 from dynctl.planner.journal import Entry
 from dynctl.planner.observe import Observation, RoleLoad, WorkerLoad
@@ -200,3 +209,31 @@ def test_a_decision_is_told_with_its_reason_and_the_figures_behind_it() -> None:
         "4.00 requests/s at most in 60 s (3.00 now), prompts 100, answers 10 tokens, 25% cached",
     ):
         assert part in told
+
+
+def test_a_line_longer_than_the_terminal_is_cut_and_off_a_terminal_none_is() -> None:
+    assert cut("ready 1/4: aggregated-1 is starting", 20) == "ready 1/4: aggre ..."
+    assert len(cut("ready 1/4: aggregated-1 is starting", 20)) == 20
+    assert cut("ready", 5) == "ready"
+    assert cut("ready 1/4: aggregated-1 is starting", columns_of(io.StringIO())).endswith("starting")
+    controller, terminal = os.openpty()
+    with os.fdopen(controller, "rb"), os.fdopen(terminal, "w") as shown:
+        fcntl.ioctl(shown, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 77, 0, 0))
+        assert columns_of(shown) == 77
+
+
+def test_one_is_no_plural() -> None:
+    assert (counted(1, "host"), counted(2, "host"), counted(0, "host")) == ("1 host", "2 hosts", "0 hosts")
+
+
+def test_who_leaves_before_anything_was_shown_is_told_the_name_and_not_the_runs_id(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(live, "changes", interrupted)
+    monkeypatch.setattr(live, "state", lambda run: SimpleNamespace(name="quickstart"))
+    stopper: Any = SimpleNamespace()
+    assert live.follow(RunDir(Path("/runs/quickstart-1")), ProcessHandle(1, 0, 0), stopper) == 0
+    assert "dynctl status quickstart --watch comes back" in capsys.readouterr().err

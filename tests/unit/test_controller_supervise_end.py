@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from dynctl.controller.moves import (
     Begin,
     Finish,
@@ -19,6 +21,7 @@ from dynctl.controller.moves import (
 )
 from dynctl.controller.supervise import Supervisor, Times
 from dynctl.deploy.state import LEAST_STOP_MARGIN_S
+from dynctl.errors import NodeSilent
 from tests.unit.supervise_bench import Bench, seat
 
 TIMES = Times()
@@ -146,15 +149,20 @@ def test_a_part_without_a_lease_is_lost_with_its_node_and_back_with_it() -> None
     assert [one.state for one in bench.state.seats] == ["ready", "ready"]
 
 
-def test_a_start_on_a_node_that_is_lost_before_it_was_ready_fails_in_the_end() -> None:
-    bench = Bench()
-    bench.ready("frontend-0")
+@pytest.mark.parametrize("was", ["starting", "ready"])
+def test_a_start_on_a_node_that_is_lost_before_all_was_ready_fails_long_before_an_engine_is_late(
+    was: str,
+) -> None:
+    bench = Bench(seat("frontend-0", "frontend"), seat("decode-0"), seat("decode-1"))
+    bench.ready("frontend-0", *(["decode-0"] if was == "ready" else []))
     bench.seat().node = "n2"
     bench.tell(NodeLost("n2", "no answer"))
-    assert bench.after(100.0) == []
-    bench.after(31.0)
+    bench.tell(Gone("decode-0", 1))
+    assert bench.after(29.0) == [], "it may be back"
+    bench.after(2.0)
     assert bench.seat().state in ("failed", "stopped")
-    assert "node n2 cannot be reached (no answer)" in bench.state.reason
+    assert bench.state.reason == "decode-0 gave up: n2: no answer", "once, and where"
+    assert bench.seat().last_kind == NodeSilent.kind
 
 
 def test_a_restart_on_a_node_that_is_lost_waits_for_another_node() -> None:
@@ -226,3 +234,33 @@ def test_who_awaits_a_node_is_not_started_and_does_not_make_it_degraded() -> Non
     started = [one.id for one in again.handle(Begin(), 0.0) if isinstance(one, Start)]
     assert started == ["decode-0"]
     assert waiting.state == "waiting"
+
+
+def test_what_ends_with_its_node_is_no_failed_try_and_starts_where_there_is_room() -> None:
+    bench = Bench()
+    bench.ready()
+    bench.tell(NodeLost("n", "job 8, which gave it, has ended"))
+    bench.exit("decode-0", 1)
+    assert (bench.seat().state, bench.seat().failed_starts, bench.seat().pid) == ("backoff", 0, 0)
+    assert "process.backoff" not in bench.noted()
+    assert bench.after(60.0) == [], "not there"
+    assert Start("decode-0", 2) in bench.tell(Moved({"decode-0": "n3"}))
+    bench.ready("decode-0")
+    bench.exit("decode-0", 1)
+    assert [note.fields["delay_s"] for note in bench.notes if note.event == "process.backoff"] == [1.0]
+
+
+def test_what_ended_with_its_node_is_started_at_once_when_that_is_back() -> None:
+    bench = Bench()
+    bench.ready()
+    bench.tell(NodeLost("n", "no answer"))
+    bench.exit("decode-0", 1)
+    bench.tell(NodeBack("n"))
+    assert Start("decode-0", 2) in bench.after(0.1)
+
+
+def test_the_event_that_it_is_ready_tells_where() -> None:
+    bench = Bench()
+    bench.ready()
+    (told,) = [note.fields for note in bench.notes if note.event == "deployment.ready"]
+    assert told == {"url": "http://h"}

@@ -109,7 +109,7 @@ def test_a_changed_argument_is_named_and_touches_only_its_role(tmp_path: Path) -
     new = replan(load(tmp_path, "roles.decode.args.max-model-len=4096"), TWO, old, Room(in_use(old)))
     changed = compare(old, new).changed or {}
     assert set(changed) == {"decode-0", "decode-1"}
-    assert "+--max-model-len 4096" in changed["decode-0"]
+    assert "+ --max-model-len 4096" in changed["decode-0"]
 
 
 def test_a_changed_setting_of_the_router_is_named_and_touches_frontends_only(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from dynctl.deploy.state import ControllerRecord, RunState, SeatRecord
@@ -129,3 +130,24 @@ def test_the_telling_lines_of_a_log() -> None:
     assert first_error(["a", "OSError: x"]) == "OSError: x"
     assert first_error(["a"]) == "a"
     assert first_error([]) == ""
+
+
+def test_a_node_that_does_not_answer_is_told_though_all_serves() -> None:
+    seen = msgspec.structs.replace(
+        view(seat("frontend-0"), seat("decode-0")),
+        unseen={"n": "its agent does not answer (4 s)", "n9": "its agent does not answer (8 s)"},
+    )
+    found = diagnose(seen, {})
+    assert found.layer == "node"
+    assert found.reason == (
+        "n: its agent does not answer (4 s); what serves there goes on; n9: its agent does not answer (8 s)"
+    )
+    assert found.ready, "whoever waits for ready need not wait for that"
+    assert not diagnose(seen, {"frontend-0": "no worker"}).ready, "what does not serve comes first"
+
+
+def test_what_is_lost_with_its_node_is_told_with_that() -> None:
+    seen = view(seat("frontend-0"), seat("decode-0", state="lost"), phase="degraded")
+    seen = msgspec.structs.replace(seen, unseen={"n": "its agent does not answer (4 s)"})
+    found = diagnose(seen, {})
+    assert (found.layer, found.reason) == ("worker", "decode-0 is lost (n: its agent does not answer (4 s))")

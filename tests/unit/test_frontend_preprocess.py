@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from dynctl.frontend.prompt.preprocess import (
     Preprocessor,
     PromptFacts,
 )
+from dynctl.frontend.prompt.token_cache import Begun, TokenCache
 from dynctl.kv.hashing import OF_BYTES, root_hash, sequence_hashes
 from dynctl.observability.metrics import Metrics
 from dynctl.protocol.instances import ModelCard
@@ -137,6 +139,22 @@ async def test_tokenizer_without_a_usable_template_still_serves_completions(mode
     assert (await prepare(card, "completions", {"prompt": "hello"}))[0].tokens == 2
     (model_dir / "chat_template.jinja").unlink()
     assert is_unknown((await prepare(card, "chat", chat("x")))[0])
+
+
+async def test_a_body_of_megabytes_is_not_even_searched_on_the_loop(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    begin = TokenCache.begin
+
+    def watched(cache: TokenCache, text: str) -> Begun:
+        seen.append(threading.current_thread() is threading.main_thread())
+        return begin(cache, text)
+
+    monkeypatch.setattr(TokenCache, "begin", watched)
+    for text in ("hello", "hello" * 200_000):
+        await prepare(ModelCard(name="m", path=str(model_dir)), "completions", {"prompt": text})
+    assert seen == [True, False]
 
 
 async def test_long_prompts_are_worked_on_in_a_thread_with_the_same_result(model_dir: Path) -> None:

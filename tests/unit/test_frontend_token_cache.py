@@ -10,9 +10,9 @@ from unittest.mock import patch
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from dynctl.frontend.prompt.cuts import Cuts, cuts_of
+from dynctl.frontend.prompt.cuts import ANY, Cuts, cuts_of
 from dynctl.frontend.prompt.patterns import keeps_apart
 from dynctl.frontend.prompt.token_cache import Frame, TokenCache
 from dynctl.frontend.prompt.words import Words
@@ -99,12 +99,45 @@ def test_known_words_are_not_put_together_at_a_space_that_is_no_place_to_cut() -
         found = [re.findall(r"\s*\S+|\s+", text) for text in texts]
         return [[numbers.setdefault(one, len(numbers)) for one in words] for words in found]
 
-    words = Words(tokenise, Cuts(before=r"\S"))
+    words = Words(tokenise, Cuts(before=ANY))
     for text in ("the end ", "the end\n", "a b\t", "the end  a b", "the end\n b", "the  end a", " end  b "):
         for _ in range(2):
             wanted = pack_tokens(tokenise([text])[0])
             assert words.join([text]) in ([wanted], [None]), repr(text)
             assert words.tokens([text]) == [wanted], repr(text)
+
+
+def spaces_written_out() -> Tokenizer:
+    """Two spaces in a row are one token, as published vocabularies have them."""
+    vocabulary = {token: number for number, token in enumerate(("<unk>", "▁", "▁▁", "a", "b", "▁b"))}
+    model = models.BPE(vocabulary, [("▁", "▁"), ("▁", "b")], unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    return tokenizer
+
+
+def control_characters_with_spaces() -> Tokenizer:
+    """A vocabulary that holds a space after NUL and after DEL."""
+    letters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ĀĠ", "ġĠ"]
+    vocabulary = {letter: number for number, letter in enumerate(letters)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("Ā", "Ġ"), ("ġ", "Ġ")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return tokenizer
+
+
+@pytest.mark.parametrize("make", [spaces_written_out, control_characters_with_spaces])
+@pytest.mark.parametrize("text", ["a▁ b", "a▁▁ b é b", "a\x00 b", "a\x7f b \x00", "é\x7f b a"])
+def test_a_space_is_not_cut_from_a_character_it_is_merged_with(
+    make: Callable[[], Tokenizer], text: str
+) -> None:
+    tokenizer = make()
+    cuts = cuts_of(tokenizer.to_str().encode(), 2)
+    assert cuts.before
+    assert tokens_in_pieces(tokenizer, cuts, text) == ids(tokenizer, text)
+    words = Words(lambda texts: [ids(tokenizer, text) for text in texts], cuts)
+    for _ in range(2):
+        assert words.tokens([text]) == [pack_tokens(ids(tokenizer, text))]
+        assert words.join([text]) == words.tokens([text])
 
 
 @pytest.mark.parametrize("make", ZOO, ids=lambda make: make.__name__)
@@ -114,6 +147,17 @@ def test_prose_is_cut_between_words_where_that_can_be_shown_to_be_safe(make: Mak
     prose = " ".join(word for word in WORDS if word.isalpha())[:2000]
     assert (cuts.next(prose, 0) < 30) == (make.__name__ in CUT_AT_WORDS)
     assert tokens_in_pieces(tokenizer, cuts, prose) == ids(tokenizer, prose)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text("ab <|é", max_size=60), least=st.integers(2, 5), window=st.integers(1, 9))
+def test_a_place_is_found_wherever_a_window_ends(text: str, least: int, window: int) -> None:
+    text, cuts = text + "the end", Cuts(("<|", "éb"), least, ANY)
+    whole = cuts.next(text, 0)
+    with patch("dynctl.frontend.prompt.cuts._WINDOW_CHARS", window):
+        assert cuts.next(text, 0) == whole
+    places = [found.start() for found in re.finditer(r"<\||éb|(?<=\S) ", text)]
+    assert whole == next((place for place in places if least - 1 <= place), len(text))
 
 
 @pytest.mark.parametrize("make", ZOO[:-1], ids=lambda make: make.__name__)

@@ -16,7 +16,8 @@ from dynctl.native.load import WordTable
 
 CUTS = Cuts(("<|im_end|>", "<|im_start|>", "[TOOL]", "«ü»"), before=ASCII)
 ANYWHERE = Cuts(("<|", "é<"), before=ANY)
-ODD = "ab <|é\n\t\x00\x1b\x1c\x7f\u0085\u00a0\u1680\u2003\u2028\u202f\u205f\u3000мя🙂"
+NESTED = Cuts(("<b", "<aé", "<a", "<aéb", "|b", "<мя"), before=ANY)
+ODD = "ab <|é\n\t\x00\x1b\x1c\x7f\u0085\u00a0\u1680\u2003\u2028\u202f\u205f\u3000▁мя🙂"
 
 
 def compiled(cuts: Cuts) -> WordTable:
@@ -79,6 +80,15 @@ def test_a_word_learnt_twice_stays_as_it_was(make: Make) -> None:
 
 
 @EACH
+def test_a_word_of_no_tokens_adds_none(make: Make) -> None:
+    table = make(Cuts(before=ANY))
+    table.learn("a", b"")
+    table.learn(" b", b"2")
+    assert table.join("a") == b""
+    assert table.join("a b b") == b"22"
+
+
+@EACH
 def test_thousands_of_words_are_told_apart(make: Make) -> None:
     words = [f" w{number}" for number in range(20_000)]
     table = learnt(make, words)
@@ -105,7 +115,7 @@ def test_words_made_to_collide_are_not_kept_and_cost_no_more_than_others() -> No
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("cuts", [CUTS, ANYWHERE])
+@pytest.mark.parametrize("cuts", [CUTS, ANYWHERE, NESTED])
 @settings(max_examples=400, deadline=None)
 @given(texts=st.lists(st.text(ODD, min_size=1, max_size=5), max_size=8), text=st.text(ODD, max_size=9))
 def test_both_tables_cut_the_same(cuts: Cuts, texts: list[str], text: str) -> None:
@@ -115,6 +125,21 @@ def test_both_tables_cut_the_same(cuts: Cuts, texts: list[str], text: str) -> No
         ours, theirs = learnt(PythonTable, [*known, *more], cuts), learnt(compiled, [*known, *more], cuts)
         for one in (text, "".join(texts), f"{texts} {text}"):
             assert ours.join(one) == theirs.join(one), one
+
+
+@pytest.mark.compiled
+@pytest.mark.timeout(20)
+def test_thousands_of_marks_that_begin_alike_do_not_stall_who_looks_for_one() -> None:
+    assert load.compiled is not None
+    marks = [f"<unused{number}>" for number in range(50_000)]
+    table = load.compiled.WordTable(tuple(mark.encode() for mark in marks), True)
+    for mark in marks:
+        table.learn(mark, mark.encode())
+    text = "<u" * 50_000
+    assert table.join(text) is None
+    table.learn(text, b"long")
+    assert table.join(f"{text}<unused49999>") == b"long<unused49999>"
+    assert table.join("".join(marks)) == "".join(marks).encode()
 
 
 @pytest.mark.compiled

@@ -84,5 +84,7 @@ def test_wrong_arguments_are_refused_and_nothing_is_lost() -> None:
         step({1: 3}, [1, 2], 3, [0], False, good[5])
     with pytest.raises(ZeroDivisionError):
         step({}, [1], 1 << 70, [0] * 80, False, lambda mask: (1 // 0,))
+    with pytest.raises(IndexError):
+        step({}, [1], 1 << 70, [0] * 80, False, lambda mask: (-1,))
     with pytest.raises(TypeError):
         step({1: "x"}, [1], 3, [0, 0], False, good[5])  # type: ignore[dict-item]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from dynctl.command import Command
+from dynctl.controller import slurm_follow_jobs
 from dynctl.controller.follow_ups import (
     Act,
     Avoid,
@@ -19,12 +22,16 @@ from dynctl.controller.follow_ups import (
     Take,
     decide,
 )
+from dynctl.controller.moving import Lack
+from dynctl.controller.slurm_follow_jobs import FollowUpJobs, Ways
+from dynctl.controller.slurm_follow_up import SlurmFollowUps
+from dynctl.deploy.home import RunDir
 from dynctl.deploy.slurm_follow_up import follow_up_script
 from dynctl.deploy.slurm_script import JobContext
 from dynctl.deploy.slurm_size import Size
-from dynctl.errors import RecipeError
+from dynctl.errors import LaunchError, RecipeError
 from dynctl.launchers.base import Launch, RunRef
-from dynctl.launchers.slurm_client import JobRow
+from dynctl.launchers.slurm_client import JobRow, SlurmClient
 from dynctl.launchers.slurm_follow import FollowUp, load_follow_ups, save_follow_ups
 from dynctl.launchers.slurm_job import JobRecord
 from dynctl.launchers.slurm_step import JobSite, step_argv
@@ -215,3 +222,48 @@ def test_the_next_job_waits_until_it_is_known_which_nodes_the_one_before_gets() 
     started = Seen(waits.follow_up, row("CONFIGURING", nodes="n5"), waited_s=1.0)
     assert decide(more, [started], Nodes()) == [Submit(0, 1, grows=True)], "it is known which to avoid"
     assert decide(more, [grows("8", waited_s=11.0)], Nodes()) == [Submit(0, 1, grows=True)]
+
+
+def test_a_job_whose_node_is_dead_is_told_of_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `srun` says of it is several lines."""
+
+    def dead(*args: object) -> None:
+        raise LaunchError("it failed on one of n5:\n  srun: Job step created\n  srun: error: n5: No route")
+
+    (tmp_path / "recipe.lock.yaml").write_text(RECIPE)
+    monkeypatch.setattr(slurm_follow_jobs, "run_on", dead)
+    monkeypatch.setattr(slurm_follow_jobs, "hosts_of_job", lambda *args: ())
+    client: Any = SimpleNamespace(hostnames=lambda nodes: [nodes])
+    with pytest.raises(LaunchError) as raised:
+        FollowUpJobs(ways_of(tmp_path, client), [follow_up()]).take(
+            lacking("n2"), follow_up(), row("RUNNING", nodes="n5")
+        )
+    assert raised.value.message == (
+        "job 8 was given n5, where nothing can be started: srun: error: n5: No route"
+    )
+
+
+async def test_why_a_job_did_not_help_is_told_while_a_node_is_lacking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FollowUpJobs, "forget", lambda *args: None)
+    more = SlurmFollowUps(ways_of(tmp_path, SlurmClient()), [follow_up()])
+    lack = more._lack = lacking("node+1")
+    await more._let_go(lack, "follow_up.released", Release(follow_up(), "job 8 was given n5", failed=True))
+    assert more.told() == "job 8 was given n5: another job is asked for"
+    more._lack = lacking()
+    assert more.told() == "", "nothing is lacking any more"
+
+
+def ways_of(tmp_path: Path, client: SlurmClient) -> Ways:
+    """Ways of a deployment in job 7 on n1."""
+    fleet: Any = SimpleNamespace(part=lambda *args: None)
+    return Ways(RunDir(tmp_path), client, fleet, JobSite("7"), ["n1"], lambda *args: None)
+
+
+def lacking(*nodes: str) -> Lack:
+    """These nodes are lacking."""
+    plan: Any = SimpleNamespace()
+    return Lack(frozenset(nodes), frozenset(), frozenset({"n1"}), plan)

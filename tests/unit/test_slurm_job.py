@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from dynctl.deploy.home import RunDir
@@ -14,6 +15,7 @@ from dynctl.deploy.slurm_view import ended_text, job_facts, job_view, pending_te
 from dynctl.deploy.state import ControllerRecord, RunState, SeatRecord
 from dynctl.errors import SlurmError, SlurmRejected, SlurmUnreachable
 from dynctl.launchers.slurm_client import JobRow, SlurmClient
+from dynctl.launchers.slurm_follow import FollowUp, save_follow_ups
 from dynctl.launchers.slurm_job import JobLauncher, JobRecord, JobTable, load_record
 from dynctl.protocol.exits import LastWords
 
@@ -225,3 +227,25 @@ def test_a_job_that_slurm_forgot_ended_as_its_controller_wrote(tmp_path: Path) -
     ended = state(phase="failed", reason="decode-0 gave up", ready_once=False)
     seen = job_view(ended, RunDir(tmp_path), launcher(tmp_path))
     assert (seen.phase, seen.reason) == ("failed", "decode-0 gave up")
+
+
+def test_what_lives_on_in_a_job_that_gave_a_node_is_not_shown_as_stopped(tmp_path: Path) -> None:
+    more = JobRecord(job_id="8", name="demo-1.follow-1", submitted_at=0.0)
+    save_follow_ups(tmp_path, [FollowUp(job=more, wanted=1, nodes=("n2",))])
+    own, there = (
+        state().seats[0],
+        msgspec.structs.replace(state().seats[0], id="decode-1", index=1, node="n2"),
+    )
+    ended, runs = row("FAILED", nodes="n1"), row("RUNNING", id="8", name=more.name, nodes="n2")
+    seen = job_view(state(seats=[own, there]), RunDir(tmp_path), launcher(tmp_path, ended, runs))
+    assert [(one.state, one.pid, one.ready) for one in seen.processes] == [
+        ("stopped", 0, False),
+        ("stopping", 5, False),
+    ]
+    assert seen.phase == "stopped"
+    assert seen.reason == (
+        "job 7 on n1 has failed; job 8 on n2 is about to end, dynctl down demo ends it now"
+    )
+    seen = job_view(state(seats=[own, there]), RunDir(tmp_path), launcher(tmp_path, ended))
+    assert {one.state for one in seen.processes} == {"stopped"}
+    assert seen.reason == "job 7 on n1 has failed"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import subprocess
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -12,8 +16,10 @@ from dynctl.deploy.planner import build_plan
 from dynctl.deploy.seats import RunContext
 from dynctl.deploy.slurm_inventory import gpus_by_node
 from dynctl.deploy.slurm_size import assumed
-from dynctl.errors import LaunchError
-from dynctl.launchers.base import Launch, RunRef
+from dynctl.errors import LaunchError, SlurmUnreachable
+from dynctl.launchers import slurm_fleet
+from dynctl.launchers.base import Launch, ProcessHandle, RunRef
+from dynctl.launchers.fleet import Ended, Seated
 from dynctl.launchers.slurm_client import SlurmClient
 from dynctl.launchers.slurm_fleet import SlurmFleet, exit_code
 from dynctl.launchers.slurm_step import JobSite, step_argv, step_name
@@ -180,3 +186,58 @@ async def test_a_new_controller_starts_nothing_on_a_node_of_a_follow_up_job_that
         await fleet.start(Launch("decode-0", 1, Command(("true",)), "n2"))
     fleet.join(["n2"], "9", ())
     assert await fleet.room() == {}
+
+
+@dataclass(frozen=True)
+class Given(SlurmClient):
+    """Instead of Slurm: the nodes that our jobs have; None: it does not answer."""
+
+    nodes_now: list[str] | None = field(default_factory=list)
+
+    def nodes_of(self, job_ids: str) -> list[str]:
+        if self.nodes_now is None:
+            raise SlurmUnreachable("no answer")
+        return self.nodes_now
+
+
+def ended_srun() -> ProcessHandle:
+    """One that has ended: nobody is its parent here any more."""
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    return ProcessHandle(done.pid, 1, done.pid)
+
+
+async def ends(fleet: SlurmFleet, *seats: Seated) -> list[Ended]:
+    """What has ended, as soon as anything is told."""
+    async with asyncio.timeout(10.0):
+        while True:
+            if told := fleet.ended(seats):
+                return told
+            await asyncio.sleep(0.01)
+
+
+async def test_a_job_that_was_cancelled_is_told_before_what_ended_with_it(tmp_path: Path) -> None:
+    """Else its engines would be started again there, and fail, and be given up for that."""
+    fleet = SlurmFleet(Given(nodes_now=["n1"]), JobSite("7"), RunRef("r", tmp_path))
+    fleet.join(["n5"], "8", ())
+    other, own = Seated("decode-1", 1, "n5", ended_srun()), Seated("decode-0", 1, "n1", ended_srun())
+    assert [one.seat for one in fleet.ended([own, other])] == ["decode-0"], "of its own job: at once"
+    assert [one.seat for one in await ends(fleet, other)] == ["decode-1"]
+    (news,) = fleet.news()
+    assert (news.node, news.reachable, news.why) == ("n5", False, "job 8, which gave it, has ended")
+    await asyncio.sleep(0.1)
+    assert fleet.ended([]) == [], "each end is told once"
+    await fleet.close()
+
+
+@pytest.mark.parametrize("nodes", [["n1", "n5"], None])
+async def test_an_end_in_a_job_that_lives_or_is_not_known_of_is_one_of_its_own(
+    tmp_path: Path, nodes: list[str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm_fleet, "JUDGED_S", 0.1)
+    fleet = SlurmFleet(Given(nodes_now=nodes), JobSite("7"), RunRef("r", tmp_path))
+    fleet.join(["n5"], "8", ())
+    seated = Seated("decode-1", 1, "n5", ended_srun())
+    assert [one.seat for one in await ends(fleet, seated)] == ["decode-1"]
+    assert fleet.news() == []
+    await fleet.close()

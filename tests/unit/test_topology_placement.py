@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -131,3 +133,11 @@ def test_hosts_whose_gpus_are_not_counted_yet_are_refused_with_the_remedy() -> N
     assert "write the number" in caught.value.hint
     place([Need("decode", 1, Parallel(), hosts=("n1",))], inventory)
     place([Need("decode", 2, Parallel(), gpus=False)], inventory)
+
+
+@pytest.mark.parametrize("more", ["--inventory FILE with more hosts", "more slurm.nodes"])
+def test_what_would_make_room_is_what_the_machines_come_from(more: str) -> None:
+    there = replace(machines(1), more=more) if "slurm" in more else machines(1)
+    with pytest.raises(PlacementError) as caught:
+        place([Need("decode", 2, Parallel())], there)
+    assert caught.value.hint == f"fewer replicas, smaller parallel sizes, or {more}"

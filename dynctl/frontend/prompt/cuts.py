@@ -26,13 +26,15 @@ from dynctl.frontend.prompt.patterns import keeps_apart
 
 CHUNK_CHARS = 512
 """The least length of a piece: short ones cost more to look up than they save."""
+_NEAR_CHARS, _WINDOW_CHARS = 256, 64 * 1024
+"""What is searched for a place at a time, at first and at most: other threads stand still meanwhile."""
 _NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase")
 _UNTOUCHED = ("Digits", "Punctuation")
-_BYTE_SPACE = "Ġ"  # how byte-level tokenizers write a space
-_BYTES_BELOW_80 = r"\x00-\x7f\u0100-\u0121"  # and the rest of ASCII
+_BYTE_SPACE, _WORD_SPACE = "Ġ", "▁"  # how byte-level tokenizers write a space, and how the others do
+_BYTE_BLANKS = r"\u0109-\u010d\u011c-\u0120"  # and how byte-level ones write the white space of ASCII
 _ENDS_IN_SPACE = re.compile(r"\S\s")
-ASCII, ANY = "[!-~]", r"\S"
-"""The characters after which a space may be a place."""
+ASCII, ANY = "[!-~]", rf"[^\s{_WORD_SPACE}]"
+"""The characters after which a space may be a place: no `▁`, which the space may become and merge with."""
 
 
 class AddedToken(msgspec.Struct):
@@ -72,10 +74,9 @@ class Cuts:
     """
 
     def __init__(self, marks: Sequence[str] = (), least_chars: int = CHUNK_CHARS, before: str = "") -> None:
-        parts = [f"({any_of(marks)})"] if marks else []
-        if before:
-            parts.append(f"{before} ")
-        self._pattern = re.compile("|".join(parts)) if parts else None
+        self._mark = re.compile(any_of(marks)) if marks else None
+        self._space = re.compile(f" (?<={before} )") if before else None
+        self._longest = max(map(len, marks), default=0)
         self._least_chars = least_chars
         self.marks = tuple(marks)
         self.before = before
@@ -86,12 +87,25 @@ class Cuts:
         It depends on nothing before `start`, and but on a few characters after the place: texts that begin
         alike are cut alike.
         """
-        if self._pattern is None or len(text) - start <= self._least_chars:
-            return len(text)
-        found = self._pattern.search(text, start + self._least_chars - 1)
-        if found is None:
-            return len(text)
-        return found.start() if found.lastindex else found.end() - 1
+        size, at = len(text), start + self._least_chars - 1
+        if self._mark is None and self._space is None:
+            return size
+        width = min(_NEAR_CHARS, _WINDOW_CHARS)
+        while at + 1 < size:
+            until = min(at + width, size)
+            found = self._within(text, at, until)
+            if found < until:
+                return found
+            at, width = until, min(2 * width, _WINDOW_CHARS)
+        return size
+
+    def _within(self, text: str, at: int, until: int) -> int:
+        """The first place from `at` on, `until` if none is before that. Spaces are found the faster."""
+        if self._space is not None and (space := self._space.search(text, at, until)):
+            until = space.start()
+        if self._mark is not None and (mark := self._mark.search(text, at, until + self._longest - 1)):
+            return min(mark.start(), until)
+        return until
 
 
 def cuts_of(tokenizer_json: bytes, least_chars: int = CHUNK_CHARS) -> Cuts:
@@ -203,5 +217,7 @@ def _by_vocabulary(vocabulary: Iterable[str], space: str) -> str:
     joined = "\n".join(entry for entry in entries if space in entry[1:])
     if re.search(f"{ASCII}{mark}", joined):
         return ""
-    others = f"[^\\n{_BYTES_BELOW_80}]{mark}" if space == _BYTE_SPACE else f"[^\\s{mark}]{mark}"
+    if space not in (" ", _BYTE_SPACE, _WORD_SPACE):
+        return ASCII
+    others = f"[^\\n{_BYTE_BLANKS}]{mark}" if space == _BYTE_SPACE else f"[^\\s{mark}]{mark}"
     return ASCII if re.search(others, joined) else ANY

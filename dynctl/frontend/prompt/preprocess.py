@@ -243,7 +243,7 @@ class Preprocessor:
             raise NotTokenised("tokenizer_missing")
         frame = self._frame(job)
         started = time.perf_counter()
-        begun = cache.begin(text)
+        begun = await in_thread(self._threads, cache.begin, text) if long else cache.begin(text)
         uncached = sum(map(len, begun.left))
         if job.images:
             far = long or len(text) > THREAD_CHARS

@@ -18,13 +18,16 @@ import msgspec
 from dynctl.frontend.prompt.cuts import Cuts
 from dynctl.frontend.prompt.words import Tokenise, Words
 from dynctl.kv.hashing import TOKEN_BYTES, pack_tokens, sequence_hashes
+from dynctl.native import load
 
 _NODE_BYTES = 600
 _HASH_BYTES = 40
 _USUAL_BLOCK = 16
 _FIRST = 0
-_AT_ONCE_CHARS = 128 * 1024
-"""Known words are put together at once in a text of up to so many characters: that takes 2 ms at most."""
+_AT_ONCE_CHARS, _AT_ONCE_PYTHON = 128 * 1024, 16 * 1024
+"""Known words are put together at once in a text of up to so many characters, compiled and in Python: 2 ms
+where they are common, some times that at worst.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +113,8 @@ class TokenCache:
                 keys.append((parent, piece))
                 parent = node.number
         self._touch(keys)
-        if self._words is not None and sum(map(len, pieces)) <= _AT_ONCE_CHARS:
+        most = _AT_ONCE_CHARS if load.compiled is not None else _AT_ONCE_PYTHON
+        if self._words is not None and sum(map(len, pieces)) <= most:
             return Begun(nodes, pieces, self._words.join(pieces))
         return Begun(nodes, pieces, [None] * len(pieces))
 
