@@ -64,7 +64,7 @@ def test_what_dynctl_starts_is_what_the_mocker_reads() -> None:
     assert options.model == str(BUILTIN) == str(assets_dir())
     assert (options.served_model_name, options.host, options.port) == ("tiny", "10.0.0.1", 7000)
     assert (options.tensor_parallel_size, options.data_parallel_size) == (2, 2)
-    assert (options.sends_kv, options.receives_kv, options.lease_s) == (True, False, 30.0)
+    assert (options.sends_kv, options.receives_kv, options.lease_s) == (True, True, 30.0)
     assert (options.max_num_seqs, options.speedup, options.shutdown_timeout) == (8, 2.5, 5.0)
     assert (options.enable_prefix_caching, options.fault_hang) == (False, True)
     assert options.kv_events_config["endpoint"] == "tcp://127.0.0.1:7001"
@@ -74,9 +74,9 @@ def test_what_dynctl_starts_is_what_the_mocker_reads() -> None:
     assert source.replay_endpoints == ("tcp://127.0.0.1:7003", "tcp://127.0.0.1:7004")
 
 
-def test_decode_receives_and_no_events_are_sent_when_nobody_listens() -> None:
+def test_decode_takes_either_part_and_no_events_are_sent_when_nobody_listens() -> None:
     options = parsed(launch("decode", disaggregated=True, kv_events=False))
-    assert (options.sends_kv, options.receives_kv) == (False, True)
+    assert (options.sends_kv, options.receives_kv) == (True, True)
     assert options.kv_events_config == {}
     assert Mocker().kv_source(launch(kv_events=False)) is None
 
