@@ -17,6 +17,7 @@ from dynctl.errors import PlacementError
 from dynctl.launchers.base import ENV_PROCESS
 from dynctl.protocol.instances import Role
 from dynctl.recipe.load import LoadedRecipe
+from dynctl.recipe.schema import RoleSection
 from dynctl.topology.inventory import Inventory, is_awaited
 
 Replica = tuple[str, int]
@@ -33,12 +34,9 @@ def candidates(loaded: LoadedRecipe, inventory: Inventory, old: Plan) -> Pairs:
     Steps of a Slurm job are found by names that cannot change, and an engine over several nodes has sidecars
     on each: these are started anew.
     """
-    recipe = loaded.recipe
-    if old.target == "slurm" or not catalog.takes_either_role(recipe.backend, recipe.engine.kv_transfer):
+    if old.target == "slurm" or not _either_role(loaded):
         return {}
-    roles = recipe.roles.present()
-    if not {"prefill", "decode"} <= roles.keys():
-        return {}
+    roles = loaded.recipe.roles.present()
     found: Pairs = {}
     for leaves, comes in _ROLES:
         may = _allowed(inventory, roles[comes].hosts)
@@ -50,6 +48,22 @@ def candidates(loaded: LoadedRecipe, inventory: Inventory, old: Plan) -> Pairs:
         coming = [(comes, index) for index in range(old.roles.get(comes, 0), roles[comes].replicas)]
         found |= dict(zip(coming, going, strict=False))
     return found
+
+
+def started_alike(loaded: LoadedRecipe) -> bool:
+    """Whether prefill and decode workers may change their role while their engines run, as far as the recipe
+    says: whether each is on one node, only a plan tells.
+    """
+    recipe = loaded.recipe
+    if recipe.target == "slurm" or not _either_role(loaded):
+        return False
+
+    def own(section: RoleSection) -> object:
+        given = {"args": {**recipe.engine.args, **section.args}, "env": {**recipe.engine.env, **section.env}}
+        return section.model_dump(exclude={"replicas", "hosts", "args", "env"}) | given
+
+    roles = recipe.roles.present()
+    return own(roles["prefill"]) == own(roles["decode"])
 
 
 def kept_by(pairs: Pairs, kept: Kept) -> Kept:
@@ -81,6 +95,12 @@ def with_handovers(pairs: Pairs, plan: Plan) -> Plan:
     return replace(
         plan, processes=tuple(replace(p, takes=takes[p.id]) if p.id in takes else p for p in plan.processes)
     )
+
+
+def _either_role(loaded: LoadedRecipe) -> bool:
+    recipe = loaded.recipe
+    apart = {"prefill", "decode"} <= recipe.roles.present().keys()
+    return apart and catalog.takes_either_role(recipe.backend, recipe.engine.kv_transfer)
 
 
 def _allowed(inventory: Inventory, hosts: Collection[str]) -> set[str]:

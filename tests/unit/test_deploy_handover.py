@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dynctl.cli.amend import shown
-from dynctl.deploy.handover import candidates
+from dynctl.deploy.handover import candidates, started_alike
 from dynctl.deploy.plan import Plan
 from dynctl.deploy.planner import build_plan
 from dynctl.deploy.records import initial_state
@@ -53,6 +53,25 @@ def after(tmp_path: Path, old: Plan, *sets: str, hosts: Inventory = FULL, lost: 
 
 def taken(old: Plan, new: Plan) -> dict[str, str]:
     return dict(compare(old, new).taken)
+
+
+@pytest.mark.parametrize(
+    ("sets", "alike"),
+    [
+        ((), True),
+        (("roles.prefill.hosts=[n1]",), True),
+        (("engine.args.max-num-seqs=8", "roles.prefill.args.max-num-seqs=8"), True),
+        (("roles.prefill.args.max-num-seqs=8",), False),
+        (("roles.decode.env.A=1",), False),
+        (("roles.prefill.tensor_parallel=2",), False),
+        (("engine.kv_transfer=nixl",), False),
+        (("target=slurm",), False),
+    ],
+)
+def test_the_recipe_tells_whether_workers_may_change_their_role(
+    tmp_path: Path, sets: tuple[str, ...], alike: bool
+) -> None:
+    assert started_alike(load(tmp_path, *sets)) is alike
 
 
 def test_one_that_comes_goes_on_with_the_engine_of_one_that_leaves(tmp_path: Path) -> None:
