@@ -31,10 +31,10 @@ def candidates(loaded: LoadedRecipe, inventory: Inventory, old: Plan) -> Pairs:
     """Who might take over from whom, where `loaded` lets roles be: sizes and arguments are not looked at yet,
     see `same_engines`.
 
-    Steps of a Slurm job are found by names that cannot change, and an engine over several nodes has sidecars
-    on each: these are started anew.
+    An engine over several nodes has sidecars on each, and one that is a step of a Slurm job beside its
+    sidecar's is found by its seat's name: these are started anew.
     """
-    if old.target == "slurm" or not _either_role(loaded):
+    if not _either_role(loaded):
         return {}
     roles = loaded.recipe.roles.present()
     found: Pairs = {}
@@ -55,7 +55,8 @@ def started_alike(loaded: LoadedRecipe) -> bool:
     says: whether each is on one node, only a plan tells.
     """
     recipe = loaded.recipe
-    if recipe.target == "slurm" or not _either_role(loaded):
+    in_steps = recipe.target == "slurm" and recipe.engine.container and recipe.engine.runtime == "pyxis"
+    if in_steps or not _either_role(loaded):
         return False
 
     def own(section: RoleSection) -> object:

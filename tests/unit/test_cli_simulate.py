@@ -118,9 +118,8 @@ roles:
     [
         ((), 1.5),
         (("--set", "roles.prefill.args.num-gpu-blocks-override=2048"), None),
-        (("--set", "target=slurm"), None),
     ],
-    ids=["alike", "other-arguments", "slurm"],
+    ids=["alike", "other-arguments"],
 )
 def test_a_handover_takes_no_boot_where_the_recipe_allows_one(
     here: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], handover_s: float | None

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dynctl.cli.amend import shown
-from dynctl.deploy.handover import candidates, started_alike
+from dynctl.deploy.handover import started_alike
 from dynctl.deploy.plan import Plan
 from dynctl.deploy.planner import build_plan
 from dynctl.deploy.records import initial_state
@@ -65,7 +65,8 @@ def taken(old: Plan, new: Plan) -> dict[str, str]:
         (("roles.decode.env.A=1",), False),
         (("roles.prefill.tensor_parallel=2",), False),
         (("engine.kv_transfer=nixl",), False),
-        (("target=slurm",), False),
+        (("target=slurm",), True),
+        (("target=slurm", "engine.container=an-image", "engine.runtime=pyxis"), False),
     ],
 )
 def test_the_recipe_tells_whether_workers_may_change_their_role(
@@ -173,10 +174,17 @@ def test_it_is_in_the_plan_on_disk_and_in_the_seat_that_waits_for_it(tmp_path: P
     assert seat.takes == ""
 
 
-def test_steps_of_a_job_keep_their_names(tmp_path: Path) -> None:
-    old, wanted = planned(tmp_path), load(tmp_path, *TO_DECODE)
-    assert candidates(wanted, FULL, old) == {("decode", 2): ("prefill", 2)}
-    assert candidates(wanted, FULL, replace(old, target="slurm")) == {}
+@pytest.mark.parametrize(
+    ("engine", "found"),
+    [((), {"decode-2": "prefill-2"}), (("engine.container=an-image", "engine.runtime=pyxis"), {})],
+    ids=["in-its-step", "a-step-of-its-own"],
+)
+def test_in_a_job_an_engine_goes_on_that_is_in_its_sidecars_step(
+    tmp_path: Path, engine: tuple[str, ...], found: dict[str, str]
+) -> None:
+    """One that is a step of its own is called by the seat."""
+    old = planned(tmp_path, "target=slurm", *engine)
+    assert taken(old, after(tmp_path, old, "target=slurm", *engine, *TO_DECODE)) == found
 
 
 def test_one_that_is_wanted_back_on_its_way_waits_for_what_it_may_have_become(tmp_path: Path) -> None:
