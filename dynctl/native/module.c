@@ -22,7 +22,7 @@ PyMODINIT_FUNC PyInit__compiled(void)
     PyObject *module = PyModule_Create(&definition);
     if (module == NULL)
         return NULL;
-    if (add_relay(module) < 0 || add_words(module) < 0 || add_walk(module) < 0 ||
+    if (add_relay(module) < 0 || add_words(module) < 0 || add_walk(module) < 0 || add_holders(module) < 0 ||
         PyModule_AddStringConstant(module, "SOURCE", DYNCTL_SOURCE) < 0) {
         Py_DECREF(module);
         return NULL;

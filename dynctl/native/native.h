@@ -10,5 +10,6 @@ int add_type(PyObject *module, const char *title, PyType_Spec *spec); /* module.
 int add_relay(PyObject *module);                                     /* relay.c */
 int add_words(PyObject *module);                                     /* words.c */
 int add_walk(PyObject *module);                                      /* walk.c */
+int add_holders(PyObject *module);                                   /* holders.c */
 
 #endif

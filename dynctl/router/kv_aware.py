@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from random import Random
 
 import msgspec
@@ -104,7 +103,7 @@ class KvAware:
 
     def took(self, request: RouteRequest, picked: Picked) -> None:
         if request.hashes and picked.overlap:
-            self._known.index.touch(islice(request.hashes, picked.overlap))
+            self._known.index.touch(request.hashes, picked.overlap)
 
     def _cheapest(self, weighed: Weighed) -> int:
         prices, out = weighed.prices, weighed.barred

@@ -23,6 +23,8 @@ SUITES = (
     "tests/unit/test_frontend_stream.py",
     "tests/unit/test_frontend_words.py",
     "tests/unit/test_kv_walk.py",
+    "tests/unit/test_kv_holders.py",
+    "tests/unit/test_kv_index.py",
 )
 DEADLINE_S = 240.0
 
