@@ -52,19 +52,22 @@ def candidates(loaded: LoadedRecipe, inventory: Inventory, old: Plan) -> Pairs:
 
 def started_alike(loaded: LoadedRecipe) -> bool:
     """Whether prefill and decode workers may change their role while their engines run, as far as the recipe
-    says: whether each is on one node, only a plan tells.
+    says: whether each is on one node that both may be on, only a plan tells.
     """
-    recipe = loaded.recipe
-    in_steps = recipe.target == "slurm" and recipe.engine.container and recipe.engine.runtime == "pyxis"
-    if in_steps or not _either_role(loaded):
+    if not _either_role(loaded):
         return False
+    recipe, roles = loaded.recipe, loaded.recipe.roles.present()
+    prefill, decode = roles["prefill"], roles["decode"]
 
     def own(section: RoleSection) -> object:
         given = {"args": {**recipe.engine.args, **section.args}, "env": {**recipe.engine.env, **section.env}}
         return section.model_dump(exclude={"replicas", "hosts", "args", "env"}) | given
 
-    roles = recipe.roles.present()
-    return own(roles["prefill"]) == own(roles["decode"])
+    barred = bool(prefill.hosts and decode.hosts) and set(prefill.hosts).isdisjoint(decode.hosts)
+    if recipe.target == "slurm":
+        steps = bool(recipe.engine.container) and recipe.engine.runtime == "pyxis"
+        barred = steps or (recipe.slurm is not None and recipe.slurm.het is not None)
+    return not barred and own(prefill) == own(decode)
 
 
 def kept_by(pairs: Pairs, kept: Kept) -> Kept:

@@ -65,7 +65,10 @@ def taken(old: Plan, new: Plan) -> dict[str, str]:
         (("roles.decode.env.A=1",), False),
         (("roles.prefill.tensor_parallel=2",), False),
         (("engine.kv_transfer=nixl",), False),
+        (("roles.prefill.hosts=[n1, n2]", "roles.decode.hosts=[n2]"), True),
+        (("roles.prefill.hosts=[n1]", "roles.decode.hosts=[n2]"), False),
         (("target=slurm",), True),
+        (("target=slurm", "slurm.het=true"), False),
         (("target=slurm", "engine.container=an-image", "engine.runtime=pyxis"), False),
     ],
 )
