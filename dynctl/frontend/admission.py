@@ -43,11 +43,13 @@ class Models:
 
 def asked_tokens(body: Body) -> int | None:
     """The most tokens the client wants; None when it does not say. Raises RequestError for a wrong type."""
-    limits = [body.get(name, int) for name in ("max_completion_tokens", "max_tokens")]
-    for name, limit in zip(("max_completion_tokens", "max_tokens"), limits, strict=True):
+    asked: int | None = None
+    for name in ("max_completion_tokens", "max_tokens"):
+        limit = body.get(name, int)
         if limit is not None and limit < 0:
             raise RequestError(f"`{name}` must not be negative", where=name)
-    return next((limit for limit in limits if limit is not None), None)
+        asked = limit if asked is None else asked
+    return asked
 
 
 def check_context(prompt_tokens: int, asked: int | None, max_model_len: int, field: str = "messages") -> None:

@@ -20,7 +20,11 @@ Prompt = str | list[int | str | list[int]]
 Message = dict[str, msgspec.Raw]
 
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_MESSAGES = msgspec.json.Decoder(list[Message])
 _PROMPT: msgspec.json.Decoder[Any] = msgspec.json.Decoder(Prompt | None)
+_VALUES: dict[Any, msgspec.json.Decoder[Any]] = {
+    kind: msgspec.json.Decoder(kind | None) for kind in (bool, int, str, dict, list, object)
+}
 _NULL = b"null"
 _WHOLE = re.compile(rb"-?\d{1,18}")
 _PROMPTS = ("prompt", "prompt_embeds")
@@ -117,7 +121,8 @@ def encode(fields: Mapping[str, Any]) -> bytes:
 def field_value(raw: msgspec.Raw, kind: type[T], name: str) -> T | None:
     """Decode one value. Raises RequestError that names `name` and says what it should be."""
     try:
-        return msgspec.json.decode(raw, type=kind | None)
+        value: T | None = _VALUES[kind].decode(raw)
+        return value
     except msgspec.ValidationError as error:
         raise RequestError(f"`{name}` must be {_WORDS.get(kind, 'valid')}", where=name) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -139,7 +144,7 @@ def _messages(body: Body) -> list[Message]:
     if raw is None:
         raise RequestError("`messages` is missing", where="messages")
     try:
-        found = msgspec.json.decode(raw, type=list[Message])
+        found = _MESSAGES.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise RequestError(f"`messages` must be an array of objects: {error}", where="messages") from error
     if not found:

@@ -23,8 +23,8 @@ from dynctl.transport.keys import Keys
 logger = logging.getLogger(__name__)
 
 SYNC_DEADLINE_S = 5.0
-REST_S = 0.05
-"""Events that follow one within this time are taken together: engines tell of every step of theirs."""
+TAKEN_TOGETHER_S = 0.02
+"""Events that follow one within this time are taken with it: all sidecars tell at the same moments."""
 ADAPTERS_DEADLINE_S = 65.0
 
 
@@ -41,7 +41,7 @@ class Links:
         self._reports = msgspec.msgpack.Decoder(LoadReport)
         self._inflight = msgspec.msgpack.Decoder(Inflight)
         self._loop = asyncio.get_running_loop()
-        self.subscriber = Subscriber(keys, self._receive, topics, rest_s=REST_S)
+        self.subscriber = Subscriber(keys, self._receive, topics, gather_s=TAKEN_TOGETHER_S)
         self._clients: dict[str, ControlClient] = {}
 
     def worker_links(self) -> WorkerLinks:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
+from dynctl.http.sweep import next_beat
 from dynctl.observability.metrics import Metrics
 
 INTERVAL_S: Final = 0.5
@@ -18,7 +19,7 @@ class Pulse:
         self._loop = loop
         self._delay = metrics.histogram("event_loop_delay_seconds")
         self._stalls = metrics.counter("event_loop_stall_total")
-        self._due_s = loop.time() + INTERVAL_S
+        self._due_s = next_beat(loop.time(), INTERVAL_S)
         self._timer = loop.call_at(self._due_s, self._beat)
 
     def cancel(self) -> None:
@@ -31,5 +32,5 @@ class Pulse:
         self._delay.observe(late_s)
         if late_s > STALL_S:
             self._stalls.inc()
-        self._due_s = now_s + INTERVAL_S
+        self._due_s = next_beat(now_s, INTERVAL_S)
         self._timer = self._loop.call_at(self._due_s, self._beat)

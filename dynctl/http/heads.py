@@ -13,6 +13,7 @@ Headers = list[tuple[bytes, bytes]]
 
 HEAD_END: Final = b"\r\n\r\n"
 _REASONS: Final = {int(status): status.phrase.encode() for status in HTTPStatus}
+_OURS: Final = frozenset((b"connection", b"content-length", b"expect", b"host", b"transfer-encoding"))
 _HOP_BY_HOP: Final = frozenset(
     (
         b"connection",
@@ -64,12 +65,13 @@ class ResponseHead:
 
 
 class _Collector:
-    """Receives the parser's callbacks for one head."""
+    """Receives the parser's callbacks for one head. `ours`: the values of those that are read here."""
 
-    __slots__ = ("complete", "headers", "url")
+    __slots__ = ("complete", "headers", "ours", "url")
 
     def __init__(self) -> None:
         self.headers: Headers = []
+        self.ours: dict[bytes, list[bytes]] = {}
         self.url = b""
         self.complete = 0
 
@@ -77,7 +79,10 @@ class _Collector:
         self.url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self.headers.append((name.lower(), value.strip(b" \t")))
+        pair = name, value = name.lower(), value.strip(b" \t")
+        self.headers.append(pair)
+        if name in _OURS:
+            self.ours.setdefault(name, []).append(value)
 
     def on_headers_complete(self) -> None:
         self.complete += 1
@@ -96,13 +101,12 @@ def _feed(parser: httptools.HttpRequestParser | httptools.HttpResponseParser, he
         raise _bad(f"malformed HTTP: {error}") from error
 
 
-def values(headers: Headers, name: bytes) -> list[bytes]:
-    """Every value of one header, comma-separated lists taken apart, lower-case."""
-    return [item.strip(b" \t").lower() for key, value in headers if key == name for item in value.split(b",")]
+def _items(given: list[bytes] | None) -> list[bytes]:
+    """Values of one header, comma-separated lists taken apart, lower-case."""
+    return [item.strip(b" \t").lower() for value in given for item in value.split(b",")] if given else []
 
 
-def _length(headers: Headers) -> int | None:
-    lengths = [value for key, value in headers if key == b"content-length"]
+def _length(lengths: list[bytes] | None) -> int | None:
     if not lengths:
         return None
     if len(lengths) > 1 or not lengths[0].isdigit() or len(lengths[0]) > 18:
@@ -110,10 +114,10 @@ def _length(headers: Headers) -> int | None:
     return int(lengths[0])
 
 
-def _framing(headers: Headers) -> tuple[int | None, bool]:
+def _framing(ours: dict[bytes, list[bytes]]) -> tuple[int | None, bool]:
     """Announced length and whether chunked; both at once is how requests are smuggled, so it is refused."""
-    length = _length(headers)
-    codings = values(headers, b"transfer-encoding")
+    length = _length(ours.get(b"content-length"))
+    codings = _items(ours.get(b"transfer-encoding"))
     if not codings:
         return length, False
     if length is not None:
@@ -123,8 +127,8 @@ def _framing(headers: Headers) -> tuple[int | None, bool]:
     return None, True
 
 
-def _keep_alive(headers: Headers, http_1_0: bool) -> bool:
-    options = values(headers, b"connection")
+def _keep_alive(ours: dict[bytes, list[bytes]], http_1_0: bool) -> bool:
+    options = _items(ours.get(b"connection"))
     return b"keep-alive" in options if http_1_0 else b"close" not in options
 
 
@@ -139,13 +143,13 @@ def parse_request_head(head: bytes) -> RequestHead:
     if version not in ("1.0", "1.1"):
         raise HeadError(505, "unsupported_http_version", f"HTTP/{version} is not spoken here, HTTP/1.1 is")
     http_1_0 = version == "1.0"
-    length, chunked = _framing(seen.headers)
+    length, chunked = _framing(seen.ours)
     if chunked and http_1_0:
         raise _bad("malformed HTTP: transfer-encoding in an HTTP/1.0 request")
-    hosts = sum(1 for name, _ in seen.headers if name == b"host")
+    hosts = len(seen.ours.get(b"host", ()))
     if hosts > 1 or (hosts == 0 and not http_1_0):
         raise _bad("malformed HTTP: a request has exactly one host header")
-    expects = values(seen.headers, b"expect")
+    expects = _items(seen.ours.get(b"expect"))
     if expects and expects != [b"100-continue"]:
         raise HeadError(417, "expectation_failed", "the only expectation known is 100-continue")
     return RequestHead(
@@ -153,7 +157,7 @@ def parse_request_head(head: bytes) -> RequestHead:
         target=seen.url.decode("latin-1"),
         headers=seen.headers,
         http_1_0=http_1_0,
-        keep_alive=_keep_alive(seen.headers, http_1_0),
+        keep_alive=_keep_alive(seen.ours, http_1_0),
         length=length or 0,
         chunked=chunked,
         expects_continue=bool(expects) and not http_1_0,
@@ -167,11 +171,11 @@ def parse_response_head(head: bytes) -> ResponseHead:
     _feed(parser, head)
     if seen.complete != 1:
         raise _bad("malformed HTTP: the header section is not ended by CRLF CRLF")
-    length, chunked = _framing(seen.headers)
+    length, chunked = _framing(seen.ours)
     return ResponseHead(
         status=parser.get_status_code(),
         headers=seen.headers,
-        keep_alive=_keep_alive(seen.headers, parser.get_http_version() == "1.0"),
+        keep_alive=_keep_alive(seen.ours, parser.get_http_version() == "1.0"),
         length=length,
         chunked=chunked,
     )

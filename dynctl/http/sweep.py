@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
+
+
+def next_beat(now_s: float, interval_s: float) -> float:
+    """When the loop's clock is next a multiple of `interval_s`: what looks at the same beat shares a wake-up.
+
+    One that is less than a hundredth of the interval away is taken to be now.
+    """
+    return (math.floor(now_s / interval_s + 0.01) + 1) * interval_s
 
 
 class Sweeper:
@@ -22,7 +31,7 @@ class Sweeper:
                 return
             self._handle.cancel()
         self._interval_s = interval_s
-        self._handle = self._loop.call_later(interval_s, self._tick)
+        self._handle = self._loop.call_at(next_beat(self._loop.time(), interval_s), self._tick)
 
     def stop(self) -> None:
         """Look no more."""
@@ -31,6 +40,7 @@ class Sweeper:
             self._handle = None
 
     def _tick(self) -> None:
-        self._handle = self._loop.call_later(self._interval_s, self._tick)
-        if not self._look(self._loop.time()):
+        now_s = self._loop.time()
+        self._handle = self._loop.call_at(next_beat(now_s, self._interval_s), self._tick)
+        if not self._look(now_s):
             self.stop()

@@ -57,7 +57,7 @@ class Subscriber:
 
     `topics` are prefixes; an empty tuple means every topic. `on_message` must not raise: bodies are read with
     `read_body` rules in mind, a message it cannot read is its own to log. Make it inside a running loop.
-    What comes within `rest_s` seconds of a message is taken together.
+    What comes within `gather_s` seconds of a message is taken with it.
     """
 
     def __init__(
@@ -66,26 +66,28 @@ class Subscriber:
         on_message: Callable[[bytes, bytes], None],
         topics: tuple[bytes, ...] = (),
         *,
-        rest_s: float = 0.0,
+        gather_s: float = 0.0,
     ) -> None:
         self._on_message = on_message
         self._socket = client_socket(zmq.SUB, keys)
         for topic in topics or (b"",):
             self._socket.setsockopt(zmq.SUBSCRIBE, topic)
         self._endpoints: set[str] = set()
-        self._channel = Channel(self._socket, self._receive, rest_s=rest_s)
+        self._channel = Channel(self._socket, self._receive, gather_s=gather_s)
 
     def connect(self, endpoint: str) -> None:
         """Listen to one more publisher; reconnects by itself. No effect when it is connected already."""
         if endpoint not in self._endpoints:
             connect(self._socket, endpoint)
             self._endpoints.add(endpoint)
+            self._channel.look()
 
     def disconnect(self, endpoint: str) -> None:
         """Stop listening to a publisher. No effect when it is not connected."""
         if endpoint in self._endpoints:
             self._endpoints.discard(endpoint)
             self._socket.disconnect(endpoint)
+            self._channel.look()
 
     def close(self) -> None:
         """Stop listening."""

@@ -36,8 +36,8 @@ class Channel:
     """One socket on the running loop: `on_message` gets each message's frames, many per wake-up.
 
     `on_wake`, if given, is called after a round of receiving when the socket can send: the place to retry
-    what could not be sent. With `rest_s`, what comes within so many seconds of a message is taken together: a
-    wake-up costs more than a message.
+    what could not be sent. With `gather_s`, what comes within so many seconds of a message is taken with it:
+    a wake-up costs more than a message.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Channel:
         on_message: Callable[[Frames], None],
         on_wake: Callable[[], None] | None = None,
         *,
-        rest_s: float = 0.0,
+        gather_s: float = 0.0,
     ) -> None:
         self._socket = socket
         self._on_message = on_message
@@ -55,11 +55,10 @@ class Channel:
         self._fd = int(socket.getsockopt(zmq.FD))
         self._scheduled = False
         self._closed = False
-        self._rest_s = rest_s
-        self._rest: asyncio.TimerHandle | None = None
-        self._watching = True
-        self._loop.add_reader(self._fd, self.drain)
-        self._schedule()
+        self._gather_s = gather_s
+        self._gathering: asyncio.TimerHandle | None = None
+        self._watch()
+        self.look()
 
     def send(self, frames: Sequence[bytes]) -> bool:
         """Queue one message. False: no connection, or the queue is full; nothing was sent."""
@@ -70,15 +69,13 @@ class Channel:
                 return False
             raise
         finally:
-            # The descriptor is edge-triggered and sending may swallow the edge of something received.
-            self._schedule()
+            self.look()
         return True
 
     def drain(self) -> None:
         """Take what has arrived, up to a batch; the rest follows in the loop's next round."""
         self._scheduled = False
         receive, hand_on = self._socket.recv_multipart, self._on_message
-        came = False
         for _ in range(_BATCH):
             if self._closed:
                 return
@@ -86,39 +83,34 @@ class Channel:
                 frames = receive(zmq.NOBLOCK)
             except zmq.Again:
                 break
-            came = True
             try:
                 hand_on(frames)
             except Exception:
                 # Top of the reader: one message that breaks its handler must not stop those behind it.
                 logger.exception("message.failed frames=%d", len(frames))
         else:
-            self._schedule()
+            self.look()
         if self._on_wake is not None and not self._closed:
             self._wake(self._on_wake)
-        if came and self._rest_s and self._rest is None and not self._closed:
-            if self._watching:
-                self._watching = False
-                self._loop.remove_reader(self._fd)
-            self._rest = self._loop.call_later(self._rest_s, self._rested)
 
-    def _rested(self) -> None:
-        """Look again; the descriptor is watched only once there was nothing for a while."""
-        self._rest = None
-        if self._closed:
-            return
+    def _watch(self) -> None:
+        self._loop.add_reader(self._fd, self._gather if self._gather_s else self.drain)
+
+    def _gather(self) -> None:
+        self._loop.remove_reader(self._fd)
+        self._gathering = self._loop.call_later(self._gather_s, self._gathered)
+
+    def _gathered(self) -> None:
+        self._gathering = None
+        self._watch()
         self.drain()
-        if self._rest is None and not self._watching and not self._closed:
-            self._watching = True
-            self._loop.add_reader(self._fd, self.drain)
-            self._schedule()
 
     def close(self) -> None:
         """Stop receiving and close the socket; what was not sent yet is dropped."""
         if not self._closed:
             self._closed = True
-            if self._rest is not None:
-                self._rest.cancel()
+            if self._gathering is not None:
+                self._gathering.cancel()
             self._loop.remove_reader(self._fd)
             self._socket.close(linger=0)
 
@@ -126,11 +118,12 @@ class Channel:
         """Only when a message would be taken: a failed try asks for the next look, without end."""
         events = int(self._socket.getsockopt(zmq.EVENTS))
         if events & zmq.POLLIN:  # looking may have swallowed its edge
-            self._schedule()
+            self.look()
         if events & zmq.POLLOUT:
             on_wake()
 
-    def _schedule(self) -> None:
+    def look(self) -> None:
+        """Take soon what has arrived: any call on the socket may have swallowed the descriptor's edge."""
         if not self._scheduled and not self._closed:
             self._scheduled = True
             self._loop.call_soon(self._drain_if_open)

@@ -27,8 +27,8 @@ def payload(seq: int, time: float | None = None) -> bytes:
     return msgspec.msgpack.encode([seq if time is None else time, [f"b{seq}"], 0])
 
 
-@pytest.mark.parametrize("rest_s", [0.0, 0.002])
-async def test_every_message_arrives_in_order_from_each_publisher(rest_s: float) -> None:
+@pytest.mark.parametrize("gather_s", [0.0, 0.002])
+async def test_every_message_arrives_in_order_from_each_publisher(gather_s: float) -> None:
     keys = Keys.generate()
     publishers = [Publisher(keys, "tcp://127.0.0.1:0") for _ in range(2)]
     heard: dict[bytes, list[int]] = {b"t0": [], b"t1": []}
@@ -36,7 +36,7 @@ async def test_every_message_arrives_in_order_from_each_publisher(rest_s: float)
     def on_message(topic: bytes, body: bytes) -> None:
         heard[topic].append(msgspec.msgpack.decode(body, type=MembershipChange).seq)
 
-    subscriber = Subscriber(keys, on_message, (b"t",), rest_s=rest_s)
+    subscriber = Subscriber(keys, on_message, (b"t",), gather_s=gather_s)
     for publisher in publishers:
         subscriber.connect(publisher.start())
     topics = [b"t0", b"t1"]

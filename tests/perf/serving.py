@@ -90,6 +90,13 @@ PARTS: dict[str, Part] = {
         ),
         engine=("--rate", "150", "--pace", "steps"),
     ),
+    "answers": Part(
+        "CPU per relayed token of long answers: 32 streams, 2,000 tokens each, 150 tokens/s a stream",
+        Load(port=0, streams=32, max_tokens=2_000),
+        per="token",
+        proxies=(BASE, "dynctl.http", "dynctl kv", "sglang-router", "vllm-router", "ai-dynamo"),
+        engine=("--rate", "150", "--pace", "steps"),
+    ),
     "request": Part(
         "CPU per request: 64 words in, 2 tokens out", Load(port=0, rate=100, duration_s=4, max_tokens=2)
     ),
@@ -111,7 +118,6 @@ PARTS: dict[str, Part] = {
         per="token",
         proxies=(BASE, "dynctl kv", "sglang-router", "vllm-router"),
         engine=("--rate", "10", "--pace", "spread"),
-        rounds=1,
     ),
     "huge": Part(
         "60,000 tokens in, 90 % shared, 40 requests/s, the proxy on one core",

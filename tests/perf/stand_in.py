@@ -33,7 +33,7 @@ from dynctl.http.runtime import run
 from dynctl.observability.metrics import Metrics
 from dynctl.protocol.instances import Instance, ModelCard
 from dynctl.protocol.kv_events import KV_TOPIC, KvBatch, KvSync, KvSyncReply, Removed, Stored
-from dynctl.protocol.registry import Register
+from dynctl.protocol.registry import Register, Renew
 from dynctl.protocol.specs import FrontendSpec, RouterSpec
 from dynctl.transport.control import ControlServer, read_body
 from dynctl.transport.event_plane import Publisher
@@ -47,6 +47,7 @@ BLOCK = 16
 MODEL = ModelCard(name="tiny", path=str(ASSETS), block_size=BLOCK)
 ANY_PORT = "tcp://127.0.0.1:0"
 HELD = 50_000
+RENEWED_S = 1.0
 
 
 async def shared_hashes() -> list[list[int]]:
@@ -112,12 +113,21 @@ class Sidecar:
         )
 
 
+async def keep(registry: Registry, workers: list[str]) -> None:
+    """Renew the workers' leases, as their sidecars do."""
+    while True:
+        for worker in workers:
+            renew = msgspec.Raw(msgspec.msgpack.encode(Renew(id=worker, incarnation=1)))
+            await registry.handle("registry.renew", renew)
+        await asyncio.sleep(RENEWED_S)
+
+
 async def beside(folder: Path, batches: float, blocks: float, engines: list[str]) -> None:
     """A registry that knows the workers, and their sidecars; prints its endpoints, ends with its parent."""
     keys = Keys.load(folder / "keys.json")
     publisher = Publisher(keys, ANY_PORT)
     membership = publisher.start()
-    there = Registry(publisher, ttl_s=36_000.0)
+    there = Registry(publisher)
     control = ControlServer(keys, ANY_PORT, there.handle)
     endpoint = control.start()
     there.start()
@@ -130,6 +140,7 @@ async def beside(folder: Path, batches: float, blocks: float, engines: list[str]
         sidecars.append(one)
         register = msgspec.Raw(msgspec.msgpack.encode(Register(instance=one.instance(url))))
         await there.handle("registry.register", register)
+    keeping = asyncio.create_task(keep(there, [one.id for one in sidecars]))
     print(endpoint, membership, flush=True)
     parent = os.getppid()
     rounds = max(1.0, len(sidecars) / batches / GATHER_S)
@@ -138,6 +149,7 @@ async def beside(folder: Path, batches: float, blocks: float, engines: list[str]
         await asyncio.sleep(until_told(time.time()))
         for one in sidecars:
             one.tell(rng, max(1, round(blocks / batches)))
+    keeping.cancel()
 
 
 def become_frontend(mode: str, port: int, told: list[str], engines: list[str]) -> None:

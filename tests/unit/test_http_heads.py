@@ -154,4 +154,4 @@ def test_a_path_cannot_hold_another_request(path: str) -> None:
 
 def test_two_framings_are_refused_even_if_the_parser_lets_them_through() -> None:
     with pytest.raises(HeadError, match="both"):
-        heads._framing([(b"content-length", b"1"), (b"transfer-encoding", b"chunked")])
+        heads._framing({b"content-length": [b"1"], b"transfer-encoding": [b"chunked"]})
