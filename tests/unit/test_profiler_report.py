@@ -186,6 +186,16 @@ def test_no_layout_at_all_is_a_page_too() -> None:
     assert "nothing to vary" in made
 
 
+@pytest.mark.parametrize("itl_s", [1e-5, 1e-3, 1 / 170.0])
+def test_an_itl_that_no_stream_comes_near_leaves_the_plots_their_room(itl_s: float) -> None:
+    """matplotlib warns, which is an error here, when what lies outside the axes takes all their room."""
+    told = estimated(msgspec.structs.replace(LOOSE, itl_s=itl_s))
+    drawn = plots(told)
+    assert png(drawn, told.name)
+    front_svg = svg(next(plot for plot in drawn if plot.key == "front"))
+    assert (f"{1 / itl_s:,.0f} tokens/s, further right" in front_svg) == (told.choice.chosen is None)
+
+
 @pytest.mark.parametrize("name", ["measured", "none_at_all"])
 def test_a_page_stands_alone(name: str) -> None:
     """No script, nothing from elsewhere, four plots with ids of their own, colours by variables."""

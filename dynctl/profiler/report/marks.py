@@ -52,16 +52,16 @@ def limit(axes: Axes, seconds: float | None, percentile: float) -> None:
     note(axes, seconds * 1000, f"SLA p{percentile * 100:g} {milliseconds(seconds)}", along_x=False)
 
 
-def note(axes: Axes, at: float, text: str, *, along_x: bool) -> None:
-    """A few words at the end of a limit's line."""
-    place, offset = ((at, 0.03), (4, 0)) if along_x else ((0.0, at), (4, 3))
+def note(axes: Axes, at: float, text: str, *, along_x: bool, before: bool = False) -> None:
+    """A few words at the end of a limit's line, to its right; `before`: to its left."""
+    place, offset = ((at, 0.03), (-4 if before else 4, 0)) if along_x else ((0.0, at), (4, 3))
     axes.annotate(
         text,
         place,
         offset,
         xycoords=axes.get_xaxis_transform() if along_x else axes.get_yaxis_transform(),
         textcoords="offset points",
-        ha="left",
+        ha="right" if before else "left",
         va="bottom",
         color=LIGHT["bad"],
         fontsize="small",

@@ -78,15 +78,26 @@ def _draw_front(told: Told, axes: Axes) -> None:
     if confirmed is not None and confirmed.itl_s and confirmed.output_rate:
         users.append(1 / confirmed.itl_s)
         gpus.append(confirmed.output_rate / confirmed.option.gpus)
-    reach = max(users)
-    axes.set_xlim(0, reach * 1.08)
+    reach = max(users) * 1.08
+    axes.set_xlim(0, reach)
     axes.set_ylim(0, max(gpus) * 1.1)
     if choice.sla.itl_s is not None:
-        axes.axvspan(1.0 / choice.sla.itl_s, max(reach * 1.08, 1.0 / choice.sla.itl_s), color=LIGHT["band"])
-        axes.axvline(1.0 / choice.sla.itl_s, color=LIGHT["bad"], linewidth=1.2, linestyle="-.")
-        note(axes, 1.0 / choice.sla.itl_s, f"ITL {milliseconds(choice.sla.itl_s)}", along_x=True)
+        _mark_itl(axes, choice.sla.itl_s, reach)
     label_axes(axes, "one user's stream, tokens/s", "answers, tokens/s a GPU")
     legend(axes)
+
+
+def _mark_itl(axes: Axes, itl_s: float, reach: float) -> None:
+    """Where a stream is fast enough. Beyond the axis it is only told: drawn there, it would leave the layout
+    no room for the rest.
+    """
+    least, words = 1.0 / itl_s, f"ITL {milliseconds(itl_s)}"
+    if least > reach:
+        note(axes, reach, f"{words}: {least:,.0f} tokens/s, further right", along_x=True, before=True)
+        return
+    axes.axvspan(least, reach, color=LIGHT["band"])
+    axes.axvline(least, color=LIGHT["bad"], linewidth=1.2, linestyle="-.")
+    note(axes, least, words, along_x=True, before=least > reach / 2)
 
 
 def sensitivity_plot(told: Told) -> Plot:
