@@ -109,5 +109,10 @@ class LeaseTable:
             del self._leases[seat]
         return Changes(removed=ended)
 
+    def excuse(self, deaf_s: float, now: float) -> None:
+        """Nobody listened for so long: that time does not count, renewals may wait to be read."""
+        for lease in self._leases.values():
+            lease.ends_at = min(lease.ends_at + deaf_s, now + self.ttl_s)
+
     def _ok(self) -> LeaseReply:
         return LeaseReply(outcome="ok", ttl_s=self.ttl_s)

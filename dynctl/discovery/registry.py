@@ -54,6 +54,7 @@ class Registry:
         self._on_change = on_change
         self._on_late = on_late
         self._table = LeaseTable(ttl_s, clock())
+        self._looked_at = clock()
         self._epoch = time.time_ns()
         self._seq = 0
         self._wanted: dict[str, int] = {}
@@ -61,6 +62,7 @@ class Registry:
 
     def start(self) -> None:
         """Begin to end leases that are not renewed, and to repeat the last number for late readers."""
+        self._looked_at = self._clock()
         self._ticker = asyncio.get_running_loop().create_task(self._tick(), name="registry")
 
     async def close(self) -> None:
@@ -175,7 +177,12 @@ class Registry:
             self._on_late(late)
 
     def _expire(self, gone: Collection[str]) -> None:
-        expired = self._table.expire(self._clock(), gone)
+        now = self._clock()
+        deaf_s, self._looked_at = now - self._looked_at - _TICK_S, now
+        if deaf_s > _TICK_S:  # this process was stopped, or waited for a disk
+            logger.warning("registry.deaf for_s=%.1f", deaf_s)
+            self._table.excuse(deaf_s, now)
+        expired = self._table.expire(now, gone)
         for seat in expired.removed:
             logger.warning("lease.expired id=%s", seat)
         self._publish(expired)

@@ -103,6 +103,28 @@ async def house() -> AsyncIterator[House]:
     await made.close()
 
 
+async def test_a_controller_that_was_stopped_for_a_while_does_not_take_the_living_for_dead(house: House) -> None:
+    """Their renewals wait to be read. Who is dead is missed later by so much, and no more."""
+    now = [0.0]
+    publisher = Publisher(house.keys, "tcp://127.0.0.1:0")
+    publisher.start()
+    try:
+        registry = Registry(publisher, ttl_s=5.0, clock=lambda: now[0])
+        body = msgspec.Raw(msgspec.msgpack.encode(Register(instance=instance(), state="ready")))
+        await registry.handle("registry.register", body)
+
+        def held_at(*times: float) -> bool:
+            for now[0] in times:
+                registry.unreachable(())
+            return bool(registry.members())
+
+        assert held_at(0.5, 1.0, 1.5)
+        assert held_at(60.0, 60.5, 61.0, 61.5, 62.0, 62.5)
+        assert not held_at(63.0, 63.5, 64.0)
+    finally:
+        publisher.close()
+
+
 async def test_watcher_sees_register_drain_and_leave(house: House) -> None:
     controller = house.controller()
     watcher, seen = house.watcher()
