@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -24,6 +27,8 @@ from dynctl.worker.process import EngineChild, Handle
 
 logger = logging.getLogger(__name__)
 
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGURG)
+"""What a sidecar is told to end by."""
 _SEAT, _INCARNATION = "DYNCTL_PROCESS", "DYNCTL_INCARNATION"
 
 
@@ -44,6 +49,23 @@ def next_of(spec: WorkerSpec, call: Become) -> Next:
     if to.id != call.id or to.url != spec.url or _nameless(to.engine) != _nameless(spec.engine):
         raise UsageError(f"its engine is not that of {call.id}", where=spec.id)
     return Next(to, call.incarnation)
+
+
+@contextmanager
+def told_later() -> Iterator[None]:
+    """Signals to end wait, also for whoever this process becomes meanwhile (`listen`): while a sidecar begins
+    anew nobody would hear them, and SIGURG would be lost.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def listen() -> None:
+    """Signals to end are handled from now on: those that waited come now."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
 
 
 def become(was: tuple[str, int], to: Next, child: EngineChild, kv: list[RankMemory]) -> NoReturn:

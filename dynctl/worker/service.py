@@ -28,7 +28,7 @@ from dynctl.http.client import Client
 from dynctl.protocol.handover import Become
 from dynctl.protocol.specs import EngineProcess, WorkerSpec
 from dynctl.transport.keys import bearer, load_engine_key
-from dynctl.worker.handover import Next, become, kv_of, next_of
+from dynctl.worker.handover import ENDING, Next, become, kv_of, listen, next_of, told_later
 from dynctl.worker.load import wait_until_idle
 from dynctl.worker.planes import Attached, Planes
 from dynctl.worker.port_holder import find_holder
@@ -86,8 +86,9 @@ class Worker:
         SIGURG is for launchers whose signals reach the engine too, which ignores it.
         """
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGURG):
+        for number in ENDING:
             loop.add_signal_handler(number, self._on_signal)
+        listen()
         if self._spec.follower:
             return await self._follow()
         client = Client()
@@ -193,10 +194,11 @@ class Worker:
         if self._stop.is_set() or self._superseded.is_set() or child.exit_code is not None:
             return
         kv = planes.kv_memory()
-        await planes.detach(f"it becomes {to.spec.id}")
-        await planes.close()
-        if not self._stop.is_set():
-            become((self._spec.id, self._incarnation), to, child, kv)
+        with told_later():
+            await planes.detach(f"it becomes {to.spec.id}")
+            await planes.close()
+            if not self._stop.is_set():
+                become((self._spec.id, self._incarnation), to, child, kv)
 
     async def _until_ready(self, child: EngineChild, probe: Probe) -> Ready | Ending | None:
         """None: asked to end before it was ready. Raises NotReady, PortInUse."""

@@ -133,3 +133,15 @@ async def test_one_that_is_told_to_end_while_it_drains_ends(rig: Rig) -> None:
     assert await rig.exit_code(process) == 0
     assert not alive(before.engine_pid)
     assert not (rig.run_dir / "specs" / "prefill-4.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGURG])
+async def test_one_that_is_told_to_end_while_it_begins_anew_ends_as_told(rig: Rig, number: int) -> None:
+    """It has become the other, but handles no signals yet: SIGURG would be lost, SIGTERM end it at once."""
+    process = rig.start(rig.spec())
+    before = await rig.ready()
+    await ask(rig, before, other(rig))
+    await until(lambda: "DYNCTL_PROCESS=prefill-4" in environment(process.pid))
+    process.send_signal(number)
+    assert await rig.exit_code(process) == 0
+    assert not alive(before.engine_pid)
