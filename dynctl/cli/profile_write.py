@@ -112,7 +112,7 @@ def write_files(
         both = by_role.get("aggregated")
         longest = max(int(outcome.profiles[pool.layout].prefill.tokens[-1]) for pool in chosen.pools)
         write_npz(folder, first or both or last, last or both or first, min(longest, 32768))  # type: ignore[arg-type]
-        written.append(folder / PREFILL)
+        written += [folder / PREFILL, folder / DECODE]
     except ProfileError as error:
         prose(f"no npz files for Dynamo: {error}", style="warning")
     return written
@@ -136,7 +136,7 @@ def write_pages(folder: Path, told: Told) -> list[Path]:
     try:
         pages, missing = write_report(folder, told)
     except OSError as error:
-        prose(f"no report: {error}", style="warning")
+        prose(f"no report: {folder}: {error.strerror}", style="warning")
         return []
     if missing:
         prose(f"no plots in the report: {missing}", style="warning")

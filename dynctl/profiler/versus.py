@@ -102,7 +102,8 @@ def _verdict(a: Side, b: Side, cost: Row, needed: tuple[int | None, int | None])
         return "b", f"{b.label} keeps the SLA, {a.label} does not"
     unsure = [side.label for side in (a, b) if side.result.meets == "unsure"]
     if unsure:
-        return "", f"whether {' and '.join(unsure)} keeps the SLA cannot be told: more --requests would"
+        keeps = "keep" if len(unsure) > 1 else "keeps"
+        return "", f"whether {' and '.join(unsure)} {keeps} the SLA cannot be told: more --requests would"
     both = {"yes": "both keep the SLA", "no": "neither keeps the SLA", "": "no SLA was given"}[met[0]]
     return _by_cost(a, b, cost, needed, both)
 

@@ -103,7 +103,7 @@ async def house() -> AsyncIterator[House]:
     await made.close()
 
 
-async def test_a_controller_that_was_stopped_for_a_while_does_not_take_the_living_for_dead(house: House) -> None:
+async def test_a_controller_that_was_stopped_does_not_take_the_living_for_dead(house: House) -> None:
     """Their renewals wait to be read. Who is dead is missed later by so much, and no more."""
     now = [0.0]
     publisher = Publisher(house.keys, "tcp://127.0.0.1:0")

@@ -106,7 +106,7 @@ def test_a_spoiled_measurement_decides_nothing() -> None:
 def test_what_is_unsure_is_not_decided() -> None:
     strict = msgspec.structs.replace(LOAD, sla=Sla(ttft_s=0.2, percentile=0.99999))
     found = compared(strict, side("one", 4, 0.1, load=strict), side("two", 4, 0.1, load=strict))
-    assert "whether one and two keeps the SLA cannot be told" in found.verdict
+    assert "whether one and two keep the SLA cannot be told" in found.verdict
 
 
 def test_without_an_sla_throughput_by_gpu_decides() -> None:
