@@ -23,7 +23,7 @@ from dynctl.profiler.report.told import Told
 from dynctl.profiler.report.write import HTML, PNG, write_report
 from dynctl.profiler.service import Asked, Outcome
 from dynctl.recipe.load import LoadedRecipe
-from dynctl.recipe.schema import ROLES
+from dynctl.recipe.schema import ROLES, Recipe
 
 _RECIPE, _CHOICE = "recipe.yaml", "choice.json"
 
@@ -56,7 +56,7 @@ def finish(
         if measured is not None:
             write_atomic(wanted.folder / FILE, encode(measured))
         written += write_files(wanted.folder, asked.loaded, outcome, measured) if usable else []
-        command = next_command(written, wanted.inventory)
+        command = next_command(written, wanted.inventory, asked.loaded.recipe)
         written += write_pages(wanted.folder, told_of(asked, outcome, command, measured))
     except OSError as error:
         failure, command = error, ""
@@ -96,7 +96,9 @@ def write_files(
     assert chosen is not None
     folder.mkdir(parents=True, exist_ok=True)
     recipe = folder / _RECIPE
-    write_atomic(recipe, recipe_text(loaded, chosen, head_of(chosen, loaded.file, measured)))
+    write_atomic(
+        recipe, recipe_text(loaded, chosen, head_of(chosen, loaded.file, measured), outcome.choice.sla)
+    )
     written = [recipe]
     by_role: dict[str, Profile] = {}
     for pool in chosen.pools:
@@ -143,11 +145,13 @@ def write_pages(folder: Path, told: Told) -> list[Path]:
     return pages
 
 
-def next_command(written: list[Path], inventory: Path | None) -> str:
-    """What to run with the recipe that was written; "" when none was."""
+def next_command(written: list[Path], inventory: Path | None, recipe_before: Recipe) -> str:
+    """What to run with the recipe that was written; "" when none was. Hosts not named yet are to be."""
     recipe = next((path for path in written if path.name == _RECIPE), None)
     if recipe is None:
         return ""
+    if inventory is None and recipe_before.target == "ssh" and not recipe_before.hosts:
+        inventory = Path("hosts.yaml")
     hosts = f" --inventory {shlex.quote(str(inventory))}" if inventory is not None else ""
     return f"{program()} up {shlex.quote(str(recipe))}{hosts}"
 

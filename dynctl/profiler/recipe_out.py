@@ -9,14 +9,17 @@ from dynctl.engines.arguments import normal_name
 from dynctl.engines.base import Engine
 from dynctl.engines.catalog import get
 from dynctl.errors import ProfileError
-from dynctl.perfmodel.choice import Option, Pool
+from dynctl.perfmodel.choice import Option, Pool, Sla
+from dynctl.profiler.request import sla_of
 from dynctl.profiler.rewrite import plain_values, rewritten
 from dynctl.recipe.load import LoadedRecipe
 from dynctl.recipe.schema import Recipe, RoleSection
 
 
-def recipe_text(loaded: LoadedRecipe, option: Option, head: str) -> str:
+def recipe_text(loaded: LoadedRecipe, option: Option, head: str, sla: Sla) -> str:
     """The recipe that starts `option`, with `head` as its first comment, to be written anywhere.
+
+    Its service level is `sla`, for which `option` was chosen.
 
     It holds what flags have changed, and paths that the recipe tells relative to itself are told whole. A
     planner gets the profiles that are written beside it (`profile_name`). Raises ProfileError when the file
@@ -27,10 +30,23 @@ def recipe_text(loaded: LoadedRecipe, option: Option, head: str) -> str:
     except OSError as error:
         raise ProfileError(f"cannot be read any more: {error.strerror}", where=loaded.file) from error
     sections: dict[str, Any] = {"roles": {pool.role: _role(loaded.recipe, pool) for pool in option.pools}}
+    if not _says(loaded.recipe, sla):
+        sections["sla"] = _sla(sla)
     if loaded.recipe.planner is not None:
         sections["planner"] = _planner(plain_values(loaded, short=True).get("planner", {}), option)
     text = rewritten(text, loaded, sections)
     return "".join(f"# {line}\n" for line in head.splitlines()) + "\n" + text
+
+
+def _says(recipe: Recipe, sla: Sla) -> bool:
+    said = recipe.sla
+    return said is not None and bool(said.ttft or said.itl) and sla_of("", said) == sla
+
+
+def _sla(sla: Sla) -> dict[str, str]:
+    limits = {"ttft": sla.ttft_s, "itl": sla.itl_s}
+    told = {name: f"{seconds * 1000:.10g}ms" for name, seconds in limits.items() if seconds is not None}
+    return {**told, "percentile": f"p{sla.percentile * 100:.10g}"}
 
 
 def profile_name(pool: Pool) -> str:

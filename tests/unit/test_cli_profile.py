@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def test_sixteen_gpus_give_a_choice_with_all_its_parts(
     assert "runner-up" in out
     assert "prompts +20%" in out
     assert "TP1" in out.split("layouts that cannot be")[1]
-    assert "next: dynctl up profile-llama70b-disagg/recipe.yaml" in err
+    assert "next: dynctl up profile-llama70b-disagg/recipe.yaml --inventory hosts.yaml\n" in err
     again = asked(capsys, RECIPE, *USUAL)
     assert (out, err) == again[1:]
 
@@ -72,7 +73,11 @@ def test_the_recipe_that_is_written_is_taken_by_up(
         assert section.args["max-num-batched-tokens"] == pool["batched_tokens"]
     text = (here / "made" / "recipe.yaml").read_text()
     assert "# or mooncake, mooncake_tcp: another library must then be installed" in text
-    assert text.split("\nfrontend:")[1] == Path(RECIPE).read_text().split("\nfrontend:")[1]
+    rest, before = (one.split("\nfrontend:")[1] for one in (text, Path(RECIPE).read_text()))
+    sla = re.compile(r"\nsla:\n( .*\n)+")
+    assert sla.sub("", rest) == sla.sub("", before)
+    assert loaded.recipe.sla is not None
+    assert (loaded.recipe.sla.ttft, loaded.recipe.sla.itl) == (told["sla"]["ttft_s"], told["sla"]["itl_s"])
 
 
 def test_json_tells_prediction_and_rejected_layouts(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -274,7 +279,7 @@ def test_the_report_names_the_choice_and_the_next_command(
     page = (here / "my made" / "report.html").read_text()
     assert json.loads(out)["chosen"]["label"] in page
     assert "dynctl up &#39;my made/recipe.yaml&#39;" in page
-    assert err.endswith("next: dynctl up 'my made/recipe.yaml'\n")
+    assert err.endswith("next: dynctl up 'my made/recipe.yaml' --inventory hosts.yaml\n")
     assert "report.html, report.png to my made" in err
     assert (here / "my made" / "report.png").read_bytes().startswith(b"\x89PNG")
 

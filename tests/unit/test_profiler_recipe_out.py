@@ -10,10 +10,11 @@ import pytest
 import yaml
 
 from dynctl.engines.arguments import normalised
-from dynctl.perfmodel.choice import Option, Pool
+from dynctl.perfmodel.choice import Option, Pool, Sla
 from dynctl.perfmodel.layout import Layout
 from dynctl.profiler.candidate import alone, candidate
 from dynctl.profiler.recipe_out import recipe_text, section_of
+from dynctl.profiler.request import sla_of
 from dynctl.recipe.load import LoadedRecipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,17 +35,23 @@ def chosen(recipe: LoadedRecipe) -> Option:
     return Option(mode="disaggregated", pools=pools, predicted=option.predicted)
 
 
-def again(recipe: LoadedRecipe, folder: Path, environ: dict[str, str] | None = None) -> LoadedRecipe:
+def asked_in(recipe: LoadedRecipe) -> Sla:
+    return sla_of("ttft=1s" if recipe.recipe.sla is None else "", recipe.recipe.sla)
+
+
+def again(
+    recipe: LoadedRecipe, folder: Path, environ: dict[str, str] | None = None, sla: Sla | None = None
+) -> LoadedRecipe:
     """What was written, as it loads from another folder."""
     folder.mkdir(exist_ok=True)
     path = folder / "written.yaml"
-    path.write_text(recipe_text(recipe, chosen(recipe), "made by a test"))
+    path.write_text(recipe_text(recipe, chosen(recipe), "made by a test", sla or asked_in(recipe)))
     return load_recipe(path, environ=environ or {}, files_here=False)
 
 
 def plain(recipe: LoadedRecipe) -> dict[str, Any]:
     values = recipe.recipe.model_dump(mode="json")
-    return {name: value for name, value in values.items() if name not in ("roles", "planner")}
+    return {name: value for name, value in values.items() if name not in ("roles", "planner", "sla")}
 
 
 SETS: tuple[tuple[str, ...], ...] = (
@@ -62,7 +69,19 @@ def test_what_flags_changed_is_in_it_and_all_else_is_as_it_was(
     tmp_path: Path, path: Path, sets: tuple[str, ...]
 ) -> None:
     loaded = load_recipe(path, sets, environ={}, files_here=False)
-    assert plain(again(loaded, tmp_path / "out")) == plain(loaded)
+    found = again(loaded, tmp_path / "out")
+    assert plain(found) == plain(loaded)
+    assert asked_in(found) == asked_in(loaded)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("given", ["ttft=400ms,itl=20ms", "ttft=1.2s,itl=0.0071s,percentile=p99.9", "itl=1m"])
+def test_the_service_level_is_the_one_it_was_chosen_for(tmp_path: Path, path: Path, given: str) -> None:
+    """Not the one that the recipe had before: a planner would keep another."""
+    wanted = sla_of(given, None)
+    for sets in ((), ("sla={percentile: p90}",)):
+        loaded = load_recipe(path, sets, environ={}, files_here=False)
+        assert sla_of("", again(loaded, tmp_path / "out", sla=wanted).recipe.sla) == wanted
 
 
 def test_what_the_environment_set_and_a_flag_took_away_is_in_it_too(tmp_path: Path) -> None:
@@ -164,7 +183,7 @@ def test_what_is_tried_is_what_is_written(tmp_path: Path, path: Path) -> None:
     tried = candidate(loaded, chosen(loaded), "profile-1-confirm-0", "the-secret-key").recipe
     told = [one.model_dump(mode="json", by_alias=True) for one in (tried, written)]
     for one in told:
-        for name in OWN:
+        for name in (*OWN, "sla"):
             del one[name]
         one["frontend"] |= dict.fromkeys(("host", "port", "replicas", "hosts", "api_key"))
     assert told[0] == told[1]
