@@ -147,5 +147,5 @@ def shown(found: Difference) -> list[str]:
     taken = found.taken
     lines = [f"+ {seat}" for seat in found.added if seat not in taken]
     lines += [f"- {seat}" for seat in found.removed if seat not in taken.values()]
-    lines += [f"{former} becomes {seat}, its engine runs on" for seat, former in taken.items()]
+    lines += found.handed_over
     return lines + [f"~ {seat}: {', '.join(why)}" for seat, why in (found.changed or {}).items()]

@@ -79,7 +79,7 @@ def shown(entry: Entry) -> list[str]:
     clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.ts))
     head = f"{paint(clock, 'dim')}  {_changes(entry.decision)}"
     if entry.outcome:
-        head += "  " + paint(entry.outcome, "good" if entry.outcome == "done" else "warning")
+        head += "  " + paint(entry.outcome, "good" if entry.outcome.startswith("done") else "warning")
     lines = [head, *(f"  {line}" for line in _roles(entry.decision, entry.observation))]
     lines.append(f"  seen      {_seen(entry.observation)}")
     ahead = entry.decision.ahead

@@ -17,13 +17,14 @@ from dynctl.cli import options
 from dynctl.cli.render import data, json_data, prose
 from dynctl.cli.simulate_process import results_of
 from dynctl.cli.simulate_view import as_object, pace_text, results_text
+from dynctl.deploy.handover import started_alike
 from dynctl.deploy.seats import busy_spec, router_spec
 from dynctl.engines.catalog import get
 from dynctl.errors import ProfileError, UsageError
 from dynctl.perfmodel.choice import Sla
 from dynctl.perfmodel.gpus import gpu_named
 from dynctl.perfmodel.profile import Profile, load_profile
-from dynctl.perfmodel.simulation import MOST, Group, Service, Task
+from dynctl.perfmodel.simulation import HANDOVER_S, MOST, Group, Service, Task
 from dynctl.planner.config import PlannerConfig
 from dynctl.planner.settings import config_of, limits_of
 from dynctl.profiler.estimators import estimator_for
@@ -103,7 +104,8 @@ def simulate(  # noqa: PLR0913 - one parameter for each option of the verb
 
     Router, queue and planner are the real ones; replicas cost what their profile says (--profile, else
     planner.profile, the mocker's own, or an estimate for --gpu). With planner: in the recipe it adds and
-    removes replicas, which take --boot-time to start; GPU-hours count each from its start to its end.
+    removes replicas, which take --boot-time to start, and changes their role where engines may; GPU-hours
+    count each from its start to its end.
 
     --compare adds: the recipe's replicas unchanged, those that the demand's peak and its mean would take, the
     classic planner formula, and an oracle that knows the demand.
@@ -191,6 +193,7 @@ def service_of(
         )
         groups.append(group)
     boot_s = boot if boot is not None else config.boot_s if config is not None else _BOOT_S
+    alike = started_alike(loaded) and len({(one.gpus, one.limits) for one in groups}) == 1
     return Service(
         name=recipe.name,
         groups=tuple(groups),
@@ -198,6 +201,7 @@ def service_of(
         busy=busy_spec(recipe),
         sla=level,
         boot_s=boot_s,
+        handover_s=HANDOVER_S if alike else None,
     )
 
 

@@ -52,6 +52,7 @@ def as_object(task: Task, found: Sequence[Finished]) -> dict[str, Any]:
         "name": task.service.name,
         "sla": msgspec.to_builtins(task.service.sla),
         "boot_s": task.service.boot_s,
+        "handover_s": task.service.handover_s,
         "runs": [
             msgspec.to_builtins(one.result) | {"keeps_sla": one.result.keeps(task.service.sla)}
             for one in found

@@ -11,14 +11,20 @@ from importlib import metadata
 from dynctl.deploy.amend import apply, read_plan, rescaled
 from dynctl.deploy.audit import actor
 from dynctl.deploy.home import Home, RunDir
+from dynctl.deploy.replan import compare
 from dynctl.deploy.run import Site
 from dynctl.deploy.slurm_grow import without_awaiting
 from dynctl.launchers.local import LocalLauncher
 
 
-def scale(run: RunDir, changes: Mapping[str, int]) -> None:
-    """As `dynctl scale` does it, for the planner. Raises DynctlError. Waits: not for the event loop."""
-    apply(rescaled(run, dict(changes), _site(run)), actor("planner", words(changes).split()), ())
+def scale(run: RunDir, changes: Mapping[str, int]) -> list[str]:
+    """As `dynctl scale` does it, for the planner; which worker changes its role by that, a line each.
+
+    Raises DynctlError. Waits: not for the event loop.
+    """
+    amended = rescaled(run, dict(changes), _site(run))
+    apply(amended, actor("planner", words(changes).split()), ())
+    return compare(amended.old, amended.new).handed_over
 
 
 def give_up(run: RunDir, why: str) -> str:

@@ -171,14 +171,14 @@ class Planning:
             refused(self._memory, config, decision, now, declined)
             return f"refused: {declined}"
         try:
-            await asyncio.to_thread(scale, self._desk.run, changes)
+            turned = await asyncio.to_thread(scale, self._desk.run, changes)
         except DynctlError as error:
             assert self._memory is not None
             refused(self._memory, config, decision, now, error.message)
             self._desk.note("planner.refused", {"wanted": words(changes), "message": str(error)})
             return f"refused: {error.message}"
         self._desk.note("planner.scaled", {"to": words(changes), "reason": decision.reason})
-        return "done"
+        return f"done: {'; '.join(turned)}" if turned else "done"
 
     def _tell(self, config: PlannerConfig, decision: Decision, seen: Observation, outcome: str) -> None:
         """`outcome`: "" for advice that is as it was, too: that is told once."""

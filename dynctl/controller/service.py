@@ -173,7 +173,8 @@ class Controller:
         """The seats whose recorded process lives already."""
         recorded = [_seated(seat) for seat in self._state.seats if seat.incarnation and seat.pid]
         for seat, giver in handover.handed_over(self._state):
-            recorded.append(replace(_seated(giver), seat=seat.id, incarnation=seat.incarnation))
+            taker = replace(_seated(giver), seat=seat.id, incarnation=seat.incarnation, started=None)
+            recorded.append(taker)
         lives = await asyncio.gather(*map(self._parts.fleet.lives, recorded))
         return {seated.seat for seated, living in zip(recorded, lives, strict=True) if living}
 
@@ -466,7 +467,7 @@ def _believed(pid: int, start_ticks: int) -> bool:
 
 def _seated(seat: SeatRecord) -> Seated:
     handle = ProcessHandle(seat.pid, seat.start_ticks, seat.pgid)
-    return Seated(seat.id, seat.incarnation, seat.node, handle)
+    return Seated(seat.id, seat.incarnation, seat.node, handle, seat.engine_of)
 
 
 def _content(path: Path) -> bytes:

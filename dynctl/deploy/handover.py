@@ -17,6 +17,7 @@ from dynctl.errors import PlacementError
 from dynctl.launchers.base import ENV_PROCESS
 from dynctl.protocol.instances import Role
 from dynctl.recipe.load import LoadedRecipe
+from dynctl.recipe.schema import RoleSection
 from dynctl.topology.inventory import Inventory, is_awaited
 
 Replica = tuple[str, int]
@@ -30,15 +31,12 @@ def candidates(loaded: LoadedRecipe, inventory: Inventory, old: Plan) -> Pairs:
     """Who might take over from whom, where `loaded` lets roles be: sizes and arguments are not looked at yet,
     see `same_engines`.
 
-    Steps of a Slurm job are found by names that cannot change, and an engine over several nodes has sidecars
-    on each: these are started anew.
+    An engine over several nodes has sidecars on each, and one that is a step of a Slurm job beside its
+    sidecar's is found by its seat's name: these are started anew.
     """
-    recipe = loaded.recipe
-    if old.target == "slurm" or not catalog.takes_either_role(recipe.backend, recipe.engine.kv_transfer):
+    if not _either_role(loaded):
         return {}
-    roles = recipe.roles.present()
-    if not {"prefill", "decode"} <= roles.keys():
-        return {}
+    roles = loaded.recipe.roles.present()
     found: Pairs = {}
     for leaves, comes in _ROLES:
         may = _allowed(inventory, roles[comes].hosts)
@@ -50,6 +48,26 @@ def candidates(loaded: LoadedRecipe, inventory: Inventory, old: Plan) -> Pairs:
         coming = [(comes, index) for index in range(old.roles.get(comes, 0), roles[comes].replicas)]
         found |= dict(zip(coming, going, strict=False))
     return found
+
+
+def started_alike(loaded: LoadedRecipe) -> bool:
+    """Whether prefill and decode workers may change their role while their engines run, as far as the recipe
+    says: whether each is on one node that both may be on, only a plan tells.
+    """
+    if not _either_role(loaded):
+        return False
+    recipe, roles = loaded.recipe, loaded.recipe.roles.present()
+    prefill, decode = roles["prefill"], roles["decode"]
+
+    def own(section: RoleSection) -> object:
+        given = {"args": {**recipe.engine.args, **section.args}, "env": {**recipe.engine.env, **section.env}}
+        return section.model_dump(exclude={"replicas", "hosts", "args", "env"}) | given
+
+    barred = bool(prefill.hosts and decode.hosts) and set(prefill.hosts).isdisjoint(decode.hosts)
+    if recipe.target == "slurm":
+        steps = bool(recipe.engine.container) and recipe.engine.runtime == "pyxis"
+        barred = steps or (recipe.slurm is not None and recipe.slurm.het is not None)
+    return not barred and own(prefill) == own(decode)
 
 
 def kept_by(pairs: Pairs, kept: Kept) -> Kept:
@@ -81,6 +99,12 @@ def with_handovers(pairs: Pairs, plan: Plan) -> Plan:
     return replace(
         plan, processes=tuple(replace(p, takes=takes[p.id]) if p.id in takes else p for p in plan.processes)
     )
+
+
+def _either_role(loaded: LoadedRecipe) -> bool:
+    recipe = loaded.recipe
+    apart = {"prefill", "decode"} <= recipe.roles.present().keys()
+    return apart and catalog.takes_either_role(recipe.backend, recipe.engine.kv_transfer)
 
 
 def _allowed(inventory: Inventory, hosts: Collection[str]) -> set[str]:

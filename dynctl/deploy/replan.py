@@ -38,6 +38,11 @@ class Difference:
     def __bool__(self) -> bool:
         return bool(self.added or self.removed or self.changed)
 
+    @property
+    def handed_over(self) -> list[str]:
+        """Which becomes which, a line each."""
+        return [f"{former} becomes {seat}, its engine runs on" for seat, former in self.taken.items()]
+
 
 def replan(loaded: LoadedRecipe, inventory: Inventory, old: Plan, room: Room) -> Plan:
     """The plan of `loaded` for the run of `old`; nothing new is on a lost node. Raises PlacementError,

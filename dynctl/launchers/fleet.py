@@ -26,12 +26,15 @@ _LOOK_AGAIN_S = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Seated:
-    """The process in a seat: which incarnation, on which node."""
+    """The process in a seat: which incarnation, on which node. `started`: the seat and incarnation that it
+    was started as, where those are others.
+    """
 
     seat: str
     incarnation: int
     node: str
     handle: ProcessHandle
+    started: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,9 @@ class Fleet(Protocol):
         ...
 
     def ended(self, seats: Sequence[Seated]) -> list[Ended]:
-        """Which of these have ended, as far as is known now. Does not block; each is told once or again."""
+        """Which of these, all there are, have ended, as far as is known now. Does not block; each is told
+        once or again.
+        """
         ...
 
     def news(self) -> list[NodeNews]:

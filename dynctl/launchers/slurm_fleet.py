@@ -1,7 +1,8 @@
 """The processes of a run inside a Slurm job: each a step of its own, pinned to its node.
 
 `srun` stays here, on the controller's node, as long as its step runs. Its end is a hint: what is left of a
-step is what Slurm's list of steps says. A step is found by its name, the seat and incarnation.
+step is what Slurm's list of steps says. A step is found by its name, the seat and incarnation that it was
+started as: that stays when its sidecar becomes another seat's, and whose it is now the controller tells.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class SlurmFleet:
         self._given_back = dict.fromkeys(stray, "it is in no job of the deployment any more")
         self._asking: asyncio.Task[list[str]] | None = None
         self._asked_at = 0.0
+        self._now: dict[str, str] = {}
         self.returned: set[str] = set()
         """Lost nodes that answer again, but are in no job of ours any more."""
 
@@ -90,6 +92,9 @@ class SlurmFleet:
         """As `Fleet`: those whose `srun` has ended; on a node of a follow-up job only when it is known
         whether the job lives: if not, the node is told of as lost before.
         """
+        self._now = {
+            step_name(*one.started): step_name(one.seat, one.incarnation) for one in seats if one.started
+        }
         told, self._ends = self._ends, []
         known = {*self._judged, *((one.seat, one.incarnation) for one in told)}
         nodes = {(one.seat, one.incarnation): one.node for one in seats}
@@ -189,7 +194,7 @@ class SlurmFleet:
         name = GENTLE if number is signals.SIGTERM else number.name.removeprefix("SIG")
         ends = time.monotonic() + _SIGNALLED_WITHIN_S
         while procfs.alive(seated.handle.pid, seated.handle.start_ticks):
-            found = [s for s in await self._steps() if s.name == step_name(seated.seat, seated.incarnation)]
+            found = [step for step in await self._steps() if step.name == _step_of(seated)]
             if found:
                 await asyncio.to_thread(self._client.signal, found[0].id, name)
                 return True
@@ -202,18 +207,19 @@ class SlurmFleet:
     async def clear(self, node: str, seat: str, incarnation: int, within_s: float) -> list[int]:
         """As `Fleet`: kills the step, and `srun`, and waits until Slurm lists no such step any more."""
         ends = time.monotonic() + within_s
-        mine = {step_name(seat, number) for number in range(1, incarnation + 1)} | {f"{seat}.engine"}
+        own = {step_name(seat, number) for number in range(incarnation + 1)}
+        mine = own | {f"{seat}.engine"}
         killed: set[str] = set()
         while True:
             try:
-                steps = [step for step in await self._steps() if step.name in mine]
+                steps = [step for step in await self._steps() if self._now.get(step.name, step.name) in mine]
                 for step in [step for step in steps if step.id not in killed]:
                     await asyncio.to_thread(self._client.signal, step.id, "KILL")
                     killed.add(step.id)
             except SlurmError as error:
                 logger.warning("step.unknown seat=%s error=%s", seat, error)
                 return [_UNREACHED]
-            here = self._left_here(seat, incarnation)
+            here = self._left_here(own)
             if not steps:
                 self._launcher.kill(here)
             if not (steps or here):
@@ -225,7 +231,7 @@ class SlurmFleet:
     async def lives(self, seated: Seated) -> bool:
         """As `Fleet`: Slurm lists the step."""
         try:
-            return any(s.name == step_name(seated.seat, seated.incarnation) for s in await self._steps())
+            return any(step.name == _step_of(seated) for step in await self._steps())
         except SlurmError as error:
             logger.warning("step.unknown seat=%s error=%s", seated.seat, error)
             return True
@@ -251,10 +257,14 @@ class SlurmFleet:
     async def _steps(self) -> list[StepRow]:
         return await asyncio.to_thread(self._client.steps, self._site.jobs)
 
-    def _left_here(self, seat: str, incarnation: int) -> list[Owned]:
-        """`srun` of the seat, and what of it is on this very node."""
-        owned = self._launcher.owned(self._run.run_id)
-        return [one for one in owned if one.process_id == seat and one.incarnation <= incarnation]
+    def _left_here(self, own: Collection[str]) -> list[Owned]:
+        """`srun` of a seat, and what of it is on this very node."""
+        names = [(step_name(o.process_id, o.incarnation), o) for o in self._launcher.owned(self._run.run_id)]
+        return [one for name, one in names if self._now.get(name, name) in own]
+
+
+def _step_of(seated: Seated) -> str:
+    return step_name(*(seated.started or (seated.seat, seated.incarnation)))
 
 
 def exit_code(code: int | None) -> int | None:

@@ -76,6 +76,11 @@ class Engine:
         """Nothing is to be computed here, and nothing that was is still to be fetched."""
         return not self.scheduler.unfinished and not len(self.scheduler.pins)
 
+    def turn(self, name: str, pace: Pace) -> None:
+        """Go on under another name, at another pace, with the cache that there is; nothing is to be done."""
+        assert self.empty, f"{self._name} still has requests"
+        self._name, self._pace = name, pace
+
     def add(self, seq: Sequence) -> None:
         """Queue a sequence."""
         self._interrupt()

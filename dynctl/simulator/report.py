@@ -25,7 +25,7 @@ def result_of(policy: str, run: Cluster, reasons: Sequence[str] = ()) -> Result:
         requests=len(run.requests),
         done=len(done),
         refused=sum(1 for one in answers if one.end == "refused"),
-        aborted=sum(one.engine.scheduler.counters.finished["abort"] for one in run.fleet.replicas.values()),
+        aborted=sum(one.scheduler.counters.finished["abort"] for one in run.fleet.engines),
         prompt_tokens=prompts,
         answer_tokens=sum(one.tokens for one in done),
         hit_rate=sum(one.cached for one in answers) / prompts,
@@ -37,7 +37,7 @@ def result_of(policy: str, run: Cluster, reasons: Sequence[str] = ()) -> Result:
         ttft_s=_quantiles([one.ttft_s for one in answers]),
         itl_s=_quantiles([one.itl_s for one in answers]),
         gpu_hours=run.fleet.gpu_s(end_s) / 3600.0,
-        preemptions=sum(one.engine.scheduler.counters.preemptions for one in run.fleet.replicas.values()),
+        preemptions=sum(one.scheduler.counters.preemptions for one in run.fleet.engines),
         presence=tuple(run.fleet.presence),
         reasons=tuple(reasons),
     )

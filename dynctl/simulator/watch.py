@@ -99,7 +99,7 @@ def _load(run: Cluster, role: Role) -> RoleLoad:
                 kv_usage=report.kv_usage,
             )
         )
-    starting, draining = len(fleet.of(role, "booting")), len(fleet.of(role, "draining"))
+    starting, draining = len(fleet.of(role, "booting", "waiting")), len(fleet.of(role, "draining"))
     wanted = starting + len(workers)
     return RoleLoad(
         wanted=wanted, ready=len(workers), starting=starting, draining=draining, workers=tuple(workers)

@@ -21,7 +21,6 @@ from dynctl.protocol.handover import ENV_TOOK, Become
 from dynctl.protocol.specs import EngineProcess, WorkerSpec
 from dynctl.worker.kv_relay import RankMemory
 from dynctl.worker.process import EngineChild, Handle
-from dynctl.worker.step import ENV_STEP
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +43,6 @@ def next_of(spec: WorkerSpec, call: Become) -> Next:
         raise UsageError(f"not a worker's spec: {error}", where=spec.id) from error
     if to.id != call.id or to.url != spec.url or _nameless(to.engine) != _nameless(spec.engine):
         raise UsageError(f"its engine is not that of {call.id}", where=spec.id)
-    if ENV_STEP in os.environ:
-        raise UsageError("a step of a Slurm job cannot have another name", where=spec.id)
     return Next(to, call.incarnation)
 
 

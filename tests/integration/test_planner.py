@@ -71,10 +71,14 @@ def recipe(tmp_path: Path) -> Path:
 
 @dataclass
 class Traffic:
-    """Requests that come at `rate` a second; what became of them."""
+    """Requests that come at `rate` a second, of so many pairs of words, for so many tokens; what became of
+    them.
+    """
 
     url: str
     rate: float = 1.0
+    pairs: int = 25
+    tokens: int = 30
     answered: int = 0
     failed: list[str] = field(default_factory=list)
     ending: bool = False
@@ -85,13 +89,13 @@ class Traffic:
         while not self.ending:
             await asyncio.sleep(rng.expovariate(self.rate) if self.rate else 0.1)
             if self.rate:
-                asked.add(asyncio.create_task(self._ask(rng.randrange(1 << 30))))
+                asked.add(asyncio.create_task(self._ask(rng.randrange(1 << 30), self.tokens)))
         await asyncio.gather(*asked)
 
-    async def _ask(self, number: int) -> None:
+    async def _ask(self, number: int, tokens: int) -> None:
         host, _, port = self.url.removeprefix("http://").partition(":")
-        words = " ".join(f"{number} {i}" for i in range(25))
-        body = json.dumps({"model": "tiny", "prompt": words, "max_tokens": 30, "stream": True}).encode()
+        words = " ".join(f"{number} {i}" for i in range(self.pairs))
+        body = json.dumps({"model": "tiny", "prompt": words, "max_tokens": tokens, "stream": True}).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
         try:
             async with asyncio.timeout(60.0):
@@ -104,7 +108,7 @@ class Traffic:
         except (OSError, TimeoutError) as error:
             self.failed.append(repr(error))
             return
-        if b"[DONE]" in answer and answer.count(b'"text"') == 30:
+        if b"[DONE]" in answer and answer.count(b'"text"') == tokens:
             self.answered += 1
         else:
             self.failed.append(answer[-200:].decode(errors="replace"))

@@ -1,7 +1,7 @@
 """The planner on a trace whose rate rises and falls, beside fixed numbers, the classic formula and an oracle.
 
     python -m tests.perf.planner [--load trace|wave] [--mode aggregated|disaggregated|both] [--repeats N]
-        [--seed N] [--cold] [--why] [--alone]
+        [--seed N ...] [--cold] [--why] [--alone]
 
 The trace is Mooncake's (tests/data) with twice its requests, several times one after another, each time from
 other users; its gaps are stretched and shrunk so that its rate goes up and down (`rate_at`). The wave is
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from pathlib import Path
 from random import Random
 
@@ -41,6 +42,18 @@ WAVE_LENGTHS = ((8.4, 0.9), (4.8, 0.8))
 """Mean and deviation of the logarithms of prompts and answers: on average 6,700 and 167 tokens."""
 DENSITY = 2.0
 """So many times the trace's requests: numbers of replicas then are less coarse."""
+HEADS = (
+    "policy",
+    "seed",
+    "SLA met",
+    "TTFT",
+    "ITL",
+    "TTFT p95",
+    "ITL p95",
+    "GPU-hours",
+    "of oracle",
+    "aborted",
+)
 
 
 def rate_at(at_s: float) -> float:
@@ -108,17 +121,17 @@ def config_of(service: Service) -> PlannerConfig:
     return PlannerConfig(sla=service.sla, roles=roles, boot_s=service.boot_s)
 
 
-def line(result: Result, oracle_hours: float | None) -> str:
+def line(result: Result, seed: int, oracle_hours: float | None) -> str:
     """A row of the table."""
     times = "-" if not oracle_hours else f"{result.gpu_hours / oracle_hours:.2f}"
     ttft, itl = result.ttft_s.p95 or 0.0, result.itl_s.p95 or 0.0
     met = f"{result.met:.1%} | {result.ttft_met:.1%} | {result.itl_met:.1%}"
     cost = f"{result.gpu_hours:.2f} | {times} | {result.aborted}"
-    return f"| {result.policy} | {met} | {ttft:.2f} s | {itl * 1e3:.1f} ms | {cost} |"
+    return f"| {result.policy} | {seed} | {met} | {ttft:.2f} s | {itl * 1e3:.1f} ms | {cost} |"
 
 
-def table(service: Service, requests: list[TraceRequest], seed: int, *, why: bool, alone: bool) -> None:
-    """Run all of it and print."""
+def rows(service: Service, requests: list[TraceRequest], seed: int, *, why: bool, alone: bool) -> None:
+    """Run all of it and print the rows; what else there is to say, on standard error."""
     config = config_of(service)
     task = Task(
         service=service,
@@ -136,17 +149,13 @@ def table(service: Service, requests: list[TraceRequest], seed: int, *, why: boo
     runs = Runs(task, requests, tell)
     results = [runs.steered("planner", Planner(config))] if alone else runs.all(config)
     oracle = next((one.gpu_hours for one in results if one.policy == "oracle"), None)
-    span_s = requests[-1].at_s
-    print(f"\n{service.name}: {len(requests)} requests in {span_s:.0f} s, SLA {SLA}, boot {BOOT_S:g} s")
-    print("| policy | SLA met | TTFT | ITL | TTFT p95 | ITL p95 | GPU-hours | of oracle | aborted |")
-    print("|---|---|---|---|---|---|---|---|---|")
     for one in results:
-        print(line(one, oracle))
-    planner = results[0]
+        print(line(one, seed, oracle), flush=True)
+    planner, span_s = results[0], requests[-1].at_s
     changes, hits = len(planner.reasons), planner.hit_rate
-    print(f"planner: {changes} changes, hit rate {hits:.1%}, took {took['planner']:.1f} s")
-    if why:
-        print("\n".join(planner.reasons))
+    told = f"{service.name}, seed {seed}: {len(requests)} requests in {span_s:.0f} s, hit rate {hits:.1%}; "
+    told += f"planner: {changes} changes, took {took['planner']:.1f} s"
+    print("\n".join([told, *(planner.reasons if why else ())]), file=sys.stderr)
 
 
 def main() -> None:
@@ -155,18 +164,21 @@ def main() -> None:
     parser.add_argument("--load", choices=("trace", "wave"), default="trace")
     parser.add_argument("--mode", choices=("aggregated", "disaggregated", "both"), default="both")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, nargs="+", default=[1])
     parser.add_argument("--cold", action="store_true", help="one replica of each role to begin with")
     parser.add_argument("--why", action="store_true", help="the planner's reasons")
     parser.add_argument("--alone", action="store_true", help="only the planner, compared with nothing")
     given = parser.parse_args()
-    if given.load == "wave":
-        requests = wave(given.repeats, given.seed)
-    else:
-        requests = shaped(denser(load_trace(TRACE), DENSITY, Random(given.seed)), given.repeats)
     for mode in STARTS if given.mode == "both" else (given.mode,):
-        service = service_of(mode, cold=given.cold)
-        table(service, requests, given.seed, why=given.why, alone=given.alone)
+        print(f"\n{mode}: SLA {SLA}, boot {BOOT_S:g} s\n")
+        print(f"| {' | '.join(HEADS)} |\n|{'---|' * len(HEADS)}")
+        for seed in given.seed:
+            if given.load == "wave":
+                requests = wave(given.repeats, seed)
+            else:
+                requests = shaped(denser(load_trace(TRACE), DENSITY, Random(seed)), given.repeats)
+            service = service_of(mode, cold=given.cold)
+            rows(service, requests, seed, why=given.why, alone=given.alone)
 
 
 if __name__ == "__main__":

@@ -106,6 +106,31 @@ def test_advice_in_the_recipe_is_carried_out_where_all_is_simulated(
     assert asked(capsys, *args, "--set", "planner.advisory=true") == once
 
 
+APART = """\
+roles:
+  prefill: {replicas: 2}
+  decode: {replicas: 2}
+"""
+
+
+@pytest.mark.parametrize(
+    ("more", "handover_s"),
+    [
+        ((), 1.5),
+        (("--set", "roles.prefill.args.num-gpu-blocks-override=2048"), None),
+    ],
+    ids=["alike", "other-arguments"],
+)
+def test_a_handover_takes_no_boot_where_the_recipe_allows_one(
+    here: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], handover_s: float | None
+) -> None:
+    apart = RECIPE.replace("roles:\n  aggregated: {replicas: 2}\n", APART)
+    (here / "apart.yaml").write_text(apart)
+    code, out, err = asked(capsys, "apart.yaml", "--trace", "trace.jsonl", "--json", *more)
+    assert code == 0, err
+    assert json.loads(out)["handover_s"] == handover_s
+
+
 @pytest.mark.parametrize(
     ("subject", "said"),
     [

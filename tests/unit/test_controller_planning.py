@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +14,8 @@ from dynctl.controller import amending, planning
 from dynctl.controller.planning import PlanDesk, Planning, figures_of, seats_of
 from dynctl.deploy.figures import Look
 from dynctl.deploy.home import RunDir
+from dynctl.deploy.replan import Difference
+from dynctl.deploy.run import Site
 from dynctl.errors import PlacementError
 from dynctl.frontend.gauges import show_planner
 from dynctl.observability.metrics import Metrics
@@ -20,6 +23,7 @@ from dynctl.planner.core import Ahead, Decision, RoleDecision
 from dynctl.planner.journal import Entry, append, read
 from dynctl.planner.memory import Interval
 from dynctl.planner.observe import Observation, RoleLoad
+from dynctl.protocol.day2 import Actor
 from dynctl.protocol.planner import PlannerFigures
 from tests.unit.planner_rig import config
 from tests.unit.supervise_bench import run_state, seat
@@ -268,13 +272,32 @@ def test_demand_of_before_a_restart_is_remembered_unless_it_is_old(tmp_path: Pat
 
 def test_scaling_is_what_the_verb_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
-    monkeypatch.setattr(amending, "rescaled", lambda run, roles, site: ("amended", roles, site.home.root))
-    monkeypatch.setattr(
-        amending, "apply", lambda amended, who, roles: asked.append((amended, who.verb, who.args))
-    )
+
+    def rescaled(run: RunDir, roles: dict[str, int], site: Site) -> SimpleNamespace:
+        return SimpleNamespace(old=roles, new=site.home.root)
+
+    def apply(amended: SimpleNamespace, who: Actor, roles: tuple[str, ...]) -> None:
+        asked.append((amended.old, amended.new, who.verb, who.args))
+
+    monkeypatch.setattr(amending, "rescaled", rescaled)
+    monkeypatch.setattr(amending, "apply", apply)
+    turned = Difference(taken={"decode-2": "prefill-3"})
+    monkeypatch.setattr(amending, "compare", lambda old, new: turned)
     run = RunDir(tmp_path / "home" / "runs" / "r")
-    amending.scale(run, {"decode": 3})
-    assert asked == [(("amended", {"decode": 3}, tmp_path / "home"), "planner", ["decode=3"])]
+    assert amending.scale(run, {"decode": 3}) == ["prefill-3 becomes decode-2, its engine runs on"]
+    assert asked == [({"decode": 3}, tmp_path / "home", "planner", ["decode=3"])]
+
+
+@pytest.mark.usefixtures("looks")
+async def test_the_journal_says_which_worker_changes_its_role(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "scale", lambda run, changes: ["a-1 becomes b-1, its engine runs on"])
+    desk = Desk(tmp_path)
+    await _run(desk)
+    outcomes = [entry.outcome for entry in read(desk.run.planner)]
+    assert outcomes[0] == "done: a-1 becomes b-1, its engine runs on"
+    assert "done: a-1 becomes b-1" in desk.state.planner
 
 
 @pytest.mark.usefixtures("looks")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dynctl.cli.amend import shown
-from dynctl.deploy.handover import candidates
+from dynctl.deploy.handover import started_alike
 from dynctl.deploy.plan import Plan
 from dynctl.deploy.planner import build_plan
 from dynctl.deploy.records import initial_state
@@ -53,6 +53,29 @@ def after(tmp_path: Path, old: Plan, *sets: str, hosts: Inventory = FULL, lost: 
 
 def taken(old: Plan, new: Plan) -> dict[str, str]:
     return dict(compare(old, new).taken)
+
+
+@pytest.mark.parametrize(
+    ("sets", "alike"),
+    [
+        ((), True),
+        (("roles.prefill.hosts=[n1]",), True),
+        (("engine.args.max-num-seqs=8", "roles.prefill.args.max-num-seqs=8"), True),
+        (("roles.prefill.args.max-num-seqs=8",), False),
+        (("roles.decode.env.A=1",), False),
+        (("roles.prefill.tensor_parallel=2",), False),
+        (("engine.kv_transfer=nixl",), False),
+        (("roles.prefill.hosts=[n1, n2]", "roles.decode.hosts=[n2]"), True),
+        (("roles.prefill.hosts=[n1]", "roles.decode.hosts=[n2]"), False),
+        (("target=slurm",), True),
+        (("target=slurm", "slurm.het=true"), False),
+        (("target=slurm", "engine.container=an-image", "engine.runtime=pyxis"), False),
+    ],
+)
+def test_the_recipe_tells_whether_workers_may_change_their_role(
+    tmp_path: Path, sets: tuple[str, ...], alike: bool
+) -> None:
+    assert started_alike(load(tmp_path, *sets)) is alike
 
 
 def test_one_that_comes_goes_on_with_the_engine_of_one_that_leaves(tmp_path: Path) -> None:
@@ -154,10 +177,17 @@ def test_it_is_in_the_plan_on_disk_and_in_the_seat_that_waits_for_it(tmp_path: P
     assert seat.takes == ""
 
 
-def test_steps_of_a_job_keep_their_names(tmp_path: Path) -> None:
-    old, wanted = planned(tmp_path), load(tmp_path, *TO_DECODE)
-    assert candidates(wanted, FULL, old) == {("decode", 2): ("prefill", 2)}
-    assert candidates(wanted, FULL, replace(old, target="slurm")) == {}
+@pytest.mark.parametrize(
+    ("engine", "found"),
+    [((), {"decode-2": "prefill-2"}), (("engine.container=an-image", "engine.runtime=pyxis"), {})],
+    ids=["in-its-step", "a-step-of-its-own"],
+)
+def test_in_a_job_an_engine_goes_on_that_is_in_its_sidecars_step(
+    tmp_path: Path, engine: tuple[str, ...], found: dict[str, str]
+) -> None:
+    """One that is a step of its own is called by the seat."""
+    old = planned(tmp_path, "target=slurm", *engine)
+    assert taken(old, after(tmp_path, old, "target=slurm", *engine, *TO_DECODE)) == found
 
 
 def test_one_that_is_wanted_back_on_its_way_waits_for_what_it_may_have_become(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from dynctl.mocker.scheduler import Sequence
 from dynctl.perfmodel.choice import Sla
 from dynctl.perfmodel.profile import DEFAULT, Limits
 from dynctl.perfmodel.simulation import Group, Service
-from dynctl.perfmodel.trace import TraceRequest
+from dynctl.perfmodel.trace import TraceRequest, hashes
 from dynctl.protocol.instances import Role
 from dynctl.protocol.specs import ConditionalDisaggSpec, QueueSpec, RouterSpec
 from dynctl.simulator.cluster import Cluster, Options, Pilot
@@ -37,7 +37,12 @@ def trace(count: int = 300, rate: float = 12.0, seed: int = 3) -> list[TraceRequ
     return found
 
 
-def service(roles: Mapping[Role, int], limits: Limits = LARGE, router: RouterSpec | None = None) -> Service:
+def service(
+    roles: Mapping[Role, int],
+    limits: Limits = LARGE,
+    router: RouterSpec | None = None,
+    handover_s: float | None = None,
+) -> Service:
     groups = [
         Group(role=role, replicas=count, gpus=2, profile=DEFAULT, limits=limits)
         for role, count in roles.items()
@@ -48,6 +53,7 @@ def service(roles: Mapping[Role, int], limits: Limits = LARGE, router: RouterSpe
         router=router or RouterSpec(),
         sla=Sla(ttft_s=1.0, itl_s=0.05),
         boot_s=BOOT_S,
+        handover_s=handover_s,
     )
 
 
@@ -200,6 +206,103 @@ def test_a_replica_that_is_unwanted_while_it_boots_ends_at_once() -> None:
     assert [(one.started_s, one.ended_s) for one in short] == [(2.0, 4.0)] * 2
     assert {one.state for one in run.fleet.living} == {"ready"}
     assert len(run.fleet.living) == 3
+
+
+THREE: dict[Role, int] = {"prefill": 3, "decode": 2}
+TO_DECODE: dict[Role, int] = {"prefill": 2, "decode": 3}
+
+
+def turned(
+    steps: Mapping[float, Mapping[Role, int]], handover_s: float | None = 1.5, **options: bool
+) -> Cluster:
+    """Where workers may change their role."""
+    run = Cluster(service(THREE, handover_s=handover_s), trace(), Steps(steps), Options(**options))  # type: ignore[arg-type]
+    run.run()
+    assert all(one.end == "done" for one in run.answers)
+    assert result_of("t", run).aborted == 0
+    return run
+
+
+def test_a_worker_that_changes_its_role_takes_a_handover_and_no_boot() -> None:
+    run = turned({8.0: TO_DECODE})
+    giver, taker = run.fleet.replicas["prefill-2"], run.fleet.replicas["decode-2"]
+    assert taker.engine is giver.engine
+    assert len(run.fleet.engines) == 5
+    assert giver.state == "ended"
+    assert giver.ended_s == taker.started_s
+    assert 8.0 + 1.5 <= taker.started_s < 8.0 + BOOT_S
+    assert taker.engine.scheduler.counters.finished["length"] > 0
+    assert max(sum(one.there.values()) for one in run.fleet.presence) == 5
+    first = next(one.at_s for one in run.fleet.presence if one.ready["decode"] == 3)
+    assert first == taker.started_s
+    end_s = run.clock.now_s
+    assert run.fleet.gpu_s(end_s) == pytest.approx(5 * 2 * end_s)
+
+
+def test_a_worker_that_changes_its_role_has_its_last_request_behind_it() -> None:
+    """Where an answer takes far longer than the handover."""
+    requests = [TraceRequest(0.1 * number, 600, 2000) for number in range(8)]
+    run = Cluster(
+        service({"prefill": 1, "decode": 2}, router=SPREADS, handover_s=1.5),
+        [*requests, TraceRequest(60.0, 600, 2)],
+        Steps({2.0: {"prefill": 2, "decode": 1}}),
+        Options(),
+    )
+    run.run()
+    giver, taker = run.fleet.replicas["decode-1"], run.fleet.replicas["prefill-1"]
+    assert giver.ended_s == taker.started_s
+    ends = [one.ended_s for one in run.answers if one.ended_s is not None]
+    assert any(taker.started_s == pytest.approx(end_s + 1.5) for end_s in ends)
+    assert taker.started_s > 10.0
+    assert [one.tokens for one in run.answers] == [2000] * 8 + [2]
+
+
+def test_what_it_has_cached_is_known_of_it_once_it_reads_prompts() -> None:
+    alone = [TraceRequest(0.2 * n, 1000, 20, (2 * n, 2 * n + 1)) for n in range(80)]
+    run = Cluster(service(TO_DECODE, handover_s=1.5), alone, Steps({8.0: THREE}), Options())
+    run.begin()
+    while (taker := run.fleet.replicas.get("prefill-2")) is None or taker.state != "ready":
+        assert run.clock.step()
+    held = {int(digest) for digest in taker.engine.pool.cached()}
+    chains = [chain[:1] for chain in hashes(alone, run.size) if chain[0] in held]
+    assert chains
+    assert all(run.router._index.match(chain).get(("prefill-2", 0)) == 1 for chain in chains)
+
+
+def test_a_role_that_nobody_leaves_for_gets_one_that_boots() -> None:
+    run = turned({8.0: {"prefill": 2, "decode": 4}})
+    assert run.fleet.replicas["decode-2"].engine is run.fleet.replicas["prefill-2"].engine
+    assert run.fleet.replicas["decode-3"].started_s == 8.0
+    assert len(run.fleet.engines) == 6
+
+
+def test_where_engines_cannot_change_their_role_another_one_boots() -> None:
+    run = turned({8.0: TO_DECODE}, None)
+    assert run.fleet.replicas["decode-2"].started_s == 8.0
+    assert len(run.fleet.engines) == 6
+
+
+def test_one_that_is_not_wanted_any_more_when_its_engine_comes_is_not_there() -> None:
+    run = turned({8.0: TO_DECODE, 9.0: {"prefill": 2, "decode": 2}})
+    assert run.fleet.replicas["decode-2"].state == "ended"
+    assert run.fleet.replicas["decode-2"].gpu_s(run.clock.now_s) == 0.0
+    assert run.fleet.replicas["prefill-2"].state == "ended"
+    assert len(run.fleet.living) == 4
+
+
+def test_one_that_still_boots_has_no_engine_to_go_on_with() -> None:
+    run = turned({8.0: {"prefill": 4, "decode": 2}, 9.0: {"prefill": 3, "decode": 3}})
+    assert run.fleet.replicas["prefill-3"].ended_s == 9.0
+    assert run.fleet.replicas["decode-2"].started_s == 9.0
+
+
+def test_jumps_change_nothing_about_who_changes_its_role() -> None:
+    steps = {4.0: TO_DECODE, 12.0: THREE}
+    jumped, stepped = turned(steps), turned(steps, jumps=False)
+    assert jumped.fleet.replicas["prefill-3"].engine is jumped.fleet.replicas["decode-2"].engine
+    for mine, theirs in zip(jumped.answers, stepped.answers, strict=True):
+        assert mine.ended_s == pytest.approx(theirs.ended_s, abs=1e-6)
+        assert mine.cached == theirs.cached
 
 
 def test_bounds_of_a_role_are_kept() -> None:

@@ -14,18 +14,22 @@ from dynctl.perfmodel.choice import Sla
 from dynctl.perfmodel.profile import DEFAULT, Limits
 from dynctl.perfmodel.simulation import Finished, Group, Service, Task, Told
 from dynctl.perfmodel.trace import TraceRequest
+from dynctl.planner.config import PlannerConfig, RoleConfig
 from dynctl.planner.figures import observation
 from dynctl.planner.observe import Observation
 from dynctl.protocol.instances import Role
 from dynctl.simulator.cluster import Cluster, Options
 from dynctl.simulator.oracle import INTERVAL_S, Work, work_of
-from dynctl.simulator.pilots import Classic, largest_batch
+from dynctl.simulator.pilots import Classic, Planner, largest_batch
+from dynctl.simulator.report import result_of
 from dynctl.simulator.run import Runs
 from dynctl.simulator.watch import Watch, quantile
 
 LIMITS = Limits(kv_tokens=100_000, sequences=64, batched_tokens=8192)
 GROUP = Group(role="aggregated", replicas=1, gpus=1, profile=DEFAULT, limits=LIMITS, most=9)
 SERVICE = Service(name="t", groups=(GROUP,), sla=Sla(ttft_s=1.0, itl_s=0.02), boot_s=45.0)
+
+SIX: dict[Role, int] = {"prefill": 4, "decode": 2}
 
 
 def steady(count: int, gap_s: float, prompt: int = 2000, answer: int = 40) -> list[TraceRequest]:
@@ -115,6 +119,59 @@ def test_no_oracle_where_no_schedule_keeps_the_sla() -> None:
     never = msgspec.structs.replace(SERVICE, sla=Sla(ttft_s=0.001))
     results = Runs(Task(service=never, trace="", compare=True), steady(100, 0.2), lambda told: None).all(None)
     assert [one.policy for one in results] == ["static", "peak", "mean", "classic"]
+
+
+def turning(handover_s: float | None) -> tuple[Cluster, list[str]]:
+    """The planner within six GPUs, as demand turns from prompts to answers."""
+    limits = msgspec.structs.replace(LIMITS, kv_tokens=200_000, sequences=16)
+    groups = tuple(
+        Group(role=role, replicas=count, gpus=1, profile=DEFAULT, limits=limits)
+        for role, count in SIX.items()
+    )
+    service = Service(name="t", groups=groups, sla=SERVICE.sla, boot_s=SERVICE.boot_s, handover_s=handover_s)
+    config = PlannerConfig(
+        sla=service.sla,
+        roles={role: RoleConfig(profile=DEFAULT, limits=limits) for role in SIX},
+        boot_s=service.boot_s,
+        gpus=6,
+        cooldown_s=60.0,
+        interval_s=30.0,
+    )
+    later = [msgspec.structs.replace(one, at_s=200.0 + one.at_s) for one in steady(2000, 0.08, 500, 400)]
+    pilot = Planner(config)
+    run = Cluster(service, steady(2500, 0.08, 6000, 10) + later, pilot, Options())
+    run.run()
+    return run, pilot.reasons
+
+
+def test_what_the_planner_moves_between_roles_is_there_without_a_boot() -> None:
+    run, reasons = turning(1.5)
+    assert any("prefill 4 -> 3" in why and "decode 2 -> 3" in why for why in reasons), reasons
+    assert max(sum(one.there.values()) for one in run.fleet.presence) <= 6
+    turned = [one for one in run.fleet.replicas.values() if one.taker is not None]
+    assert turned
+    assert all(one.taker is not None and one.taker.engine is one.engine for one in turned)
+    booted, _ = turning(None)
+    assert result_of("planner", run).met > result_of("planner", booted).met + 0.05
+
+
+def test_one_that_waits_for_an_engine_is_on_its_way() -> None:
+    class Turns(Looks):
+        def wanted(self, run: Cluster) -> Mapping[Role, int]:
+            super().wanted(run)
+            return {"prefill": 1, "decode": 2} if run.clock.now_s else {}
+
+    groups = tuple(msgspec.structs.replace(GROUP, role=role) for role in SIX)
+    groups = (msgspec.structs.replace(groups[0], replicas=2), groups[1])
+    turns = Turns()
+    service = msgspec.structs.replace(SERVICE, groups=groups, handover_s=15.0)
+    Cluster(service, steady(400, 0.1), turns, Options()).run()
+    loads = [(seen.roles["prefill"], seen.roles["decode"]) for seen in turns.seen[:3]]
+    assert [(load.draining, other.wanted, other.ready, other.starting) for load, other in loads] == [
+        (0, 1, 1, 0),
+        (1, 2, 1, 1),
+        (0, 2, 2, 0),
+    ]
 
 
 def test_the_classic_formula_takes_what_was_completed_for_demand() -> None:

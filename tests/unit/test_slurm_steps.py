@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
+from dynctl import procfs
 from dynctl.command import Command
 from dynctl.deploy.plan import Plan
 from dynctl.deploy.planner import build_plan
@@ -20,7 +23,7 @@ from dynctl.errors import LaunchError, SlurmUnreachable
 from dynctl.launchers import slurm_fleet
 from dynctl.launchers.base import Launch, ProcessHandle, RunRef
 from dynctl.launchers.fleet import Ended, Seated
-from dynctl.launchers.slurm_client import SlurmClient
+from dynctl.launchers.slurm_client import SlurmClient, StepRow
 from dynctl.launchers.slurm_fleet import SlurmFleet, exit_code
 from dynctl.launchers.slurm_step import JobSite, step_argv, step_name
 from dynctl.recipe.load import load_recipe
@@ -228,6 +231,50 @@ async def test_a_job_that_was_cancelled_is_told_before_what_ended_with_it(tmp_pa
     await asyncio.sleep(0.1)
     assert fleet.ended([]) == [], "each end is told once"
     await fleet.close()
+
+
+@dataclass(frozen=True)
+class Listed(SlurmClient):
+    """Instead of Slurm: steps by name, and what was sent to them."""
+
+    names: list[str] = field(default_factory=list)
+    sent: list[tuple[str, str]] = field(default_factory=list)
+
+    def steps(self, job_id: str) -> list[StepRow]:
+        return [StepRow(f"7.{name}", "n1", name) for name in self.names]
+
+    def signal(self, target: str, signum: str, *, batch: bool = False) -> None:
+        self.sent.append((target, signum))
+        if signum == "KILL":
+            self.names.remove(target.removeprefix("7."))
+
+
+async def test_a_step_whose_sidecar_became_another_seats_is_found_by_its_former_name(tmp_path: Path) -> None:
+    slurm = Listed(names=["prefill-2.i1", "prefill-2.i2", "decode-0.i1"])
+    fleet = SlurmFleet(slurm, JobSite("7"), RunRef("r", tmp_path))
+    own = procfs.stat(os.getpid())  # stands for `srun`: it lives
+    assert own is not None
+    became = Seated("decode-2", 1, "n1", ProcessHandle(own.pid, own.start_ticks, 0), ("prefill-2", 1))
+    assert fleet.ended([became]) == []
+    assert await fleet.lives(became)
+    assert not await fleet.lives(replace(became, started=None)), "nobody was started as that"
+    assert await fleet.signal(became, signal.SIGTERM)
+    assert slurm.sent == [("7.prefill-2.i1", "URG")]
+
+    # Whoever has its former name now is another, and ends alone.
+    assert await fleet.clear("n1", "prefill-2", 2, 5.0) == []
+    assert slurm.names == ["prefill-2.i1", "decode-0.i1"]
+    assert await fleet.clear("n1", "decode-2", 1, 5.0) == []
+    assert slurm.names == ["decode-0.i1"]
+
+
+async def test_a_step_goes_by_its_own_name_again_once_nobody_has_it(tmp_path: Path) -> None:
+    slurm = Listed(names=["prefill-2.i1"])
+    fleet = SlurmFleet(slurm, JobSite("7"), RunRef("r", tmp_path))
+    fleet.ended([Seated("decode-2", 1, "n1", ended_srun(), ("prefill-2", 1))])
+    fleet.ended([])
+    assert await fleet.clear("n1", "prefill-2", 1, 5.0) == []
+    assert slurm.names == []
 
 
 @pytest.mark.parametrize("nodes", [["n1", "n5"], None])
