@@ -12,8 +12,16 @@ import msgspec
 from dynctl.http.framing import ChunkReader, Framing
 from dynctl.protocol.sse import DONE, event_data, last_end
 
-FINISHED = re.compile(rb'^data: ?\[DONE\]|"finish_reason": ?"|^data: ?\{\s*"error": ?[^n\s]', re.MULTILINE)
-"""What ends an answer, in payload. (In JSON a text's quotes are escaped, and its line feeds, too.)"""
+REASON = re.compile(rb'"finish_reason": ?"')
+"""A finish with its reason. (In JSON a text's quotes are escaped, and its line feeds, too.)"""
+_LAST = re.compile(rb'^data: ?\[DONE\]|^data: ?\{\s*"error": ?[^n\s]', re.MULTILINE)
+
+
+def finished(payload: bytes) -> bool:
+    """Whether this has what ends an answer."""
+    if REASON.search(payload):
+        return True
+    return (DONE in payload or b'"error"' in payload) and _LAST.search(payload) is not None
 
 
 class Cutter:

@@ -15,7 +15,7 @@ from typing import Protocol
 import msgspec
 
 from dynctl.frontend.accounts import Account
-from dynctl.frontend.cutter import FINISHED, Cutter, unframed
+from dynctl.frontend.cutter import REASON, Cutter, finished, unframed
 from dynctl.frontend.lane import lane
 from dynctl.frontend.whole import USAGE, cached_tokens
 from dynctl.http.framing import LAST_CHUNK, Framing, frame_chunk
@@ -167,7 +167,7 @@ class Relay:
         events, clean = cut.take(data)
         if _TROUBLE.search(events) and self._refuses(events):
             return b""
-        if clean and (not cut.over or FINISHED.search(events)):
+        if clean and (not cut.over or finished(events)):
             if self._lessons:
                 self._lessons -= 1
                 self._lane.usual = _tail(data)
@@ -257,8 +257,12 @@ class Relay:
         if self._keeper is None or self._cut is None:
             return False
         last, rest = self._last(), self._cut.last()
+        if rest is None:
+            return True
+        if REASON.search(last):  # chunk sizes between can hide one, not make one
+            return False
         told = unframed(last) if self._framing == "chunked" else last
-        return rest is None or not FINISHED.search(told + rest)
+        return not finished(told + rest)
 
     def complete(self) -> None:
         """The engine's answer has ended as it should: end ours."""

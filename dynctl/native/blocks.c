@@ -16,7 +16,7 @@ void blocks_end(Blocks *self)
 static void fill_slot(Blocks *self, uint64_t hash, size_t entry)
 {
     uint32_t tag = blocks_tag(self, hash);
-    size_t at = tag & self->last;
+    size_t at = blocks_home(self, tag);
     while (self->slots[at].entry)
         at = (at + 1) & self->last;
     self->slots[at] = (Slot){tag, (uint32_t)entry + 1};
@@ -30,7 +30,7 @@ static void free_slot(Blocks *self, Slot *slot)
         at = (at + 1) & self->last;
         if (self->slots[at].entry == 0)
             break;
-        size_t home = self->slots[at].tag & self->last;
+        size_t home = blocks_home(self, self->slots[at].tag);
         if (((at - home) & self->last) >= ((at - hole) & self->last)) {
             self->slots[hole] = self->slots[at];
             hole = at;
@@ -54,6 +54,7 @@ static int grow(Blocks *self)
     self->entries = entries;
     self->room = room;
     self->last = room * 2 - 1;
+    self->shift = 32 - (unsigned)__builtin_ctzll(room * 2);
     return 0;
 }
 

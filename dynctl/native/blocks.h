@@ -26,6 +26,7 @@ typedef struct {
     Slot *slots;
     size_t used, live, room; /* entries: up to where, without gaps, at most */
     size_t last;             /* slots - 1 */
+    unsigned shift;          /* of a tag, so that its highest bits are left: `last` at most */
     size_t oldest, cursor;   /* entries to go on from: only gaps before `oldest` */
 } Blocks;
 
@@ -40,13 +41,19 @@ static inline uint32_t blocks_tag(const Blocks *self, uint64_t hash)
     return (uint32_t)((hash * self->seed) >> 32);
 }
 
+/* The slot where the search for a tag begins: by the highest bits of the product, which hang on all of a hash. */
+static inline size_t blocks_home(const Blocks *self, uint32_t tag)
+{
+    return tag >> self->shift;
+}
+
 /* Where it is; NULL: it is not there. */
 static inline Slot *blocks_find(const Blocks *self, uint64_t hash)
 {
     if (self->slots == NULL)
         return NULL;
     uint32_t tag = blocks_tag(self, hash);
-    for (size_t at = tag & self->last;; at = (at + 1) & self->last) {
+    for (size_t at = blocks_home(self, tag);; at = (at + 1) & self->last) {
         Slot *slot = &self->slots[at];
         if (slot->entry == 0)
             return NULL;
@@ -66,9 +73,9 @@ static inline void blocks_prefetch(const Blocks *self, const uint64_t *hashes, s
     if (self->slots == NULL)
         return;
     for (size_t i = 0; i < count; i++)
-        __builtin_prefetch(&self->slots[blocks_tag(self, hashes[i]) & self->last]);
+        __builtin_prefetch(&self->slots[blocks_home(self, blocks_tag(self, hashes[i]))]);
     for (size_t i = 0; i < count; i++) {
-        const Slot *slot = &self->slots[blocks_tag(self, hashes[i]) & self->last];
+        const Slot *slot = &self->slots[blocks_home(self, blocks_tag(self, hashes[i]))];
         if (slot->entry)
             __builtin_prefetch(&self->entries[slot->entry - 1]);
     }

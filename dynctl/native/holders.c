@@ -176,6 +176,8 @@ static PyObject *change_all(PyObject *object, PyObject *args, int add)
     if (!PyArg_ParseTuple(args, "nO!", &place, &PyList_Type, &hashes) || know(self, place) < 0 ||
         (scratch = scratch_for(self, few)) == NULL)
         return NULL;
+    if (add && self->clearing == (size_t)place + 1)
+        self->clearing = 0; /* it may hold again what was looked at */
     Step step = {.known = 0};
     for (Py_ssize_t at = 0; result == 0 && (count = batch(self, hashes, at, some, NULL)) != 0; at += count) {
         if (count < 0)
@@ -211,9 +213,14 @@ static PyObject *Holders_get(PyObject *object, PyObject *arg)
 {
     Holders *self = (Holders *)object;
     uint64_t hash = PyLong_AsUnsignedLongLong(arg);
-    if (hash == (uint64_t)-1 && PyErr_Occurred())
-        return NULL;
-    Slot *slot = blocks_find(&self->blocks, hash);
+    int foreign = 0; /* of more than 64 bits: nobody holds it */
+    if (hash == (uint64_t)-1 && PyErr_Occurred()) {
+        if (!PyErr_ExceptionMatches(PyExc_OverflowError))
+            return NULL;
+        PyErr_Clear();
+        foreign = 1;
+    }
+    Slot *slot = foreign ? NULL : blocks_find(&self->blocks, hash);
     if (slot == NULL)
         return PyLong_FromLong(0);
     const char *bits = (const char *)sets_bits(&self->sets, *blocks_set(&self->blocks, slot));

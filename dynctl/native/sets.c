@@ -18,12 +18,19 @@ void sets_end(Sets *self)
     PyMem_Free(self->chains);
 }
 
+static uint64_t mix(uint64_t mixed)
+{
+    mixed *= 0x9E3779B97F4A7C15u;
+    return mixed ^ mixed >> 32;
+}
+
+/* Mixed once more at the end: a product's low bits, which choose the chain, hang on the lower bits alone. */
 static uint64_t digest(const uint64_t *bits, size_t words)
 {
     uint64_t mixed = 0;
     for (size_t i = 0; i < words; i++)
-        mixed = (mixed ^ bits[i]) * 0x9E3779B97F4A7C15u, mixed ^= mixed >> 29;
-    return mixed;
+        mixed = mix(mixed ^ bits[i]);
+    return mix(mixed);
 }
 
 static uint32_t *chain_of(const Sets *self, uint64_t mixed)

@@ -97,6 +97,36 @@ def test_both_are_the_same_with_many_blocks_that_come_and_go() -> None:
     assert len(one) == len(other) == sum(one.count(place) for place in range(70)) == 0
 
 
+@pytest.mark.compiled
+def test_hashes_and_sets_that_differ_in_their_highest_bits_only_are_told_apart_soon() -> None:
+    assert load.compiled is not None
+    there = load.compiled.Holders(Random(3).getrandbits(64))
+    hashes = [number << 48 for number in range(1 << 16)]
+    for place in range(48, 64):
+        there.add(place, [h for h in hashes if h >> place & 1])
+    assert [there.get(h) for h in hashes] == hashes, "looked for one by one, this takes minutes"
+    for place in range(48, 64):
+        there.discard(place, hashes)
+    assert len(there) == 0
+
+
+def test_text_is_held_by_nobody(path: None) -> None:
+    there = holders()
+    there.add(0, [0, 1, TOP])
+    assert [there.get(h) for h in (TOP + 1, TOP + 2, -1)] == [0, 0, 0]
+
+
+def test_place_cleared_in_part_and_filled_again_is_cleared_whole(path: None) -> None:
+    there = holders()
+    there.add(1, list(range(100)))
+    there.add(0, list(range(100)))
+    there.clear(0, 10)
+    there.discard(0, list(range(100)))
+    there.add(0, [0])
+    assert there.clear(0, 100) > 0
+    assert (there.count(0), there.get(0)) == (0, 2)
+
+
 def test_oldest_go_first_and_touched_are_young(path: None) -> None:
     there = holders()
     there.add(0, [1, 2, 3, 4])

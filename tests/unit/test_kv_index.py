@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dynctl.kv.hashing import OF_BYTES
 from dynctl.kv.index import Index, SlotKey
 from dynctl.native import load
 from dynctl.protocol.kv_events import Cleared, KvEvent, Removed, Stored, Tier
@@ -54,6 +55,14 @@ def test_removal_in_one_tier_leaves_the_other() -> None:
     assert index.match([1]) == {}
     assert index.match([1], tiers=("G2",)) == {A: 1}
     assert (index.stats("G1"), index.stats("G2")) == ({A: 0}, {A: 1})
+
+
+def test_text_is_followed_in_an_index_of_several_tiers() -> None:
+    index = Index()
+    index.apply(A, Stored([1], "G1"))
+    index.apply(A, Stored([2], "G2"))
+    assert index.match([1, 2, OF_BYTES | 3], tiers=("G1", "G2")) == {A: 2}
+    assert index.depths([OF_BYTES | 1], ("G1", "G2")) == [0, 0]
 
 
 def test_removal_of_blocks_held_only_in_part() -> None:
