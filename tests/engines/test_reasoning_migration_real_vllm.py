@@ -109,8 +109,9 @@ def test_reasoning_goes_on_by_its_text(served: Deployment) -> None:
     assert migrations(served) == before + 1
     thoughts, text, _ = told(got)
     assert thoughts[:30] == told(whole)[0][:30]
-    assert len(thoughts) > TOKENS / 2  # Far more than before the kill; not all tokens are letters.
+    # Far more than before the kill; not all tokens are letters. Text may be tokenised otherwise than it was
+    # said: what follows differs then, and may close the reasoning.
+    assert len(thoughts) + len(text) > TOKENS / 2
     assert finishes(got) == ["length"]
     assert usage(got) == usage(whole) == (usage(whole)[0], TOKENS)
     assert roles(got) == 1
-    assert text == "" or told(whole)[1] != ""
